@@ -1,0 +1,1 @@
+"""Text, tokens, and the activation statistics gathered from them."""

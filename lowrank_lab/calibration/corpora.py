@@ -1,0 +1,160 @@
+"""Text corpora: the embedded Wikipedia articles, and data sets from the hub or from a local mirror of it.
+
+A corpus answers two questions: what identifies the content of a split (cheaply, without torch, for keys), and
+what are its documents. Conventions of the papers (split, join string) are data in ``conf/dataset/``.
+"""
+
+from __future__ import annotations
+
+import bz2
+import importlib.metadata
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+from lowrank_lab.errors import UserError
+from lowrank_lab.store import Store, fingerprint
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which documents of a corpus make a text, and how they are joined into one string."""
+
+    split: str
+    join: str
+    max_documents: int | None
+
+
+class Corpus(Protocol):
+    def content(self, split: str, data_root: str | None, store: Store) -> str:
+        """A hash of what the split holds. Raises UserError where the data is not there."""
+        ...
+
+    def documents(self, split: str, data_root: str | None) -> Iterator[str]: ...
+
+
+def text_of(corpus: Corpus, part: Part, data_root: str | None) -> tuple[str, int]:
+    """The text of a part as one string, and how many documents it joins."""
+    documents = list(islice(corpus.documents(part.split, data_root), part.max_documents))
+    return part.join.join(documents), len(documents)
+
+
+class EmbeddedWikipedia:
+    """About 105 real Wikipedia articles that the Python package gensim ships for its own tests.
+
+    Every fifth article is ``test``, the others are ``train``: no article is in both.
+    """
+
+    PACKAGE = "gensim"
+    FILE = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+    SPLITS = ("train", "test")
+    VERSION = 1  # raise when documents() gives other text for the same dump
+
+    def content(self, split: str, data_root: str | None, store: Store) -> str:
+        if split not in self.SPLITS:
+            raise UserError(f"dataset=wikipedia has no split '{split}'; choose {' or '.join(self.SPLITS)}")
+        return fingerprint({"dump": store.file_hash(self._file()), "version": self.VERSION})
+
+    def documents(self, split: str, data_root: str | None) -> Iterator[str]:
+        from gensim.corpora.wikicorpus import extract_pages, filter_wiki
+
+        number = 0
+        with bz2.open(self._file()) as dump:
+            for _title, markup, _id in extract_pages(dump, filter_namespaces=("0",)):
+                text = filter_wiki(markup).strip()
+                if text.lower().startswith("#redirect"):
+                    continue
+                if (number % 5 == 0) == (split == "test"):
+                    yield text
+                number += 1
+
+    def _file(self) -> Path:
+        try:
+            files = importlib.metadata.files(self.PACKAGE) or []
+        except importlib.metadata.PackageNotFoundError:
+            files = []
+        for file in files:
+            if file.name == self.FILE:
+                return Path(str(file.locate()))
+        raise UserError(
+            "dataset=wikipedia reads articles that the package gensim ships, which is not installed; "
+            "run: pip install 'lowrank_lab[embedded]'"
+        )
+
+
+class HubCorpus:
+    """A data set of the hub, or with ``data_root`` its mirror ``<data_root>/<mirror>/<split>.jsonl``.
+
+    ``files`` names one file of the hub repository for each split, for data sets that are too large to fetch
+    whole (C4) or whose loading script the datasets library no longer runs (PTB).
+    """
+
+    def __init__(
+        self,
+        mirror: str,
+        hub: str,
+        name: str | None,
+        field: str,
+        files: dict[str, str] | None = None,
+        revision: str | None = None,
+    ) -> None:
+        self.mirror = mirror
+        self.hub = hub
+        self.name = name
+        self.field = field
+        self.files = files
+        self.revision = revision
+
+    def content(self, split: str, data_root: str | None, store: Store) -> str:
+        if data_root is not None:
+            file = self._mirror_file(split, data_root)
+            if not file.is_file():
+                raise UserError(
+                    f"data_root={data_root}: no file {file}; put the split there or leave data_root out to "
+                    "use the hub"
+                )
+            return store.file_hash(file)
+        if self.files is not None and split not in self.files:
+            raise UserError(f"{self.hub} has no split '{split}' here; choose {' or '.join(self.files)}")
+        return fingerprint({"hub": self.hub, "name": self.name, "split": split, "commit": self._commit()})
+
+    def documents(self, split: str, data_root: str | None) -> Iterator[str]:
+        if data_root is not None:
+            with open(self._mirror_file(split, data_root), encoding="utf-8") as lines:
+                for line in lines:
+                    yield json.loads(line)[self.field]
+            return
+        from datasets import load_dataset
+
+        files = {split: self.files[split]} if self.files is not None else None
+        rows = load_dataset(
+            self.hub, self.name, data_files=files, split=split, revision=self.revision or self._commit()
+        )
+        for row in rows:
+            yield row[self.field]
+
+    def _mirror_file(self, split: str, data_root: str) -> Path:
+        return Path(data_root).expanduser() / self.mirror / f"{split}.jsonl"
+
+    def _commit(self) -> str:
+        """The commit the hub (or without a network the local cache) has for this data set."""
+        from huggingface_hub import HfApi, try_to_load_from_cache
+        from huggingface_hub.constants import HF_HUB_OFFLINE
+
+        if not HF_HUB_OFFLINE:
+            try:
+                return HfApi().dataset_info(self.hub, revision=self.revision, timeout=20).sha or "unknown"
+            except Exception as error:  # no network, a timeout, a proxy: the client raises many kinds
+                reason = type(error).__name__
+        else:
+            reason = "HF_HUB_OFFLINE is set"
+        cached = try_to_load_from_cache(self.hub, "README.md", repo_type="dataset")
+        if isinstance(cached, str):
+            return Path(cached).parent.name
+        raise UserError(
+            f"data set {self.hub}: not to be had from the hub ({reason}); check the network, or set data_root "
+            f"to a folder that holds {self.mirror}/<split>.jsonl"
+        )

@@ -1,0 +1,98 @@
+"""One pass over the calibration tokens, block by block, that gathers every input statistic.
+
+The mean of x xᵀ, the mean of |x| and the maximum of |x| come from the same pass whatever metric asked for it:
+beside the forward the last two cost nothing, and no later metric needs a second pass. Linears that share an
+input (q, k and v; gate and up) share one statistic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lowrank_lab import progress
+from lowrank_lab.metric.base import InputStatistics
+from lowrank_lab.models.arch import ArchSpec
+from lowrank_lab.models.walk import blocks_of, walk
+
+
+class Accumulator:
+    """Running sums of one input, products in float32 and sums over batches in float64."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.outer = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self.abs_sum = torch.zeros(width, dtype=torch.float64, device=device)
+        self.abs_max = torch.zeros(width, dtype=torch.float32, device=device)
+
+    def add(self, inputs: Tensor) -> None:
+        """Add a batch of inputs (..., width)."""
+        x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        self.tokens += x.shape[0]
+        self.outer += x.T @ x
+        magnitude = x.abs()
+        self.abs_sum += magnitude.sum(0, dtype=torch.float64)
+        self.abs_max = torch.maximum(self.abs_max, magnitude.amax(0))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Means and maximum, float32 on the CPU, for the artifact."""
+        return {
+            "second_moment": (self.outer / self.tokens).float().cpu().contiguous(),
+            "abs_mean": (self.abs_sum / self.tokens).float().cpu(),
+            "abs_max": self.abs_max.cpu(),
+        }
+
+
+def make_statistics(
+    folder: Path, model: nn.Module, spec: ArchSpec, batches: Iterable[Tensor], device: torch.device
+) -> None:
+    """Gather the statistics of every input of every block; each block's file is written as it is done.
+
+    Raises FloatingPointError, naming the linear, where an activation is not finite.
+    """
+    count = len(blocks_of(model, spec))
+    blocks = walk(model, spec, batches, device)
+    for index, block, run in progress.track(blocks, "calibration", "block", count):
+        accumulators: dict[str, Accumulator] = {}
+        hooks = []
+        for group in spec.inputs:
+            linear = block.get_submodule(group[0])
+            accumulators[group[0]] = accumulator = Accumulator(_input_width(linear), device)
+            hooks.append(linear.register_forward_pre_hook(lambda _, args, a=accumulator: a.add(args[0])))
+        run()
+        for hook in hooks:
+            hook.remove()
+        tensors = {f"{name}.{key}": t for name, a in accumulators.items() for key, t in a.tensors().items()}
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise FloatingPointError(f"block {index}: the input of {name} is not finite during calibration")
+        tokens = {str(a.tokens) for a in accumulators.values()}
+        assert len(tokens) == 1, f"block {index}: its linears saw different numbers of tokens: {tokens}"
+        save_file(tensors, folder / _file_name(index), metadata={"tokens": tokens.pop()})
+
+
+def load_statistics(folder: Path, index: int, group: tuple[str, ...], device: torch.device) -> InputStatistics:
+    """The statistics of the input that the linears of ``group`` in block ``index`` share, float64."""
+    with safe_open(folder / _file_name(index), framework="pt") as file:
+        read = lambda key: file.get_tensor(f"{group[0]}.{key}").to(device, torch.float64)  # noqa: E731
+        return InputStatistics(
+            tokens=int(file.metadata()["tokens"]),
+            second_moment=read("second_moment"),
+            abs_mean=read("abs_mean"),
+            abs_max=read("abs_max"),
+        )
+
+
+def _file_name(index: int) -> str:
+    return f"block_{index:03d}.safetensors"
+
+
+def _input_width(linear: nn.Module) -> int:
+    from lowrank_lab.lowrank.factorized import dense_weight
+
+    return dense_weight(linear).shape[1]

@@ -1,0 +1,1 @@
+"""What is measured on a compressed model, each number with its protocol."""

@@ -1,0 +1,65 @@
+"""The ``eval=ppl`` evaluator: its protocol as data. The computation is in perplexity.py, which needs torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from lowrank_lab import versions
+
+if TYPE_CHECKING:
+    from lowrank_lab.stages import Bench
+
+
+class Perplexity:
+    """Perplexity on the text of ``dataset``.
+
+    seqlen       tokens a window; the papers use 2048
+    max_windows  only the first so many windows, or None for the whole text
+    bos          ``text``: the tokenizer's special tokens once, before the text, as the papers' code does;
+                 ``window``: a BOS before every window (models such as Gemma need it)
+    """
+
+    version = versions.PERPLEXITY
+    reads_text = True
+
+    def __init__(
+        self, seqlen: int, max_windows: int | None, bos: Literal["text", "window"], batch_size: int
+    ) -> None:
+        for name, value, smallest in (("seqlen", seqlen, 2), ("batch_size", batch_size, 1)):
+            if not isinstance(value, int) or value < smallest:
+                raise ValueError(f"{name}={value} is not valid; it must be a whole number from {smallest}")
+        if max_windows is not None and (not isinstance(max_windows, int) or max_windows < 1):
+            raise ValueError(f"max_windows={max_windows} is not valid; it must be null or from 1")
+        if bos not in ("text", "window"):
+            raise ValueError(f"bos={bos} is not valid; it must be text or window")
+        self.seqlen = seqlen
+        self.max_windows = max_windows
+        self.bos = bos
+        self.batch_size = batch_size
+
+    @property
+    def add_special_tokens(self) -> bool:
+        return self.bos == "text"
+
+    def __call__(self, bench: Bench) -> dict[str, Any]:
+        """Measure it: the value and its protocol."""
+        from lowrank_lab.evaluation.perplexity import perplexity, windows_of
+
+        ids, text = bench.text_tokens()
+        bos_id = None if self.bos == "text" else bench.bos_id()
+        windows = windows_of(ids, self.seqlen, self.max_windows, bos_id)
+        available = len(windows_of(ids, self.seqlen, None, bos_id))
+        measured = perplexity(bench.model, windows, self.batch_size, bench.device)
+        content = self.seqlen if bos_id is None else self.seqlen - 1
+        protocol = {
+            "dataset": bench.dataset,
+            **text,
+            "window": self.seqlen,
+            "stride": content,
+            "windows": len(windows),
+            "windows_available": available,
+            "tokens_in_tail_dropped": len(ids) - available * content,
+            "bos": self.bos,
+            "loss": "token mean, float32",
+        }
+        return {"metric": "perplexity", **measured, "protocol": protocol}

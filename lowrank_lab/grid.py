@@ -1,0 +1,75 @@
+"""The cells that a command line asks for, all composed and checked before the first one runs. No torch."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lowrank_lab.cell import Cell
+from lowrank_lab.errors import UserError
+
+
+def plan(config_dir: Path, config_name: str, overrides: list[str], multirun: bool) -> list[Cell]:
+    """One validated cell for each combination of the swept values (one without ``multirun``).
+
+    Raises UserError with one line for anything a user can mend: an unknown option or key, a value out of
+    range, a model or data that is not there.
+    """
+    try:
+        with initialize_config_dir(str(config_dir), version_base="1.3"):
+            base = compose(config_name, _without_sweeps(overrides) if multirun else overrides, True)
+            if not multirun:
+                return [_cell(base)]
+            params = OmegaConf.to_container(base.hydra.sweeper.get("params") or {})
+            assert isinstance(params, dict)
+            swept = [f"{key}={value}" for key, value in params.items()] + overrides
+            parsed = OverridesParser.create().parse_overrides(swept)
+            [combinations] = BasicSweeper.split_arguments(parsed, None)
+            return [_cell(compose(config_name, combination, True)) for combination in combinations]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error, config_dir)) from None
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _without_sweeps(overrides: list[str]) -> list[str]:
+    """Enough to read the sweeper's own settings: the first value of every axis."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    return [
+        f"{o.get_key_element()}={next(iter(o.sweep_string_iterator()))}" if o.is_sweep_override() else o.input_line
+        for o in parsed
+        if o.input_line is not None
+    ]
+
+
+def _cell(cfg: DictConfig) -> Cell:
+    with_hydra = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(with_hydra, dict)
+    with_hydra.pop("hydra")
+    return Cell.from_config(OmegaConf.create(with_hydra))
+
+
+def _one_line(error: Exception, config_dir: Path) -> str:
+    """Hydra's explanation as one line, with the options or the nearest key where that is the question."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0]
+    if "Could not find '" in first:
+        group, _, option = first.split("Could not find '")[1].rstrip("'").rpartition("/")
+        options = sorted(file.stem for file in (config_dir / group).glob("*.yaml"))
+        return f"{group}={option}: no such option; choose one of {', '.join(options)}"
+    if first.startswith("Could not override '"):
+        key = first.split("'")[1]
+        axes = [folder.name for folder in config_dir.iterdir() if folder.is_dir()]
+        top = [line.split(":")[0] for line in (config_dir / "config.yaml").read_text().splitlines() if line[:1].isalpha()]
+        near = difflib.get_close_matches(key, axes + top, n=1)
+        hint = f"did you mean {near[0]}?" if near else "python run.py --help lists the axes"
+        return f"{key}: no such setting; {hint}"
+    return " ".join(lines)

@@ -1,0 +1,1 @@
+"""The closed-form solver, its spectra, and the factorized layers made from them."""

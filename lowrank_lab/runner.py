@@ -1,0 +1,43 @@
+"""Run one cell: recognise it if it is finished, else compute it, write its record, and track a copy."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from omegaconf import DictConfig
+
+from lowrank_lab import config
+from lowrank_lab.cell import Cell
+from lowrank_lab.results import Results
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig, grid: str | None = None) -> dict[str, Any]:
+    """Return the record of the cell that ``cfg`` describes. A finished one is found without importing torch.
+
+    Raises UserError for what a user can mend, before any model is loaded; any other failure is written into
+    the record with its traceback and raised again.
+    """
+    cell = Cell.from_config(cfg)
+    results = Results(cfg.results)
+    if (record := results.finished(cell.key)) is not None:
+        log.info("%s: %s already (%s)", cell.label, record["status"], _summary(record))
+        return record
+
+    log.info("%s: starting", cell.label)
+    with results.recording(cell, grid) as recording:
+        from lowrank_lab.stages import compute
+
+        compute(cell, recording)
+    record = recording.data
+    log.info("%s: %s (%s), %.0f s", cell.label, record["status"], _summary(record), record["seconds"])
+    config.build(cfg.tracker)(record, results.path(cell.key))
+    return record
+
+
+def _summary(record: dict[str, Any]) -> str:
+    if record["status"] == "skipped":
+        return record["reason"]
+    return ", ".join(f"{m['metric']} {m['value']:.4g}" for m in record["metrics"].values())

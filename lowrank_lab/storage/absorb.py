@@ -1,0 +1,29 @@
+"""Singular values absorbed into the factors (ASVD §A.8)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Absorb:
+    """Split W' = left · right so that ``left_share`` of each singular value sits in the left factor.
+
+    ½ is the papers' √Σ split (left = U √Σ, right = √Σ Vᵀ), 1 puts all of it in U, 0 in V.
+    """
+
+    def __init__(self, left_share: float) -> None:
+        self.left_share = left_share
+
+    def __call__(self, left: Tensor, right: Tensor, singular_values: Tensor) -> tuple[Tensor, Tensor]:
+        """From ``left`` (out, k) with the singular values all in ``right`` (k, in) to the split wanted.
+
+        Directions whose singular value is zero to working precision are split as the smallest one above it,
+        so that both factors stay finite.
+        """
+        floor = singular_values.max() * 1e-6
+        scale = singular_values.clamp(min=floor) if floor > 0 else singular_values.new_ones(())
+        scale = scale**self.left_share
+        return left * scale, right / scale.unsqueeze(-1) if scale.ndim else right

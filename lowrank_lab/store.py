@@ -1,0 +1,123 @@
+"""Content-addressed artifacts: a key names a folder, and a folder that exists is complete.
+
+An artifact is made in a temporary folder beside its final place and renamed when it is finished, so a
+process killed at any moment leaves nothing that could be read by mistake. A lock per key lets one process
+make it while others wait and then read it. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+MANIFEST = "artifact.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished artifact: its folder, whether it was there already, and the seconds it took to make."""
+
+    kind: str
+    key: str
+    path: Path
+    reused: bool
+    seconds: float
+
+
+class Store:
+    """Artifacts below ``root``, one folder each: ``<root>/<kind>/<key>/``."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def path(self, kind: str, key: str) -> Path:
+        return self.root / kind / key
+
+    def get(self, kind: str, key: str) -> Artifact | None:
+        """The artifact if it is finished, else None."""
+        path = self.path(kind, key)
+        manifest = path / MANIFEST
+        if not manifest.is_file():
+            return None
+        seconds = json.loads(manifest.read_text())["seconds"]
+        return Artifact(kind, key, path, reused=True, seconds=seconds)
+
+    def get_or_make(
+        self, kind: str, key: str, make: Callable[[Path], None], inputs: Any = None
+    ) -> Artifact:
+        """Return the artifact ``key``, calling ``make(folder)`` to fill a new folder if it is not there.
+
+        ``inputs`` is what the key was made from; it is kept in the manifest for people to read. Only one
+        process at a time makes a key; the others wait for it. If ``make`` raises, nothing is left behind.
+        """
+        if found := self.get(kind, key):
+            return found
+        final = self.path(kind, key)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(final.parent / f".{key}.lock"):
+            if found := self.get(kind, key):
+                return found
+            # We hold the lock: whatever a killed process left for this key is rubbish.
+            for leftover in final.parent.glob(f".{key}.tmp-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            work = final.parent / f".{key}.tmp-{uuid.uuid4().hex[:8]}"
+            work.mkdir()
+            try:
+                start = time.perf_counter()
+                make(work)
+                seconds = time.perf_counter() - start
+                manifest = {"kind": kind, "key": key, "seconds": seconds, "inputs": inputs}
+                (work / MANIFEST).write_text(json.dumps(manifest, indent=1, default=str))
+                os.replace(work, final)
+            except BaseException:
+                shutil.rmtree(work, ignore_errors=True)
+                raise
+        return Artifact(kind, key, final, reused=False, seconds=seconds)
+
+    def file_hash(self, file: str | Path) -> str:
+        """SHA-256 of a file, remembered by its path, size and modification time (models are large)."""
+        file = Path(file).resolve()
+        stat = file.stat()
+        identity = {"file": str(file), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        memo = self.root / "hashes" / f"{fingerprint(str(file))}.json"
+        try:
+            known = json.loads(memo.read_text())
+            if {k: known[k] for k in identity} == identity:
+                return known["sha256"]
+        except (OSError, ValueError, KeyError):
+            pass  # no memo yet, or one that cannot be read: hash the file again
+        digest = hashlib.sha256()
+        with open(file, "rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+        sha256 = digest.hexdigest()
+        write_json(memo, {**identity, "sha256": sha256})
+        return sha256
+
+
+def fingerprint(value: Any) -> str:
+    """A short stable hash of plain data: equal data, equal string; key order does not matter."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def write_json(file: str | Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the whole new one, never a half."""
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    work = file.parent / f".{file.name}.tmp-{uuid.uuid4().hex[:8]}"
+    try:
+        work.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        os.replace(work, file)
+    finally:
+        work.unlink(missing_ok=True)

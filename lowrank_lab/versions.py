@@ -1,0 +1,13 @@
+"""Versions of the components that make numbers. They enter the keys of artifacts and records.
+
+Raise one when a change to the component changes what it computes: old artifacts are then no longer found.
+Refactoring, speed and logging do not count. Library versions are written into every record instead.
+"""
+
+MODEL = 1  # models/load.py: conversion of GGUF files
+TOKENS = 1  # calibration/tokens.py
+STATISTICS = 1  # calibration/statistics.py
+SPECTRA = 1  # lowrank/solver.py, lowrank/spectra.py, metric/
+COMPRESSION = 1  # allocation/, storage/, lowrank/ranks.py, lowrank/factorized.py
+PERPLEXITY = 1  # evaluation/perplexity.py
+RECORD = 1  # the schema of results.py
