@@ -59,31 +59,38 @@ def decompose(weight: Tensor, input_metric: Tensor | None, output_metric: Tensor
     Raises FloatingPointError for non-finite input.
 
     Where the weighted error is already zero at some rank (C singular), the remaining directions are those
-    that best approximate what is left of W unweighted in C, so rank min(out, in) always gives W itself.
+    that best approximate what is left of W unweighted in C, so rank min(out, in) always gives W itself
+    (unless R is singular too: what R cannot see is left out).
     """
     for name, tensor in (("weight", weight), ("input metric", input_metric), ("output metric", output_metric)):
         if tensor is not None and not torch.isfinite(tensor).all():
             raise FloatingPointError(f"the {name} is not finite")
-    spectrum = _decompose(weight, input_metric, output_metric)
-    determined = _above_noise(spectrum.eigenvalues, spectrum.eigenvalues[0])
+    spectrum, determined = _decompose(weight, input_metric, output_metric)
     if input_metric is None or determined == len(spectrum.eigenvalues):
         return spectrum
     return _complete(spectrum, determined, weight)
 
 
-def _decompose(weight: Tensor, input_metric: Tensor | None, output_metric: Tensor | None) -> Spectrum:
+def _decompose(
+    weight: Tensor, input_metric: Tensor | None, output_metric: Tensor | None, scale: Tensor | None = None
+) -> tuple[Spectrum, int]:
+    """The spectrum, and how many of its directions stand out from rounding noise at ``scale``.
+
+    ``scale`` is the largest eigenvalue unless ``weight`` is itself the remainder of something larger.
+    """
     out, inp = weight.shape
     if out <= inp:
         # R = P Pᵀ; then Pᵀ W C Wᵀ P has the eigenvectors U, and P^-T U plays the part of R^-½ U.
         root, inverse_root = _roots(output_metric)
         scaled = weight if root is None else _apply_transposed(root, weight)
         eigenvalues, vectors = _eigh(_apply_right(scaled, input_metric) @ scaled.T)
-        return Spectrum(eigenvalues, _apply(inverse_root, vectors), output_metric)
+        kept = _above_noise(eigenvalues, scale)
+        return Spectrum(eigenvalues, _apply(inverse_root, vectors), output_metric), kept
     # C = S Sᵀ; then Sᵀ Wᵀ R W S has the eigenvectors V, and R^-½ U = W S V Σ^-1.
     root, _ = _roots(input_metric)
     scaled = _apply_right(weight, root)
     eigenvalues, vectors = _eigh(scaled.T @ _apply(output_metric, scaled))
-    kept = _above_noise(eigenvalues, eigenvalues[0])
+    kept = _above_noise(eigenvalues, scale)
     basis = torch.zeros_like(vectors)
     basis[:, :kept] = _apply(root, vectors[:, :kept]) / eigenvalues[:kept].sqrt()
     # Dividing by a small σ magnifies rounding. Make the left factors orthonormal in R again; a triangular
@@ -91,7 +98,7 @@ def _decompose(weight: Tensor, input_metric: Tensor | None, output_metric: Tenso
     left = weight @ basis[:, :kept]
     cholesky = torch.linalg.cholesky(left.T @ _apply(output_metric, left))
     basis[:, :kept] = torch.linalg.solve_triangular(cholesky, basis[:, :kept].T, upper=False).T
-    return Spectrum(eigenvalues, basis, output_metric)
+    return Spectrum(eigenvalues, basis, output_metric), kept
 
 
 def _complete(spectrum: Spectrum, determined: int, weight: Tensor) -> Spectrum:
@@ -100,10 +107,9 @@ def _complete(spectrum: Spectrum, determined: int, weight: Tensor) -> Spectrum:
     output_metric = spectrum.output_metric
     left, right, _ = spectrum.factors(weight, determined)
     residual = weight - left @ right
-    free = len(spectrum.eigenvalues) - determined
-    rest = _decompose(residual, None, output_metric)
     energy = (weight * _apply(output_metric, weight)).sum()
-    free = min(free, _above_noise(rest.eigenvalues, energy))
+    rest, found = _decompose(residual, None, output_metric, scale=energy)
+    free = min(len(spectrum.eigenvalues) - determined, found)
     extra = rest.basis[:, :free]
     if out > inp:
         # rest gives its directions as E · extra with E = W − left · right = W (I − basis · right).
@@ -116,9 +122,9 @@ def _complete(spectrum: Spectrum, determined: int, weight: Tensor) -> Spectrum:
     return Spectrum(eigenvalues, basis, output_metric)
 
 
-def _above_noise(eigenvalues: Tensor, scale: Tensor) -> int:
+def _above_noise(eigenvalues: Tensor, scale: Tensor | None) -> int:
     """How many of the descending ``eigenvalues`` stand out from rounding noise at ``scale``."""
-    return int((eigenvalues > NOISE * scale).sum())
+    return int((eigenvalues > NOISE * (eigenvalues[0] if scale is None else scale)).sum())
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

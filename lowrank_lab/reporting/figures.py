@@ -1,0 +1,84 @@
+"""Figures from records alone. One style: colour-blind safe, readable in print and at half size."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from lowrank_lab.reporting.tables import comparison, groups
+
+# Okabe and Ito's palette: told apart with every common kind of colour blindness, and by marker in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+STYLE = {
+    "font.size": 14,
+    "axes.labelsize": 15,
+    "legend.fontsize": 13,
+    "lines.linewidth": 2.2,
+    "lines.markersize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "figure.dpi": 150,
+    "svg.hashsalt": "lowrank_lab",
+}
+
+
+def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure:
+    """Perplexity (log scale) against the fraction of compressible parameters kept, a line for each method."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
+        compressed = group[group["method"] != "dense"]
+        for number, ((method, variant), line) in enumerate(compressed.groupby(["method", "variant"], sort=True)):
+            line = line.sort_values("ratio_reached")
+            axes.plot(
+                line["ratio_reached"],
+                line["value"],
+                color=COLOURS[number % len(COLOURS)],
+                marker=MARKERS[number % len(MARKERS)],
+                label=f"{method} ({variant})" if variant else method,
+            )
+        for value in group.loc[group["method"] == "dense", "value"]:
+            axes.axhline(value, color="0.35", linestyle="--", label=f"dense ({value:.4g})")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(numticks=8))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("compressible parameters kept")
+        axes.set_ylabel("perplexity")
+        axes.set_title(_wrapped(caption), fontsize=11)
+        axes.legend(frameon=False)
+    return figure
+
+
+def write(records: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """Write each comparable set as PNG and PDF; returns the files written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for caption, group in groups(comparison(records)):
+        protocol = group.iloc[0]["protocol"]
+        name = f"perplexity_{group.iloc[0]['model']}_{protocol['dataset']}_{protocol['windows']}x{protocol['window']}"
+        if protocol["bos"] != "text":
+            name += f"_bos-{protocol['bos']}"
+        figure = perplexity_against_ratio(group, caption)
+        for suffix in ("png", "pdf"):
+            file = folder / f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)}.{suffix}"
+            # No creation date, so that the same records give the same bytes.
+            figure.savefig(file, metadata={"CreationDate": None} if suffix == "pdf" else {"Software": None})
+            files.append(file)
+        plt.close(figure)
+    return files
+
+
+def _wrapped(caption: str) -> str:
+    model, _, rest = caption.partition(", ")
+    return f"{model}\n{rest}"
