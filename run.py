@@ -36,7 +36,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     arguments = get_args_parser().parse_args()
     asks_for_work = not (
-        arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
+        arguments.help
+        or arguments.hydra_help
+        or arguments.cfg
+        or arguments.info
+        or arguments.shell_completion
     )
     try:
         if asks_for_work and _nothing_to_do(arguments.overrides, arguments.multirun):

@@ -39,10 +39,17 @@ def validate(cfg: DictConfig) -> None:
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise UserError(f"{missing[0]} must be given, for example {missing[0]}=...")
-    _check("ratio", cfg.ratio, _is_number(cfg.ratio) and 0 < cfg.ratio <= 1, "a number in (0, 1]: the fraction kept")
+    _check(
+        "ratio",
+        cfg.ratio,
+        _is_number(cfg.ratio) and 0 < cfg.ratio <= 1,
+        "a number in (0, 1]: the fraction kept",
+    )
     _check("dtype", cfg.dtype, cfg.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
     _check("seed", cfg.seed, _is_count(cfg.seed, 0), "a whole number from 0")
-    _check("model.path", cfg.model.path, isinstance(cfg.model.path, str), "a hub name, a folder or package:NAME")
+    _check(
+        "model.path", cfg.model.path, isinstance(cfg.model.path, str), "a hub name, a folder or package:NAME"
+    )
     for name in ("samples", "seqlen", "batch_size"):
         value = cfg.calibration[name]
         _check(f"calibration.{name}", value, _is_count(value, 1), "a whole number from 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -13,7 +14,16 @@ from typing import Any
 
 from lowrank_lab import __version__
 
-LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "hydra-core", "omegaconf")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "safetensors",
+    "numpy",
+    "hydra-core",
+    "omegaconf",
+)
 MIB = 1024**2
 
 
@@ -61,11 +71,9 @@ def hardware(device: Any) -> dict[str, Any]:
 
 
 def reset_peak_memory() -> None:
-    """Start a new measurement of peak memory for this process (Linux; elsewhere it is the process's whole life)."""
-    try:
+    """Start a new measurement of peak memory. Linux only; elsewhere it is of the process's whole life."""
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 

@@ -28,9 +28,8 @@ def plan(config_dir: Path, config_name: str, overrides: list[str], multirun: boo
             base = compose(config_name, _without_sweeps(overrides) if multirun else overrides, True)
             if not multirun:
                 return [_cell(base)]
-            params = OmegaConf.to_container(base.hydra.sweeper.get("params") or {})
-            assert isinstance(params, dict)
-            swept = [f"{key}={value}" for key, value in params.items()] + overrides
+            params: DictConfig = base.hydra.sweeper.get("params") or OmegaConf.create({})
+            swept = [f"{key!s}={value}" for key, value in params.items()] + overrides
             parsed = OverridesParser.create().parse_overrides(swept)
             [combinations] = BasicSweeper.split_arguments(parsed, None)
             return [_cell(compose(config_name, combination, True)) for combination in combinations]
@@ -43,11 +42,14 @@ def plan(config_dir: Path, config_name: str, overrides: list[str], multirun: boo
 def _without_sweeps(overrides: list[str]) -> list[str]:
     """Enough to read the sweeper's own settings: the first value of every axis."""
     parsed = OverridesParser.create().parse_overrides(overrides)
-    return [
-        f"{o.get_key_element()}={next(iter(o.sweep_string_iterator()))}" if o.is_sweep_override() else o.input_line
-        for o in parsed
-        if o.input_line is not None
-    ]
+    first = []
+    for override in parsed:
+        if override.is_sweep_override():
+            value = str(next(iter(override.sweep_string_iterator())))
+            first.append(f"{override.get_key_element()}={value}")
+        else:
+            first.append(str(override.input_line))
+    return first
 
 
 def _cell(cfg: DictConfig) -> Cell:
@@ -68,7 +70,11 @@ def _one_line(error: Exception, config_dir: Path) -> str:
     if first.startswith("Could not override '"):
         key = first.split("'")[1]
         axes = [folder.name for folder in config_dir.iterdir() if folder.is_dir()]
-        top = [line.split(":")[0] for line in (config_dir / "config.yaml").read_text().splitlines() if line[:1].isalpha()]
+        top = [
+            line.split(":")[0]
+            for line in (config_dir / "config.yaml").read_text().splitlines()
+            if line[:1].isalpha()
+        ]
         near = difflib.get_close_matches(key, axes + top, n=1)
         hint = f"did you mean {near[0]}?" if near else "python run.py --help lists the axes"
         return f"{key}: no such setting; {hint}"

@@ -117,8 +117,8 @@ class Results:
         try:
             yield record
             record.data["status"] = "done"
-        except SkippedCell as reason:
-            record.data.update(status="skipped", reason=str(reason))
+        except SkippedCell as why:
+            record.data.update(status="skipped", reason=str(why))
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             record.data.update(status="failed", reason=reason, traceback=traceback.format_exc())

@@ -1,6 +1,6 @@
 """The flow of one cell, read from top to bottom. Everything that needs torch begins here.
 
-    model → shapes → ranks → statistics* → spectra* → factors → metrics*         (* a cached artifact)
+model → shapes → ranks → statistics* → spectra* → factors → metrics*         (* a cached artifact)
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,7 @@ def compute(cell: Cell, record: Record) -> None:
 
     for name, evaluator in cell.evaluators.items():
         bench.evaluator = name
-        metric = cell.store.get_or_make(
-            "metric", cell.metric_key(name), lambda folder, e=evaluator: _measure(folder, e, bench)
-        )
+        metric = cell.store.get_or_make("metric", cell.metric_key(name), partial(_measure, evaluator, bench))
         record.artifact(f"eval.{name}", metric)
         record.data["metrics"][name] = json.loads((metric.path / "metric.json").read_text())
 
@@ -129,7 +127,9 @@ class Bench:
 
     def bos_id(self) -> int:
         if self.tokenizer.bos_token_id is None:
-            raise UserError(f"model {self.cell.source.name} has no BOS token; use eval.{self.evaluator}.bos=text")
+            raise UserError(
+                f"model {self.cell.source.name} has no BOS token; use eval.{self.evaluator}.bos=text"
+            )
         return self.tokenizer.bos_token_id
 
 
@@ -142,7 +142,9 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"device={name} is not valid; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device={name}: this machine has {torch.cuda.device_count()} GPUs; use device=auto or cpu")
+        raise UserError(
+            f"device={name}: this machine has {torch.cuda.device_count()} GPUs; use device=auto or cpu"
+        )
     return device
 
 
@@ -153,13 +155,17 @@ def _check_lengths(cell: Cell, model_config: Any) -> None:
         lengths["calibration.seqlen"] = cell.cfg.calibration.seqlen
     for name, length in lengths.items():
         if positions is not None and length > positions:
-            raise SkippedCell(f"{name}={length} is longer than the {positions} positions of {cell.source.name}")
+            raise SkippedCell(
+                f"{name}={length} is longer than the {positions} positions of {cell.source.name}"
+            )
 
 
 def _skeleton(cell: Cell, location: str) -> nn.Module:
     """The model without weights, for shapes: ranks are settled before any weight is read."""
     trust = cell.cfg.model.trust_remote_code
-    model_config = AutoConfig.from_pretrained(location, revision=cell.source.revision, trust_remote_code=trust)
+    model_config = AutoConfig.from_pretrained(
+        location, revision=cell.source.revision, trust_remote_code=trust
+    )
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust)
 
@@ -202,7 +208,7 @@ def _statistics(cell: Cell, record: Record, bench: Bench) -> Path:
     return record.artifact("calibration", statistics).path
 
 
-def _measure(folder: Path, evaluator: Any, bench: Bench) -> None:
+def _measure(evaluator: Any, bench: Bench, folder: Path) -> None:
     (folder / "metric.json").write_text(json.dumps(evaluator(bench), indent=1))
 
 
@@ -213,7 +219,7 @@ def _sizes(
 
     parameters, bytes        of the whole model; tied tensors count once
     sites                    weights of the compressible linears, biases apart: dense, and as they are now
-    macs_per_token           multiply-accumulates of all linear layers, lm_head included, attention products apart
+    macs_per_token           multiply-accumulates of all linear layers with lm_head, attention products apart
     kv_cache_bytes_per_token keys and values of all layers in the model's dtype
     """
     dense = sum(out * inp for out, inp in shapes.values())
@@ -228,7 +234,12 @@ def _sizes(
         "ratio_reached": now / dense if shapes else 1.0,
         "parameters": sum(p.numel() for p in tensors),
         "bytes": sum(p.numel() * p.element_size() for p in tensors),
-        "sites": {"count": len(shapes), "parameters_dense": dense, "parameters": now, "bytes": now * value_bytes},
+        "sites": {
+            "count": len(shapes),
+            "parameters_dense": dense,
+            "parameters": now,
+            "bytes": now * value_bytes,
+        },
         "macs_per_token": _macs_per_token(model),
         "kv_cache_bytes_per_token": kv_cache_values_per_token(model.config) * value_bytes,
     }

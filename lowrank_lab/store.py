@@ -52,9 +52,7 @@ class Store:
         seconds = json.loads(manifest.read_text())["seconds"]
         return Artifact(kind, key, path, reused=True, seconds=seconds)
 
-    def get_or_make(
-        self, kind: str, key: str, make: Callable[[Path], None], inputs: Any = None
-    ) -> Artifact:
+    def get_or_make(self, kind: str, key: str, make: Callable[[Path], None], inputs: Any = None) -> Artifact:
         """Return the artifact ``key``, calling ``make(folder)`` to fill a new folder if it is not there.
 
         ``inputs`` is what the key was made from; it is kept in the manifest for people to read. Only one

@@ -155,6 +155,6 @@ class HubCorpus:
         if isinstance(cached, str):
             return Path(cached).parent.name
         raise UserError(
-            f"data set {self.hub}: not to be had from the hub ({reason}); check the network, or set data_root "
-            f"to a folder that holds {self.mirror}/<split>.jsonl"
+            f"data set {self.hub}: not to be had from the hub ({reason}); check the network, or set "
+            f"data_root to a folder that holds {self.mirror}/<split>.jsonl"
         )

@@ -1,4 +1,4 @@
-"""The ``eval=ppl`` evaluator: its protocol as data. The computation is in perplexity.py, which needs torch."""
+"""The ``eval=ppl`` evaluator: its protocol as data. perplexity.py, which needs torch, computes it."""
 
 from __future__ import annotations
 

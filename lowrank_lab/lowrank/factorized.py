@@ -37,7 +37,7 @@ def dense_weight(linear: nn.Module) -> Tensor:
 
 
 def factorize(block: nn.Module, name: str, left: Tensor, right: Tensor) -> None:
-    """Replace the dense linear ``name`` of ``block`` by its factors, in the dense layer's dtype and device."""
+    """Replace the dense linear ``name`` of ``block`` by its factors, in its dtype and on its device."""
     dense = block.get_submodule(name)
     weight = dense_weight(dense)
     bias = dense.bias.detach() if isinstance(dense.bias, Tensor) else None

@@ -62,7 +62,11 @@ def decompose(weight: Tensor, input_metric: Tensor | None, output_metric: Tensor
     that best approximate what is left of W unweighted in C, so rank min(out, in) always gives W itself
     (unless R is singular too: what R cannot see is left out).
     """
-    for name, tensor in (("weight", weight), ("input metric", input_metric), ("output metric", output_metric)):
+    for name, tensor in (
+        ("weight", weight),
+        ("input metric", input_metric),
+        ("output metric", output_metric),
+    ):
         if tensor is not None and not torch.isfinite(tensor).all():
             raise FloatingPointError(f"the {name} is not finite")
     spectrum, determined = _decompose(weight, input_metric, output_metric)

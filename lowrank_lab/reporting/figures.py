@@ -19,7 +19,7 @@ from lowrank_lab.reporting.tables import comparison, groups
 # Okabe and Ito's palette: told apart with every common kind of colour blindness, and by marker in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-STYLE = {
+STYLE: Any = {
     "font.size": 14,
     "axes.labelsize": 15,
     "legend.fontsize": 13,
@@ -39,7 +39,9 @@ def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
         compressed = group[group["method"] != "dense"]
-        for number, ((method, variant), line) in enumerate(compressed.groupby(["method", "variant"], sort=True)):
+        for number, ((method, variant), line) in enumerate(
+            compressed.groupby(["method", "variant"], sort=True)
+        ):
             line = line.sort_values("ratio_reached")
             axes.plot(
                 line["ratio_reached"],
@@ -53,7 +55,8 @@ def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=8))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("compressible parameters kept")
+        axes.set_xticks(sorted(compressed["ratio"].unique()))
+        axes.set_xlabel("ratio of compressible parameters kept")
         axes.set_ylabel("perplexity")
         axes.set_title(_wrapped(caption), fontsize=11)
         axes.legend(frameon=False)
@@ -65,8 +68,8 @@ def write(records: list[dict[str, Any]], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for caption, group in groups(comparison(records)):
-        protocol = group.iloc[0]["protocol"]
-        name = f"perplexity_{group.iloc[0]['model']}_{protocol['dataset']}_{protocol['windows']}x{protocol['window']}"
+        model, protocol = group.iloc[0]["model"], group.iloc[0]["protocol"]
+        name = f"perplexity_{model}_{protocol['dataset']}_{protocol['windows']}x{protocol['window']}"
         if protocol["bos"] != "text":
             name += f"_bos-{protocol['bos']}"
         figure = perplexity_against_ratio(group, caption)

