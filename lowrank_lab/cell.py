@@ -73,9 +73,18 @@ class Cell:
 
     @cached_property
     def key(self) -> str:
-        """Identifies the record: the compressed model and everything measured on it."""
-        metrics = {name: self.metric_key(name) for name in self.evaluators}
-        return fingerprint({"model": self.compressed_key, "metrics": metrics, "version": versions.RECORD})
+        """Identifies the record: what was measured on which model, and the name it is reported under.
+
+        The artifacts know no names: a method composed by hand reuses all of the one it equals.
+        """
+        return fingerprint(
+            {
+                "method": self.cfg.method.name,
+                "model": self.compressed_key,
+                "metrics": {name: self.metric_key(name) for name in self.evaluators},
+                "version": versions.RECORD,
+            }
+        )
 
     @property
     def model_key(self) -> str:

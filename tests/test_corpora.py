@@ -1,0 +1,120 @@
+"""Texts and tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+from lowrank_lab.calibration.corpora import EmbeddedWikipedia, HubCorpus, Part, text_of
+from lowrank_lab.calibration.tokens import (
+    load_tokens,
+    make_calibration_tokens,
+    make_text_tokens,
+    sample_windows,
+    tokenize,
+)
+from lowrank_lab.errors import UserError
+from lowrank_lab.models.tiny import byte_tokenizer
+from lowrank_lab.store import Store
+
+
+@pytest.fixture(scope="module")
+def wikipedia() -> dict[str, list[str]]:
+    return {split: list(EmbeddedWikipedia().documents(split, None)) for split in ("train", "test")}
+
+
+def test_wikipedia_parts_share_no_article(wikipedia):
+    train, test = wikipedia["train"], wikipedia["test"]
+    assert len(train) == 85
+    assert len(test) == 22
+    assert not set(train) & set(test)
+    assert sum(map(len, train)) > 2_000_000
+
+
+def test_wikipedia_is_text_without_redirects(wikipedia):
+    assert wikipedia["test"][0].startswith("'''Anarchism''' is a political philosophy")
+    assert not any(text.lower().startswith("#redirect") for text in wikipedia["train"])
+
+
+def corpus() -> HubCorpus:
+    return HubCorpus("wikitext/wikitext-2-raw-v1", "Salesforce/wikitext", "wikitext-2-raw-v1", "text")
+
+
+def test_mirror_is_read_and_identified_by_content(data_root, tmp_path):
+    store = Store(tmp_path)
+    text, documents = text_of(corpus(), Part("test", "|", 3), str(data_root))
+    assert documents == 3
+    assert text.count("|") == 2
+    train = corpus().content("train", str(data_root), store)
+    assert train != corpus().content("test", str(data_root), store)
+    assert len(train) == 64  # SHA-256 of the file
+
+
+def test_missing_mirror_file_is_named(data_root, tmp_path):
+    with pytest.raises(UserError, match=r"no file .*wikitext-2-raw-v1/dev\.jsonl"):
+        corpus().content("dev", str(data_root), Store(tmp_path))
+
+
+def test_hub_that_cannot_be_reached_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(UserError, match="set data_root to a folder that holds wikitext"):
+        corpus().content("test", None, Store(tmp_path))
+
+
+def test_samples_are_windows_of_the_text_and_follow_the_seed():
+    ids = np.arange(1000)
+    for sampling in ("random", "disjoint"):
+        windows = sample_windows(ids, 20, 32, seed=3, sampling=sampling)
+        assert windows.shape == (20, 32)
+        assert (np.diff(windows, axis=1) == 1).all()
+        again = sample_windows(ids, 20, 32, seed=3, sampling=sampling)
+        assert (windows == again).all()
+        assert (windows != sample_windows(ids, 20, 32, seed=4, sampling=sampling)).any()
+
+
+def test_disjoint_samples_share_no_token():
+    windows = sample_windows(np.arange(1000), 31, 32, seed=0, sampling="disjoint")
+    assert len(set(windows.flatten().tolist())) == 31 * 32
+
+
+def test_every_start_can_be_drawn():
+    starts = {int(w[0]) for w in sample_windows(np.arange(10), 500, 8, seed=0, sampling="random")}
+    assert starts == {0, 1, 2}
+
+
+@pytest.mark.parametrize("sampling", ["random", "disjoint"])
+def test_text_that_is_too_short_raises(sampling):
+    with pytest.raises(UserError, match="calibration"):
+        sample_windows(np.arange(20), 2, 32, seed=0, sampling=sampling)
+
+
+def test_token_artifacts_say_what_they_hold(data_root, tmp_path):
+    part = Part("train", "\n", 5)
+    make_calibration_tokens(tmp_path, byte_tokenizer(), corpus(), part, str(data_root), 4, 16, 0, "random")
+    ids, facts = load_tokens(tmp_path)
+    assert ids.shape == (4, 16)
+    assert facts["tokens"] == 64
+    assert facts["documents"] == 5
+    assert facts["sha256"] == hashlib.sha256(ids.tobytes()).hexdigest()
+
+
+def test_text_tokens_are_the_whole_text(data_root, tmp_path):
+    tokenizer = byte_tokenizer()
+    make_text_tokens(tmp_path, tokenizer, corpus(), Part("test", "\n\n", None), str(data_root), True)
+    ids, facts = load_tokens(tmp_path)
+    rows = (data_root / "wikitext/wikitext-2-raw-v1/test.jsonl").read_text().splitlines()
+    assert tokenizer.decode(ids) == "\n\n".join(json.loads(row)["text"] for row in rows)
+    assert facts["tokens"] == len(ids)
+    assert facts["characters"] == len(tokenizer.decode(ids))
+
+
+def test_tokenize_adds_special_tokens_only_if_asked():
+    class Tokenizer:
+        def __call__(self, text, add_special_tokens, verbose):
+            return {"input_ids": [1, 7, 8] if add_special_tokens else [7, 8]}
+
+    assert tokenize(Tokenizer(), "text", True).tolist() == [1, 7, 8]
+    assert tokenize(Tokenizer(), "text", False).tolist() == [7, 8]

@@ -1,0 +1,211 @@
+"""Every architecture row on a tiny random model: the walk, the statistics, the replacement of layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lowrank_lab.calibration.statistics import load_statistics, make_statistics
+from lowrank_lab.lowrank.factorized import FactorizedLinear, dense_weight, factorize
+from lowrank_lab.lowrank.ranks import rank_for_ratio, total_parameters
+from lowrank_lab.lowrank.solver import decompose
+from lowrank_lab.lowrank.spectra import compress, make_spectra, site_name, site_shapes
+from lowrank_lab.metric.activation_scale import ActivationScale
+from lowrank_lab.metric.identity import Identity
+from lowrank_lab.metric.second_moment import SecondMoment
+from lowrank_lab.models import tiny
+from lowrank_lab.models.arch import ARCHITECTURES, kv_cache_values_per_token
+from lowrank_lab.models.load import load_model
+from lowrank_lab.models.walk import blocks_of, walk
+from lowrank_lab.storage.absorb import Absorb
+
+CPU = torch.device("cpu")
+FAMILIES = sorted(ARCHITECTURES)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {}
+    for family in FAMILIES:
+        folders[family] = tmp_path_factory.mktemp(family)
+        tiny.build(family, folders[family])
+    return folders
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture()
+def model(family: str, checkpoints: dict[str, Path]) -> Any:
+    return load_model(str(checkpoints[family]), None, "float32", False)
+
+
+@pytest.fixture()
+def batches() -> list[torch.Tensor]:
+    """Token ids, the last batch smaller; longer than the sliding windows of the tiny Gemmas."""
+    ids = torch.randint(4, 260, (5, 40), generator=torch.Generator().manual_seed(1))
+    return list(ids.split(2))
+
+
+def test_every_row_has_a_tiny_model():
+    assert sorted(tiny.CONFIGS) == FAMILIES
+
+
+def test_the_row_names_every_linear_of_a_block(model, family):
+    """A linear that a row forgets would silently stay dense."""
+    spec = ARCHITECTURES[family]
+    for block in blocks_of(model, spec):
+        linears = {n for n, m in block.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
+        assert linears == set(spec.linears)
+
+
+def test_walking_equals_the_models_own_forward(model, family, batches):
+    """Block by block, with each block's own masks and position embeddings."""
+    spec = ARCHITECTURES[family]
+    expected: dict[int, list[torch.Tensor]] = {}
+    hooks = [
+        block.register_forward_hook(lambda _m, _a, out, i=i: expected.setdefault(i, []).append(out))
+        for i, block in enumerate(blocks_of(model, spec))
+    ]
+    with torch.no_grad():
+        for ids in batches:
+            model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    seen = 0
+    for index, block, run in walk(model, spec, batches, CPU):
+        outputs: list[torch.Tensor] = []
+        hook = block.register_forward_hook(lambda _m, _a, out, outputs=outputs: outputs.append(out))
+        run()
+        hook.remove()
+        for ours, theirs in zip(outputs, expected[index], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        seen += 1
+    assert seen == len(blocks_of(model, spec))
+
+
+def test_linears_of_a_group_share_their_input_and_its_statistics(model, family, batches, tmp_path):
+    spec = ARCHITECTURES[family]
+    inputs: dict[str, list[torch.Tensor]] = {}
+    hooks = []
+    for index, block in enumerate(blocks_of(model, spec)):
+        for name in spec.linears:
+            seen = inputs.setdefault(site_name(spec, index, name), [])
+            linear = block.get_submodule(name)
+            hooks.append(linear.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0])))
+    with torch.no_grad():
+        for ids in batches:
+            model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    make_statistics(tmp_path, model, spec, batches, CPU)
+    for index in range(len(blocks_of(model, spec))):
+        for group in spec.inputs:
+            statistics = load_statistics(tmp_path, index, group, CPU)
+            for name in group:
+                seen = inputs[site_name(spec, index, name)]
+                x = torch.cat([t.reshape(-1, t.shape[-1]) for t in seen]).double()
+                assert statistics.tokens == len(x)
+                close = {"rtol": 1e-5, "atol": 1e-7}
+                torch.testing.assert_close(statistics.second_moment, x.T @ x / len(x), **close)
+                torch.testing.assert_close(statistics.abs_mean, x.abs().mean(0), **close)
+                torch.testing.assert_close(statistics.abs_max, x.abs().amax(0), **close)
+
+
+def test_full_rank_factors_reproduce_the_dense_logits(model, family, batches):
+    spec = ARCHITECTURES[family]
+    with torch.no_grad():
+        dense = model(batches[0]).logits
+        for block in blocks_of(model, spec):
+            for name in spec.linears:
+                weight = dense_weight(block.get_submodule(name)).double()
+                left, right, sigma = decompose(weight, None, None).factors(weight, min(weight.shape))
+                factorize(block, name, *Absorb(0.5)(left, right, sigma))
+                assert isinstance(block.get_submodule(name), FactorizedLinear)
+        torch.testing.assert_close(model(batches[0]).logits, dense, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("metric", [Identity(), ActivationScale("abs_mean", 0.5), SecondMoment()])
+def test_compression_measures_what_it_reports(model, family, batches, tmp_path, metric):
+    """The reported squared error is the one on the deployed tensors, and the tensors are as many as planned."""
+    spec = ARCHITECTURES[family]
+    shapes = site_shapes(model, spec)
+    ranks = {name: rank_for_ratio(out, inp, 0.5) for name, (out, inp) in shapes.items()}
+    statistics, spectra = tmp_path / "statistics", tmp_path / "spectra"
+    for folder in (statistics, spectra):
+        folder.mkdir()
+    make_statistics(statistics, model, spec, batches, CPU)
+    make_spectra(spectra, model, spec, metric, statistics, CPU)
+    dense = {name: dense_weight(model.get_submodule(name)).detach().double() for name in shapes}
+    reported = compress(model, spec, ranks, spectra, Absorb(0.5), CPU)
+
+    measured = 0.0
+    for index in range(len(blocks_of(model, spec))):
+        for group in spec.inputs:
+            c, _ = metric(load_statistics(statistics, index, group, CPU))
+            for linear in group:
+                name = site_name(spec, index, linear)
+                layer = model.get_submodule(name)
+                assert layer.rank == ranks[name]
+                error = dense[name] - (layer.left.weight.double() @ layer.right.weight.double())
+                weighted = error if c is None else error * c if c.ndim == 1 else error @ c
+                measured += float((weighted * error).sum())
+    assert measured == pytest.approx(reported, rel=1e-4)  # factors and statistics are kept in float32
+    tensors = sum(model.get_submodule(n).left.weight.numel() for n in shapes)
+    tensors += sum(model.get_submodule(n).right.weight.numel() for n in shapes)
+    assert tensors == total_parameters(shapes, ranks)
+
+
+def test_biases_survive(checkpoints, batches):
+    model = load_model(str(checkpoints["gpt2"]), None, "float32", False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+        block = model.transformer.h[0]
+        expected = block.mlp.c_fc(torch.ones(1, 48))
+        weight = dense_weight(block.mlp.c_fc).double()
+        left, right, _ = decompose(weight, None, None).factors(weight, 48)
+        factorize(block, "mlp.c_fc", left, right)
+        torch.testing.assert_close(block.mlp.c_fc(torch.ones(1, 48)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_embeddings_and_head_are_left_alone_and_tied(model, family):
+    shapes = site_shapes(model, ARCHITECTURES[family])
+    assert not any("lm_head" in name or "embed" in name or "wte" in name for name in shapes)
+    if model.config.tie_word_embeddings:
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_kv_cache_is_counted_under_grouped_query_attention(model, batches):
+    """Against the cache that the model itself fills."""
+    with torch.no_grad():
+        cache = model(batches[0][:1, :8], use_cache=True).past_key_values
+    cached = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert kv_cache_values_per_token(model.config) == cached / 8
+
+
+def test_activations_that_are_not_finite_raise_with_a_name(checkpoints, batches, tmp_path):
+    model = load_model(str(checkpoints["llama"]), None, "float32", False)
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate_proj.weight[0, 0] = torch.inf
+    with pytest.raises(FloatingPointError, match=r"block 1.*down_proj"):
+        make_statistics(tmp_path, model, ARCHITECTURES["llama"], batches, CPU)
+
+
+def test_weights_that_are_not_finite_raise_with_a_name(checkpoints, tmp_path):
+    model = load_model(str(checkpoints["llama"]), None, "float32", False)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"model\.layers\.2\.mlp\.up_proj"):
+        make_spectra(tmp_path, model, ARCHITECTURES["llama"], Identity(), None, CPU)
+
+
+def test_dense_weight_rejects_what_is_not_linear():
+    with pytest.raises(TypeError, match="LayerNorm"):
+        dense_weight(nn.LayerNorm(3))

@@ -1,0 +1,140 @@
+"""Tables, figures and status from records alone."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from lowrank_lab.reporting import figures, tables
+from lowrank_lab.reporting.status import status
+from lowrank_lab.results import Results
+
+from .conftest import REPOSITORY
+
+
+@pytest.fixture()
+def records(grid_lab):
+    return [r for r in grid_lab.results.records() if r["ratio"] in (1.0, 0.8, 0.6) and r["status"] == "done"]
+
+
+def test_the_table_holds_the_records_numbers(records):
+    rows = tables.comparison(records)
+    assert len(rows) == len(records)
+    for record in records:
+        [row] = rows[rows["key"] == record["key"]].to_dict("records")
+        assert row["value"] == record["metrics"]["ppl"]["value"]
+        assert row["parameters"] == record["sizes"]["parameters"]
+        assert row["bytes"] == record["sizes"]["bytes"]
+    assert rows["method"].iloc[0] == "dense"
+
+
+def test_csv_keeps_full_precision_and_the_protocol(records):
+    table = pd.read_csv(io.StringIO(tables.csv(records)))
+    values = {r["key"]: r["metrics"]["ppl"]["value"] for r in records}
+    assert {k: v for k, v in zip(table["key"], table["value"], strict=True)} == pytest.approx(values, rel=1e-12)
+    assert set(table["protocol_window"]) == {32}
+
+
+def test_markdown_and_latex_have_a_row_a_cell(records):
+    markdown = tables.markdown(records)
+    assert sum(line.startswith("| svdllm") for line in markdown.splitlines()) == 2
+    assert "the first 6 of" in markdown  # a limited evaluation says so
+    latex = tables.latex(records)
+    assert latex.count("svdllm &") == 2
+    assert r"\toprule" in latex
+
+
+def test_other_protocols_and_models_never_share_a_table(records):
+    other = json.loads(json.dumps(records[0]))
+    other["key"] = "other"
+    other["metrics"]["ppl"]["protocol"]["window"] = 64
+    assert tables.comparison([*records, other])["group"].nunique() == 2
+    other["metrics"]["ppl"]["protocol"]["window"] = 32
+    other["model"] = "another"
+    assert tables.comparison([*records, other])["group"].nunique() == 2
+
+
+def test_cells_of_one_method_are_told_apart_by_what_differs(records):
+    [asvd] = [r for r in records if r["method"] == "asvd" and r["ratio"] == 0.8]
+    other = json.loads(json.dumps(asvd))
+    other["key"] = "other"
+    other["config"]["metric"]["alpha"] = 0.25
+    rows = tables.comparison([*records, other])
+    assert set(rows.loc[rows["method"] == "asvd", "variant"]) == {"alpha=0.5", "alpha=0.25"}
+    assert set(rows.loc[rows["method"] != "asvd", "variant"]) == {""}
+
+
+def test_failed_and_skipped_cells_stay_visible(records):
+    failed = {**records[1], "status": "failed", "reason": "RuntimeError: broken", "metrics": {}, "key": "f"}
+    skipped = {**records[2], "status": "skipped", "reason": "no rank", "metrics": {}, "key": "s"}
+    del failed["sizes"]
+    markdown = tables.markdown([*records, failed, skipped])
+    assert "failed (RuntimeError: broken)" in markdown
+    assert "skipped (no rank)" in markdown
+    alone = tables.markdown([failed])
+    assert "failed (RuntimeError: broken)" in alone
+
+
+def test_files_are_the_same_when_written_again(records, tmp_path):
+    for name in ("one", "two"):
+        tables.write(records, tmp_path / name)
+        figures.write(records, tmp_path / name)
+    one, two = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two
+    assert {Path(name).suffix for name in one} == {".md", ".csv", ".tex", ".png", ".pdf"}
+
+
+def test_the_figure_shows_every_method_and_the_dense_line(records):
+    [(caption, group)] = list(tables.groups(tables.comparison(records)))
+    axes = figures.perplexity_against_ratio(group, caption).axes[0]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert [label.split(" ")[0] for label in labels] == ["asvd", "svd", "svdllm", "dense"]
+    assert axes.get_yscale() == "log"
+    line = axes.get_lines()[0]
+    shown = group[group["method"] == "asvd"].sort_values("ratio_reached")
+    assert line.get_xdata().tolist() == shown["ratio_reached"].tolist()
+    assert line.get_ydata().tolist() == shown["value"].tolist()
+
+
+def report(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "report.py", *arguments], cwd=REPOSITORY, capture_output=True, text=True
+    )
+
+
+def test_the_command_writes_and_names_its_files(grid_lab, tmp_path):
+    done = report("--results", str(grid_lab.root), "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "| svdllm" in done.stdout
+    written = {line.removeprefix("wrote ") for line in done.stdout.splitlines() if line.startswith("wrote ")}
+    assert written == {str(f) for f in tmp_path.iterdir()}
+
+
+def test_no_records_is_one_line(tmp_path):
+    done = report("--results", str(tmp_path))
+    assert done.returncode != 0
+    assert done.stderr.strip() == f"error: no records in {tmp_path}; run something first: python run.py"
+
+
+def test_status_tells_done_failed_skipped_and_missing(grid_lab, tmp_path):
+    results = Results(tmp_path / "results")
+    shutil.copytree(grid_lab.root / "records", results.root / "records")
+    shutil.copytree(grid_lab.root / "grids", results.root / "grids")
+    grid = next(g for g in results.grids() if len(g["cells"]) == 7)
+    keys = sorted(grid["cells"])
+    results.path(keys[0]).unlink()
+    for key, state in ((keys[1], "failed"), (keys[2], "skipped")):
+        record = {**results.find(key), "status": state, "reason": "because"}
+        results.path(key).write_text(json.dumps(record))
+    text = status(results)
+    assert text.splitlines()[-1].endswith("1 failed, 1 skipped, 1 missing")
+    assert f"(because; traceback in {results.path(keys[1])})" in text
+    assert "missing" in next(line for line in text.splitlines() if grid["cells"][keys[0]] in line)
+    assert "no grid has been run" in status(Results(tmp_path / "nothing"))

@@ -1,0 +1,105 @@
+"""The artifact store: whole or absent, made once, whatever happens to the process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lowrank_lab.store import Store, fingerprint, write_json
+
+
+def fill(text: str):
+    return lambda folder: (folder / "data").write_text(text)
+
+
+def test_made_once_then_reused(tmp_path):
+    store = Store(tmp_path)
+    first = store.get_or_make("kind", "key", fill("one"))
+    second = store.get_or_make("kind", "key", fill("two"))
+    assert not first.reused
+    assert second.reused
+    assert second.seconds == pytest.approx(first.seconds)
+    assert (second.path / "data").read_text() == "one"
+
+
+def test_a_failure_leaves_nothing(tmp_path):
+    store = Store(tmp_path)
+
+    def breaks(folder: Path) -> None:
+        (folder / "data").write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        store.get_or_make("kind", "key", breaks)
+    assert store.get("kind", "key") is None
+    assert [f.name for f in (tmp_path / "kind").iterdir() if "tmp" in f.name] == []
+    assert (store.get_or_make("kind", "key", fill("whole")).path / "data").read_text() == "whole"
+
+
+MAKER = """
+import sys, time
+from lowrank_lab.store import Store
+def make(folder):
+    (folder / "data").write_text("half")
+    print("making", flush=True)
+    time.sleep(float(sys.argv[2]))
+    (folder / "data").write_text("whole")
+print("reused" if Store(sys.argv[1]).get_or_make("kind", "key", make).reused else "made", flush=True)
+"""
+
+
+def maker(root: Path, seconds: float) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", MAKER, str(root), str(seconds)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_kill_9_in_the_middle_is_never_read_and_is_cleaned_up(tmp_path):
+    process = maker(tmp_path, 60)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "making\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    store = Store(tmp_path)
+    assert store.get("kind", "key") is None
+    assert list((tmp_path / "kind").glob(".key.tmp-*")) != []
+    assert (store.get_or_make("kind", "key", fill("whole")).path / "data").read_text() == "whole"
+    assert list((tmp_path / "kind").glob(".key.tmp-*")) == []
+
+
+def test_processes_that_want_the_same_key_make_it_once(tmp_path):
+    outputs = [p.communicate(timeout=60)[0].split() for p in [maker(tmp_path, 1) for _ in range(4)]]
+    assert sorted(output[-1] for output in outputs) == ["made", "reused", "reused", "reused"]
+
+
+def test_fingerprint_depends_on_content_alone():
+    assert fingerprint({"a": 1, "b": [2.5, None]}) == fingerprint({"b": [2.5, None], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        fingerprint(float("nan"))
+
+
+def test_file_hash_follows_the_content(tmp_path):
+    store = Store(tmp_path / "store")
+    file = tmp_path / "file"
+    file.write_text("one")
+    one = store.file_hash(file)
+    assert store.file_hash(file) == one
+    time.sleep(0.01)
+    file.write_text("two")
+    assert store.file_hash(file) != one
+
+
+def test_write_json_replaces_whole(tmp_path):
+    file = tmp_path / "folder" / "record.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(file, {"a": object()})
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert [f.name for f in file.parent.iterdir()] == ["record.json"]
