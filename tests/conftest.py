@@ -67,7 +67,24 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
     folder = root / "wikitext" / "wikitext-2-raw-v1"
     folder.mkdir(parents=True)
-    words = "the a of rank value matrix error model text small large first low high sum square".split()
+    words = [
+        "the",
+        "a",
+        "of",
+        "rank",
+        "value",
+        "matrix",
+        "error",
+        "model",
+        "text",
+        "small",
+        "large",
+        "first",
+        "low",
+        "high",
+        "sum",
+        "square",
+    ]
     for seed, split in enumerate(("train", "validation", "test")):
         generator = random.Random(seed)
         rows = [" ".join(generator.choices(words, k=12)) + ".\n" for _ in range(60)]
@@ -75,7 +92,7 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture()
+@pytest.fixture
 def lab(tmp_path: Path, data_root: Path) -> Lab:
     return Lab(tmp_path / "results", data_root)
 

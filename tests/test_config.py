@@ -52,7 +52,10 @@ def test_every_option_says_what_it_is(group, option):
         ("eval.ppl.seqlen=1", "eval.ppl: seqlen=1 is not valid"),
         ("eval.ppl.max_windows=0", "eval.ppl: max_windows=0 is not valid"),
         ("calibration.samples=0", "calibration.samples=0 is not valid"),
-        ("calibration.sampling=best", "calibration.sampling=best is not valid; it must be random or disjoint"),
+        (
+            "calibration.sampling=best",
+            "calibration.sampling=best is not valid; it must be random or disjoint",
+        ),
         ("model=hf", "model.path must be given"),
         ("model.path=/no/such/folder", "model.path=/no/such/folder: no such folder"),
         ("model.path=./no.gguf", "no such folder or GGUF file"),
@@ -154,13 +157,15 @@ def test_what_changes_a_number_changes_the_key(lab):
 
 
 def test_what_has_no_influence_is_left_out(lab):
-    assert key(lab, "method=dense") == key(lab, "method=dense", "ratio=0.5", "calibration.samples=3", "seed=5")
+    assert key(lab, "method=dense") == key(
+        lab, "method=dense", "ratio=0.5", "calibration.samples=3", "seed=5"
+    )
     assert key(lab, "method=svd") == key(lab, "method=svd", "calibration.samples=3", "seed=5")
     assert key(lab, "method=svd") != key(lab, "method=svd", "ratio=0.5")
 
 
 def test_the_name_of_a_method_is_not_its_identity(lab):
-    """SVD-LLM asked for by its answers shares all artifacts with SVD-LLM; only the record has its own name."""
+    """SVD-LLM asked for by its answers shares its artifacts; only the record has its own name."""
     [by_answers] = lab.cells("method=svd", "metric=second_moment")
     [by_name] = lab.cells("method=svdllm")
     assert by_answers.compressed_key == by_name.compressed_key

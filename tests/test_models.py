@@ -41,12 +41,12 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture()
+@pytest.fixture
 def model(family: str, checkpoints: dict[str, Path]) -> Any:
     return load_model(str(checkpoints[family]), None, "float32", False)
 
 
-@pytest.fixture()
+@pytest.fixture
 def batches() -> list[torch.Tensor]:
     """Token ids, the last batch smaller; longer than the sliding windows of the tiny Gemmas."""
     ids = torch.randint(4, 260, (5, 40), generator=torch.Generator().manual_seed(1))
@@ -133,7 +133,7 @@ def test_full_rank_factors_reproduce_the_dense_logits(model, family, batches):
 
 @pytest.mark.parametrize("metric", [Identity(), ActivationScale("abs_mean", 0.5), SecondMoment()])
 def test_compression_measures_what_it_reports(model, family, batches, tmp_path, metric):
-    """The reported squared error is the one on the deployed tensors, and the tensors are as many as planned."""
+    """The reported squared error is that of the deployed tensors, and they are as many as planned."""
     spec = ARCHITECTURES[family]
     shapes = site_shapes(model, spec)
     ranks = {name: rank_for_ratio(out, inp, 0.5) for name, (out, inp) in shapes.items()}

@@ -31,7 +31,7 @@ def test_a_factorization_that_saves_nothing_stays_dense():
 
 
 def test_a_ratio_without_a_rank_is_skipped_with_the_smallest_that_has_one():
-    with pytest.raises(SkippedCell, match="0.0035"):
+    with pytest.raises(SkippedCell, match=r"0\.0035"):
         rank_for_ratio(576, 576, 0.001)
     assert rank_for_ratio(576, 576, 0.0035) == 1
 

@@ -19,7 +19,7 @@ from lowrank_lab.results import Results
 from .conftest import REPOSITORY
 
 
-@pytest.fixture()
+@pytest.fixture
 def records(grid_lab):
     return [r for r in grid_lab.results.records() if r["ratio"] in (1.0, 0.8, 0.6) and r["status"] == "done"]
 
@@ -38,7 +38,7 @@ def test_the_table_holds_the_records_numbers(records):
 def test_csv_keeps_full_precision_and_the_protocol(records):
     table = pd.read_csv(io.StringIO(tables.csv(records)))
     values = {r["key"]: r["metrics"]["ppl"]["value"] for r in records}
-    assert {k: v for k, v in zip(table["key"], table["value"], strict=True)} == pytest.approx(values, rel=1e-12)
+    assert dict(zip(table["key"], table["value"], strict=True)) == pytest.approx(values, rel=1e-12)
     assert set(table["protocol_window"]) == {32}
 
 

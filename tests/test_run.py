@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -88,7 +87,9 @@ def test_another_ratio_only_slices_and_evaluates(grid_lab):
 
 
 def test_the_same_grid_again_computes_nothing(grid_lab):
-    before = {f: f.stat().st_mtime_ns for f in grid_lab.root.rglob("*") if f.suffix in (".json", ".safetensors")}
+    before = {
+        f: f.stat().st_mtime_ns for f in grid_lab.root.rglob("*") if f.suffix in (".json", ".safetensors")
+    }
     start = time.perf_counter()
     done = grid_lab.cli("-m", "method=dense,svd,asvd,svdllm", "ratio=0.8,0.6")
     seconds = time.perf_counter() - start
@@ -98,11 +99,10 @@ def test_the_same_grid_again_computes_nothing(grid_lab):
     assert seconds < 2 + 8  # the interpreter's start, and at most a second a cell
 
 
-def test_svdllm_beats_svd_on_its_own_metric(grid_lab):
-    """On the calibration text, in the metric it minimises; a random model says nothing about perplexity."""
-    [cell] = grid_lab.cells("method=svdllm")
-    errors = [by_cell(grid_lab)["svdllm", r]["compression"]["squared_error"] for r in (0.8, 0.6)]
-    assert 0 < errors[0] < errors[1]
+def test_more_rank_less_error(grid_lab):
+    for method in ("svd", "asvd", "svdllm"):
+        errors = [by_cell(grid_lab)[method, ratio]["compression"]["squared_error"] for ratio in (0.8, 0.6)]
+        assert 0 < errors[0] < errors[1]
 
 
 def test_ratio_one_is_the_dense_model(grid_lab):
@@ -184,7 +184,10 @@ def test_a_failed_cell_does_not_stop_the_grid(lab, tmp_path):
     done = lab.cli("-m", "method=svd", f"model.path={broken},tiny:llama", check=False)
     assert done.returncode == 1
     assert "model.layers.1.mlp.up_proj: the weight is not finite" in done.stderr
-    assert {r["model"]: r["status"] for r in lab.results.records()} == {"broken": "failed", "tiny-llama": "done"}
+    assert {r["model"]: r["status"] for r in lab.results.records()} == {
+        "broken": "failed",
+        "tiny-llama": "done",
+    }
 
 
 def numbers(lab: Lab) -> str:
@@ -220,7 +223,9 @@ def test_a_grid_that_is_stopped_goes_on_where_it_was(grid_lab, tmp_path, data_ro
     undisturbed = Lab(tmp_path / "undisturbed", data_root)
     (undisturbed.root / "records").mkdir(parents=True)
     for record in grid_lab.results.records():
-        if record["ratio"] in (1.0, 0.8, 0.6) and not (record["method"] == "svdllm" and record["ratio"] == 1.0):
+        if record["ratio"] in (1.0, 0.8, 0.6) and not (
+            record["method"] == "svdllm" and record["ratio"] == 1.0
+        ):
             shutil.copy(grid_lab.results.path(record["key"]), undisturbed.root / "records")
     assert numbers(lab) == numbers(undisturbed)
 
@@ -249,9 +254,11 @@ def test_device_that_is_not_there(lab):
         pytest.skip("this machine has a GPU")
     done = lab.cli("device=cuda", check=False)
     assert done.returncode != 0
-    assert done.stderr.splitlines()[-1] == "error: device=cuda: this machine has 0 GPUs; use device=auto or cpu"
+    assert (
+        done.stderr.splitlines()[-1] == "error: device=cuda: this machine has 0 GPUs; use device=auto or cpu"
+    )
 
 
-def test_records_hold_no_non_json_numbers(grid_lab):
+def test_records_are_json_without_nan(grid_lab):
     for file in (grid_lab.root / "records").glob("*.json"):
-        json.loads(Path(file).read_text(), parse_constant=lambda name: pytest.fail(f"{name} in {file}"))
+        json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in a record"))

@@ -48,6 +48,8 @@ def describe(protocol: dict[str, Any]) -> str:
 
 def groups(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """The comparable sets of ``comparison``, each with its caption."""
+    if rows.empty:
+        return
     for _, group in rows.groupby("group", sort=True):
         first = group.iloc[0]
         yield f"{first['model']}, perplexity on {first['protocol_text']}", group
@@ -74,7 +76,7 @@ def presentable(group: pd.DataFrame) -> pd.DataFrame:
 def markdown(records: list[dict[str, Any]]) -> str:
     """Every comparable set as a Markdown table, and below them the cells that have no number."""
     parts = []
-    for caption, group in groups(comparison(records)) if records else []:
+    for caption, group in groups(comparison(records)):
         parts.append(f"**{caption}**\n\n{presentable(group).to_markdown(index=False, disable_numparse=True)}")
     unfinished = [r for r in records if r["status"] != "done"]
     if unfinished:
@@ -97,6 +99,8 @@ def latex(records: list[dict[str, Any]]) -> str:
 def csv(records: list[dict[str, Any]]) -> str:
     """All rows with full precision, a column for each part of the protocol."""
     rows = comparison(records)
+    if rows.empty:
+        return ""
     protocol = pd.DataFrame(list(rows["protocol"])).add_prefix("protocol_")
     rows = rows.drop(columns=["protocol", "protocol_text", "reason", "evaluator"])
     return pd.concat([rows, protocol], axis=1).to_csv(index=False)
