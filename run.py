@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
 from pathlib import Path
+from types import FrameType
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -14,7 +16,8 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from lowrank_lab import grid, runner
+from lowrank_lab import grid, progress, runner
+from lowrank_lab.cell import Cell
 from lowrank_lab.errors import UserError
 from lowrank_lab.results import Results
 
@@ -30,10 +33,12 @@ def job(cfg: DictConfig) -> None:
         if HydraConfig.get().mode == RunMode.RUN:
             sys.exit(f"error: {error}")
         raise CompactHydraException(f"error: {error}") from error
+    finally:
+        progress.cell_done()
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _stop)
     # argparse wants the overrides in one piece; people also write: run.py model=tiny -m ratio=0.8,0.6
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: "=" in word and not word.startswith("-"))
     arguments = get_args_parser().parse_args()
@@ -45,24 +50,36 @@ def main() -> None:
         or arguments.shell_completion
     )
     try:
-        if asks_for_work and _nothing_to_do(arguments.overrides, arguments.multirun):
-            return
-        job()
-    except UserError as error:
+        if asks_for_work:
+            cells = _plan(arguments)
+            if not cells:
+                return
+            with progress.grid(len(cells)):
+                job()
+        else:
+            job()
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; all that was finished is kept, the same command goes on from there")
+    except KeyboardInterrupt as interrupt:
+        print("stopped; all that was finished is kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(143 if interrupt.args else 130)
 
 
-def _nothing_to_do(overrides: list[str], multirun: bool) -> bool:
-    """Check all cells before any work, note the grid; True where every cell is finished already."""
-    cells = grid.plan(CONFIG_DIR, "config", overrides, multirun)
+def _stop(signal_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(signal_number)
+
+
+def _plan(arguments: argparse.Namespace) -> list[Cell]:
+    """Check all cells before any work and note the grid; none where every cell is finished already."""
+    overrides = list(arguments.overrides)
+    if arguments.config_dir:
+        overrides.append(f"hydra.searchpath=[file://{Path(arguments.config_dir).resolve()}]")
+    cells = grid.plan(CONFIG_DIR, arguments.config_name or "config", overrides, arguments.multirun)
     results = Results(cells[0].cfg.results)
-    os.environ[GRID_NAME] = results.note_grid(overrides, cells)
-    records = [results.finished(cell.key) for cell in cells]
-    finished = sum(record is not None for record in records)
+    os.environ[GRID_NAME] = results.note_grid(arguments.overrides, cells)
+    finished = sum(results.finished(cell.key) is not None for cell in cells)
     print(f"{len(cells)} cells, {finished} finished already", file=sys.stderr)
-    return finished == len(cells)
+    return [] if finished == len(cells) else cells
 
 
 if __name__ == "__main__":

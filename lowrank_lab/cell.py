@@ -45,8 +45,8 @@ class Cell:
         metric = None
         calibration_data = None
         if cfg.allocation is not None:
-            if source.config is not None:
-                spec_for(source.config["model_type"])
+            if source.model_type is not None:
+                spec_for(source.model_type)
             metric = config.build(cfg.metric)
             if metric.needs_calibration:
                 calibration_data = _content(cfg.calibration.dataset, "calibration", cfg.data_root, store)
@@ -79,7 +79,7 @@ class Cell:
         """
         return fingerprint(
             {
-                "method": self.cfg.method.name,
+                "names": [self.cfg.method.name, self.cfg.dataset.name],
                 "model": self.compressed_key,
                 "metrics": {name: self.metric_key(name) for name in self.evaluators},
                 "version": versions.RECORD,
@@ -88,8 +88,10 @@ class Cell:
 
     @property
     def model_key(self) -> str:
-        """Identifies a converted checkpoint (GGUF and tiny models only)."""
-        return fingerprint({"model": self.source.content, "version": versions.MODEL})
+        """Identifies a model and its tokenizer, and the converted checkpoint of a GGUF or tiny model."""
+        remote_code = bool(self.cfg.model.trust_remote_code)
+        content = {"model": self.source.content, "remote_code": remote_code}
+        return fingerprint({**content, "version": versions.MODEL})
 
     @property
     def _weights(self) -> dict[str, Any]:
@@ -97,13 +99,12 @@ class Cell:
 
     @property
     def calibration_tokens_key(self) -> str:
-        calibration = {name: value for name, value in self.cfg.calibration.items() if name != "dataset"}
         return fingerprint(
             {
-                "model": self.source.content,  # holds the tokenizer
+                "tokenizer": self.model_key,
                 "data": self.calibration_data,
                 "part": config.for_key(self.cfg.calibration.dataset.calibration),
-                "sampling": config.for_key(calibration),
+                "sampling": config.for_key(self.cfg.calibration, without=("dataset", "batch_size")),
                 "version": versions.TOKENS,
             }
         )
@@ -147,7 +148,7 @@ class Cell:
         """Identifies the tokens of the evaluation text."""
         return fingerprint(
             {
-                "model": self.source.content,
+                "tokenizer": self.model_key,
                 "data": self.evaluation_data[evaluator],
                 "part": config.for_key(self.cfg.dataset.eval),
                 "special": self.evaluators[evaluator].add_special_tokens,
@@ -161,7 +162,7 @@ class Cell:
         return fingerprint(
             {
                 "model": self.compressed_key,
-                "evaluator": config.for_key(self.cfg.eval[evaluator]),
+                "evaluator": config.for_key(self.cfg.eval[evaluator], without=("batch_size",)),
                 "tokens": self.text_tokens_key(evaluator) if reads_text else None,
                 "version": self.evaluators[evaluator].version,
             }

@@ -9,8 +9,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from lowrank_lab.errors import UserError
 
-# Settings that change the speed of a run but not its numbers. They never enter a key.
-NOT_IN_KEYS = frozenset({"batch_size"})
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -24,14 +22,17 @@ def plain(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
-def for_key(node: Any) -> Any:
-    """A config node as the data a key is made of: plain, without what changes no number."""
+def for_key(node: Any, without: tuple[str, ...] = ()) -> Any:
+    """A config node as the data a key is made of: plain, whole numbers as floats (1 and 1.0 are one value).
+
+    ``without`` names entries of the node itself that change its speed but no number.
+    """
     node = plain(node)
     if isinstance(node, dict):
-        return {name: for_key(value) for name, value in node.items() if name not in NOT_IN_KEYS}
+        return {name: for_key(value) for name, value in node.items() if name not in without}
     if isinstance(node, list):
         return [for_key(value) for value in node]
-    return node
+    return float(node) if _is_number(node) else node
 
 
 def validate(cfg: DictConfig) -> None:
@@ -39,34 +40,45 @@ def validate(cfg: DictConfig) -> None:
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise UserError(f"{missing[0]} must be given, for example {missing[0]}=...")
-    _check(
-        "ratio",
-        cfg.ratio,
-        _is_number(cfg.ratio) and 0 < cfg.ratio <= 1,
-        "a number in (0, 1]: the fraction kept",
-    )
-    _check("dtype", cfg.dtype, cfg.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+    groups = ["model", "method", "dataset", "calibration", "tracker", "eval"]
+    for group in [*groups, "metric", "storage"] if cfg.get("allocation") is not None else groups:
+        _check(group, cfg.get(group), bool(cfg.get(group)), "one of its options; see python run.py --help")
+    ratio = cfg.ratio
+    _check("ratio", ratio, _is_number(ratio) and 0 < ratio <= 1, "a number in (0, 1]: the fraction kept")
+    _one_of("dtype", cfg.dtype, DTYPES)
     _check("seed", cfg.seed, _is_count(cfg.seed, 0), "a whole number from 0")
+    _check("device", cfg.device, isinstance(cfg.device, str), "auto, cpu, cuda or cuda:N")
     _check(
         "model.path", cfg.model.path, isinstance(cfg.model.path, str), "a hub name, a folder or package:NAME"
     )
-    for name in ("samples", "seqlen", "batch_size"):
-        value = cfg.calibration[name]
-        _check(f"calibration.{name}", value, _is_count(value, 1), "a whole number from 1")
-    sampling = cfg.calibration.sampling
-    _check("calibration.sampling", sampling, sampling in ("random", "disjoint"), "random or disjoint")
-    if not cfg.eval:
-        raise UserError("no evaluator is chosen; give for example eval=ppl")
-    for name, node in cfg.eval.items():
+    _check("data_root", cfg.data_root, isinstance(cfg.data_root, str | None), "a folder, or null for the hub")
+    calibration = cfg.calibration
+    for name, smallest in (("samples", 1), ("seqlen", 2), ("batch_size", 1), ("seed", 0)):
+        good = _is_count(calibration[name], smallest)
+        _check(f"calibration.{name}", calibration[name], good, f"a whole number from {smallest}")
+    _one_of("calibration.sampling", calibration.sampling, ("random", "disjoint"))
+    _one_of("calibration.bos", calibration.bos, ("text", "window"))
+    _check("calibration.dataset", calibration.dataset, calibration.dataset is not None, "a data set")
+    for name, dataset in (("dataset", cfg.dataset), ("calibration.dataset", calibration.dataset)):
+        for part in ("eval", "calibration"):
+            limit = dataset[part].max_documents
+            good = limit is None or _is_count(limit, 1)
+            _check(f"{name}.{part}.max_documents", limit, good, "null or a whole number from 1")
+    answers = {name: cfg[name] for name in ("metric", "allocation", "storage", "tracker")}
+    for name, node in {**answers, **{f"eval.{name}": node for name, node in cfg.eval.items()}}.items():
         try:
             build(node)
-        except Exception as error:  # instantiate wraps whatever the evaluator raised for a bad value
-            raise UserError(f"eval.{name}: {error.__cause__ or error}") from None
+        except Exception as error:  # instantiate wraps whatever the class raised for a bad value
+            raise UserError(f"{name}: {error.__cause__ or error}".splitlines()[0]) from None
 
 
 def _check(name: str, value: Any, good: bool, wanted: str) -> None:
     if not good:
         raise UserError(f"{name}={value} is not valid; it must be {wanted}")
+
+
+def _one_of(name: str, value: Any, options: tuple[str, ...]) -> None:
+    _check(name, value, value in options, " or ".join(options))
 
 
 def _is_number(value: Any) -> bool:

@@ -33,7 +33,7 @@ def plan(config_dir: Path, config_name: str, overrides: list[str], multirun: boo
             parsed = OverridesParser.create().parse_overrides(swept)
             [combinations] = BasicSweeper.split_arguments(parsed, None)
             return [_cell(compose(config_name, combination, True)) for combination in combinations]
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_one_line(error, config_dir)) from None
     finally:
         GlobalHydra.instance().clear()

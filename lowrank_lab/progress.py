@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -23,6 +25,8 @@ T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 15.0
 _bars: Progress | None = None
+_grid: TaskID | None = None
+_depth = 0
 
 
 class ConsoleHandler(logging.Handler):
@@ -41,59 +45,80 @@ def track(items: Iterable[T], name: str, unit: str, total: int | None = None) ->
 
     ``total`` is only needed for iterables without a length.
     """
+    global _depth
     if total is None:
         assert isinstance(items, Sized)
         total = len(items)
-    if sys.stderr.isatty():
-        yield from _track_bar(items, name, total)
-    else:
-        yield from _track_lines(items, name, unit, total)
+    _depth += 1
+    try:
+        yield from (
+            _track_bar(items, name, total) if _on_terminal() else _track_lines(items, name, unit, total)
+        )
+    finally:
+        _depth -= 1
+
+
+@contextmanager
+def grid(cells: int) -> Iterator[None]:
+    """Around a grid: an outermost bar that ``cell_done`` moves, or a line for each cell."""
+    global _grid
+    if not _on_terminal():
+        yield
+        return
+    with _shared_bars() as bars:
+        _grid = bars.add_task("grid", total=cells)
+        try:
+            yield
+        finally:
+            _grid = None
+
+
+def cell_done() -> None:
+    """One cell of the grid is finished, whatever came of it."""
+    if _grid is not None and _bars is not None:
+        _bars.advance(_grid)
+
+
+def _on_terminal() -> bool:
+    return sys.stderr.isatty()
 
 
 def _track_bar(items: Iterable[T], name: str, total: int) -> Iterator[T]:
-    bars, outermost = _shared_bars()
-    task = bars.add_task(name, total=total)
-    try:
-        for item in items:
-            yield item
-            bars.advance(task)
-    finally:
-        bars.remove_task(task)
-        if outermost:
-            _stop_bars()
+    with _shared_bars() as bars:
+        task = bars.add_task(name, total=total)
+        try:
+            for item in items:
+                yield item
+                bars.advance(task)
+        finally:
+            bars.remove_task(task)
 
 
 def _track_lines(items: Iterable[T], name: str, unit: str, total: int) -> Iterator[T]:
+    """A line now and then; an inner loop has none of its own at its end, the outer one's lines say enough."""
+    inner = _depth > 1
     start = last = time.monotonic()
     for number, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        if number == total or now - last >= SECONDS_BETWEEN_LINES:
+        if (number == total and not inner) or now - last >= SECONDS_BETWEEN_LINES:
             left = (now - start) / number * (total - number)
             log.info("%s: %s %d/%d, %.0f s, %.0f s left", name, unit, number, total, now - start, left)
             last = now
 
 
-def _shared_bars() -> tuple[Progress, bool]:
-    """The one Progress that nested calls share, and whether this call started it."""
+@contextmanager
+def _shared_bars() -> Iterator[Progress]:
+    """The one Progress that nested calls share; the outermost starts and stops it."""
     global _bars
     if _bars is not None:
-        return _bars, False
-    _bars = Progress(
-        TextColumn("{task.description:>14}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    _bars.start()
-    return _bars, True
-
-
-def _stop_bars() -> None:
-    global _bars
-    assert _bars is not None
-    _bars.stop()
-    _bars = None
+        yield _bars
+        return
+    columns = (TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    _bars = Progress(*columns, *times, console=Console(stderr=True), transient=True)
+    try:
+        with _bars:
+            yield _bars
+    finally:
+        _bars = None

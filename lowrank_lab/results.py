@@ -21,7 +21,7 @@ import pandas as pd
 
 from lowrank_lab import config, environment, versions
 from lowrank_lab.cell import Cell
-from lowrank_lab.errors import SkippedCell
+from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.store import Artifact, fingerprint, write_json
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class Record:
                 "evaluation_data": cell.evaluation_data,
             },
             "versions": environment.versions(),
+            "components": versions.current(),
             "git": environment.git(),
             "stages": [],
             "metrics": {},
@@ -109,7 +110,8 @@ class Results:
     def recording(self, cell: Cell, grid: str | None) -> Iterator[Record]:
         """Run the body of a cell and write its record: done, skipped, or failed with the traceback.
 
-        A failure is raised again once it is written. An interrupted cell leaves no record.
+        A failure is raised again once it is written. An interrupted cell leaves no record, nor does one that
+        the user can mend (UserError).
         """
         environment.reset_peak_memory()
         start = time.perf_counter()
@@ -117,6 +119,8 @@ class Results:
         try:
             yield record
             record.data["status"] = "done"
+        except UserError:
+            raise
         except SkippedCell as why:
             record.data.update(status="skipped", reason=str(why))
         except Exception as error:
@@ -131,7 +135,12 @@ class Results:
 
     def records(self) -> list[dict[str, Any]]:
         """All records, in a fixed order that does not depend on when they were written."""
-        found = [json.loads(file.read_text()) for file in (self.root / "records").glob("*.json")]
+        found = []
+        for file in (self.root / "records").glob("*.json"):
+            try:
+                found.append(json.loads(file.read_text()))
+            except ValueError:
+                raise UserError(f"{file} is not JSON; delete it and run its cell again") from None
         return sorted(found, key=lambda r: (r["model"], r["dataset"], r["method"], -r["ratio"], r["key"]))
 
     def note_grid(self, overrides: list[str], cells: list[Cell]) -> str:

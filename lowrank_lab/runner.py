@@ -27,17 +27,19 @@ def run(cfg: DictConfig, grid: str | None = None) -> dict[str, Any]:
         return record
 
     log.info("%s: starting", cell.label)
-    with results.recording(cell, grid) as recording:
-        from lowrank_lab.stages import compute
+    try:
+        with results.recording(cell, grid) as recording:
+            from lowrank_lab.stages import compute
 
-        compute(cell, recording)
-    record = recording.data
-    log.info("%s: %s (%s), %.0f s", cell.label, record["status"], _summary(record), record["seconds"])
-    config.build(cfg.tracker)(record, results.path(cell.key))
-    return record
+            compute(cell, recording)
+    finally:
+        if (record := results.find(cell.key)) is not None:
+            log.info("%s: %s (%s), %.0f s", cell.label, record["status"], _summary(record), record["seconds"])
+            config.build(cfg.tracker)(record, results.path(cell.key))
+    return recording.data
 
 
 def _summary(record: dict[str, Any]) -> str:
-    if record["status"] == "skipped":
+    if "reason" in record:
         return record["reason"]
     return ", ".join(f"{m['metric']} {m['value']:.4g}" for m in record["metrics"].values())

@@ -24,7 +24,7 @@ from lowrank_lab.cell import Cell, corpus_part
 from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.lowrank.ranks import total_parameters
 from lowrank_lab.lowrank.spectra import compress, make_spectra, site_shapes
-from lowrank_lab.models.arch import kv_cache_values_per_token, spec_for
+from lowrank_lab.models.arch import ArchSpec, kv_cache_values_per_token, spec_for
 from lowrank_lab.models.load import convert, load_model, load_tokenizer
 from lowrank_lab.results import Record
 
@@ -41,33 +41,40 @@ def compute(cell: Cell, record: Record) -> None:
 
     if cell.compresses:
         spec = spec_for(bench.model_config.model_type)
-        shapes = site_shapes(_skeleton(cell, bench.location), spec)
+        shapes = site_shapes(bench.skeleton(), spec)
         if not shapes:
             raise UserError(f"model {cell.source.name} has no compressible layer")
         ranks = config.build(cell.cfg.allocation)(shapes, cell.ratio)
-        model = bench.model
-        statistics = _statistics(cell, record, bench) if cell.statistics_key else None
-        spectra = record.artifact(
-            "decomposition",
-            cell.store.get_or_make(
-                "spectra",
-                cell.spectra_key,
-                lambda folder: make_spectra(folder, model, spec, cell.metric, statistics, device),
-            ),
-        )
-        with record.stage("factorization"):
-            storage = config.build(cell.cfg.storage)
-            squared_error = compress(model, spec, ranks, spectra.path, storage, device)
+        squared_error = 0.0
+        if any(rank is not None for rank in ranks.values()):
+            widest = max(inp for _, inp in shapes.values())
+            statistics = _statistics(cell, record, bench, spec, widest) if cell.statistics_key else None
+            spectra = record.artifact(
+                "decomposition",
+                cell.store.get_or_make(
+                    "spectra",
+                    cell.spectra_key,
+                    lambda folder: make_spectra(folder, bench.model, spec, cell.metric, statistics, device),
+                ),
+            )
+            with record.stage("factorization"):
+                storage = config.build(cell.cfg.storage)
+                squared_error = compress(bench.model, spec, ranks, spectra.path, storage, device)
         record.data["compression"] = {"ranks": ranks, "squared_error": squared_error}
-        record.data["sizes"] = _sizes(model, shapes, ranks, cell.ratio)
+        record.data["sizes"] = _sizes(bench.model, shapes, ranks, cell.ratio)
     else:
         record.data["sizes"] = _sizes(bench.model, {}, {}, 1.0)
 
     for name, evaluator in cell.evaluators.items():
         bench.evaluator = name
+        if evaluator.reads_text:
+            bench.make_text_tokens()  # before the metric, so that its seconds are its own
         metric = cell.store.get_or_make("metric", cell.metric_key(name), partial(_measure, evaluator, bench))
         record.artifact(f"eval.{name}", metric)
-        record.data["metrics"][name] = json.loads((metric.path / "metric.json").read_text())
+        measured = json.loads((metric.path / "metric.json").read_text())
+        if evaluator.reads_text:
+            measured["protocol"] = {"dataset": cell.cfg.dataset.name, **measured["protocol"]}
+        record.data["metrics"][name] = measured
 
 
 @dataclass
@@ -104,16 +111,18 @@ class Bench:
         return load_tokenizer(self.location, **self._remote)
 
     @property
-    def dataset(self) -> str:
-        return self.cell.cfg.dataset.name
-
-    @property
     def _remote(self) -> dict[str, Any]:
         model = self.cell.cfg.model
         return {"revision": self.cell.source.revision, "trust_remote_code": model.trust_remote_code}
 
-    def text_tokens(self) -> tuple[np.ndarray, dict[str, Any]]:
-        """The tokens of the evaluation text, and what the protocol says about them."""
+    def skeleton(self) -> nn.Module:
+        """The model without weights, for shapes: ranks are settled before any weight is read."""
+        trust = self.cell.cfg.model.trust_remote_code
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.model_config, trust_remote_code=trust)
+
+    def make_text_tokens(self) -> Path:
+        """The artifact of the evaluation text's tokens."""
         corpus, part = corpus_part(self.cell.cfg.dataset, "eval")
         special = self.cell.evaluators[self.evaluator].add_special_tokens
         made = self.cell.store.get_or_make(
@@ -123,13 +132,15 @@ class Bench:
                 folder, self.tokenizer, corpus, part, self.cell.cfg.data_root, special
             ),
         )
-        return load_tokens(self.record.artifact("evaluation tokens", made).path)
+        return self.record.artifact("evaluation tokens", made).path
+
+    def text_tokens(self) -> tuple[np.ndarray, dict[str, Any]]:
+        """The tokens of the evaluation text, and what the protocol says about them."""
+        return load_tokens(self.cell.store.path("tokens", self.cell.text_tokens_key(self.evaluator)))
 
     def bos_id(self) -> int:
         if self.tokenizer.bos_token_id is None:
-            raise UserError(
-                f"model {self.cell.source.name} has no BOS token; use eval.{self.evaluator}.bos=text"
-            )
+            raise SkippedCell(f"{self.cell.source.name} has no BOS token for bos=window; use bos=text")
         return self.tokenizer.bos_token_id
 
 
@@ -160,17 +171,7 @@ def _check_lengths(cell: Cell, model_config: Any) -> None:
             )
 
 
-def _skeleton(cell: Cell, location: str) -> nn.Module:
-    """The model without weights, for shapes: ranks are settled before any weight is read."""
-    trust = cell.cfg.model.trust_remote_code
-    model_config = AutoConfig.from_pretrained(
-        location, revision=cell.source.revision, trust_remote_code=trust
-    )
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust)
-
-
-def _statistics(cell: Cell, record: Record, bench: Bench) -> Path:
+def _statistics(cell: Cell, record: Record, bench: Bench, spec: ArchSpec, widest: int) -> Path:
     calibration = cell.cfg.calibration
     corpus, part = corpus_part(calibration.dataset, "calibration")
     tokens = cell.store.get_or_make(
@@ -186,11 +187,10 @@ def _statistics(cell: Cell, record: Record, bench: Bench) -> Path:
             seqlen=calibration.seqlen,
             seed=calibration.seed,
             sampling=calibration.sampling,
+            bos_id=bench.bos_id() if calibration.bos == "window" else None,
         ),
     )
     ids, facts = load_tokens(record.artifact("calibration tokens", tokens).path)
-    spec = spec_for(bench.model_config.model_type)
-    widest = max(inp for _, inp in site_shapes(bench.model, spec).values())
     warning = None
     if ids.size < 4 * widest:
         warning = (

@@ -20,6 +20,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from lowrank_lab.environment import versions
+
 MANIFEST = "artifact.json"
 
 
@@ -44,19 +46,21 @@ class Store:
         return self.root / kind / key
 
     def get(self, kind: str, key: str) -> Artifact | None:
-        """The artifact if it is finished, else None."""
+        """The artifact if it is finished and all its files are there in full, else None."""
         path = self.path(kind, key)
-        manifest = path / MANIFEST
-        if not manifest.is_file():
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+            if any((path / name).stat().st_size != size for name, size in manifest["files"].items()):
+                return None
+        except (OSError, ValueError, KeyError):
             return None
-        seconds = json.loads(manifest.read_text())["seconds"]
-        return Artifact(kind, key, path, reused=True, seconds=seconds)
+        return Artifact(kind, key, path, reused=True, seconds=manifest["seconds"])
 
-    def get_or_make(self, kind: str, key: str, make: Callable[[Path], None], inputs: Any = None) -> Artifact:
+    def get_or_make(self, kind: str, key: str, make: Callable[[Path], None]) -> Artifact:
         """Return the artifact ``key``, calling ``make(folder)`` to fill a new folder if it is not there.
 
-        ``inputs`` is what the key was made from; it is kept in the manifest for people to read. Only one
-        process at a time makes a key; the others wait for it. If ``make`` raises, nothing is left behind.
+        Only one process at a time makes a key; the others wait for it. If ``make`` raises, nothing is left
+        behind. The manifest keeps the library versions the artifact was made with.
         """
         if found := self.get(kind, key):
             return found
@@ -65,8 +69,8 @@ class Store:
         with FileLock(final.parent / f".{key}.lock"):
             if found := self.get(kind, key):
                 return found
-            # We hold the lock: whatever a killed process left for this key is rubbish.
-            for leftover in final.parent.glob(f".{key}.tmp-*"):
+            # We hold the lock: what a killed process left for this key, or half deleted, is rubbish.
+            for leftover in [final, *final.parent.glob(f".{key}.tmp-*")]:
                 shutil.rmtree(leftover, ignore_errors=True)
             work = final.parent / f".{key}.tmp-{uuid.uuid4().hex[:8]}"
             work.mkdir()
@@ -74,8 +78,15 @@ class Store:
                 start = time.perf_counter()
                 make(work)
                 seconds = time.perf_counter() - start
-                manifest = {"kind": kind, "key": key, "seconds": seconds, "inputs": inputs}
-                (work / MANIFEST).write_text(json.dumps(manifest, indent=1, default=str))
+                files = {str(f.relative_to(work)): f.stat().st_size for f in work.rglob("*") if f.is_file()}
+                manifest = {
+                    "kind": kind,
+                    "key": key,
+                    "seconds": seconds,
+                    "files": files,
+                    "versions": versions(),
+                }
+                (work / MANIFEST).write_text(json.dumps(manifest, indent=1))
                 os.replace(work, final)
             except BaseException:
                 shutil.rmtree(work, ignore_errors=True)

@@ -11,3 +11,8 @@ SPECTRA = 1  # lowrank/solver.py, lowrank/spectra.py, metric/
 COMPRESSION = 1  # allocation/, storage/, lowrank/ranks.py, lowrank/factorized.py
 PERPLEXITY = 1  # evaluation/perplexity.py
 RECORD = 1  # the schema of results.py
+
+
+def current() -> dict[str, int]:
+    """All of the above by name, for the record: a report leaves out records of other versions."""
+    return {name: value for name, value in globals().items() if name.isupper()}

@@ -48,7 +48,7 @@ def test_every_option_says_what_it_is(group, option):
         ("ratio=-0.5", "ratio=-0.5 is not valid"),
         ("ratio=half", "ratio=half is not valid"),
         ("ratio==", "Error parsing override 'ratio=='"),
-        ("dtype=int8", "dtype=int8 is not valid; it must be one of float32"),
+        ("dtype=int8", "dtype=int8 is not valid; it must be float32 or bfloat16 or float16"),
         ("eval.ppl.seqlen=1", "eval.ppl: seqlen=1 is not valid"),
         ("eval.ppl.max_windows=0", "eval.ppl: max_windows=0 is not valid"),
         ("calibration.samples=0", "calibration.samples=0 is not valid"),
@@ -56,6 +56,15 @@ def test_every_option_says_what_it_is(group, option):
             "calibration.sampling=best",
             "calibration.sampling=best is not valid; it must be random or disjoint",
         ),
+        ("metric=abs_max metric.statistic=median", "metric: statistic=median is not valid"),
+        ("metric=abs_max metric.alpha=big", "metric: alpha=big is not valid"),
+        ("storage.left_share=2", "storage: left_share=2 is not valid; it must be a number in [0, 1]"),
+        ("calibration.seed=-1", "calibration.seed=-1 is not valid"),
+        ("dataset.eval.max_documents=-1", "dataset.eval.max_documents=-1 is not valid"),
+        ("device=null", "device=None is not valid"),
+        ("data_root=5", "data_root=5 is not valid"),
+        ("method=null", "Config group override must be a string or a list"),
+        ("calibration.dataset=null", "calibration.dataset=None is not valid"),
         ("model=hf", "model.path must be given"),
         ("model.path=/no/such/folder", "model.path=/no/such/folder: no such folder"),
         ("model.path=./no.gguf", "no such folder or GGUF file"),
@@ -68,7 +77,7 @@ def test_every_option_says_what_it_is(group, option):
 )
 def test_a_mistake_is_one_line_that_says_what_is_right(lab, override, message):
     with pytest.raises(UserError) as error:
-        lab.cells(override)
+        lab.cells(*override.split())
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -83,6 +92,29 @@ def test_a_model_without_compressible_layers(lab, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"'mamba' has no compressible layer .*known types: gemma2"):
         lab.cells(f"model.path={tmp_path}")
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]"])
+def test_a_config_that_is_none(lab, tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="not one of a model"):
+        lab.cells(f"model.path={tmp_path}")
+
+
+def test_one_and_one_point_zero_are_one_value(lab):
+    assert key(lab, "method=asvd", "metric.alpha=1") == key(lab, "method=asvd", "metric.alpha=1.0")
+
+
+def test_options_of_ones_own_in_a_folder_of_ones_own(lab, tmp_path):
+    conf = tmp_path / "conf"
+    (conf / "metric").mkdir(parents=True)
+    (conf / "metric" / "mine.yaml").write_text(
+        "_target_: lowrank_lab.metric.activation_scale.ActivationScale\nstatistic: abs_max\nalpha: 0.1\n"
+    )
+    [cell] = lab.cells("metric=mine", f"hydra.searchpath=[file://{conf}]")
+    assert cell.metric.alpha == 0.1
+    done = lab.cli("--config-dir", str(conf), "metric=mine", "calibration.samples=3")
+    assert "done (perplexity" in done.stderr
 
 
 def test_a_folder_that_is_no_model(lab, tmp_path):
@@ -127,7 +159,6 @@ def test_what_changes_no_number_changes_no_key(lab, tmp_path):
         "calibration.batch_size=1",
         "eval.ppl.batch_size=3",
         f"artifacts={tmp_path}/elsewhere",
-        "model.trust_remote_code=true",
     ):
         assert key(lab, same) == base, same
 
@@ -150,6 +181,10 @@ def test_what_changes_a_number_changes_the_key(lab):
         "eval.ppl.max_windows=5",
         "eval.ppl.bos=window",
         "dtype=bfloat16",
+        "calibration.bos=window",
+        "dataset.corpus.field=other",
+        "model.trust_remote_code=true",
+        "dataset.name=other",
         "model.path=tiny:mistral",
     ):
         keys.append(key(lab, *other.split()))

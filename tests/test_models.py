@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
+from lowrank_lab import config
 from lowrank_lab.calibration.statistics import load_statistics, make_statistics
 from lowrank_lab.lowrank.factorized import FactorizedLinear, dense_weight, factorize
 from lowrank_lab.lowrank.ranks import rank_for_ratio, total_parameters
 from lowrank_lab.lowrank.solver import decompose
 from lowrank_lab.lowrank.spectra import compress, make_spectra, site_name, site_shapes
-from lowrank_lab.metric.activation_scale import ActivationScale
 from lowrank_lab.metric.identity import Identity
-from lowrank_lab.metric.second_moment import SecondMoment
 from lowrank_lab.models import tiny
 from lowrank_lab.models.arch import ARCHITECTURES, kv_cache_values_per_token
 from lowrank_lab.models.load import load_model
@@ -131,7 +131,11 @@ def test_full_rank_factors_reproduce_the_dense_logits(model, family, batches):
         torch.testing.assert_close(model(batches[0]).logits, dense, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("metric", [Identity(), ActivationScale("abs_mean", 0.5), SecondMoment()])
+CONF = Path(__file__).parent.parent / "conf" / "metric"
+METRICS = {file.stem: config.build(OmegaConf.load(file)) for file in sorted(CONF.glob("*.yaml"))}
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
 def test_compression_measures_what_it_reports(model, family, batches, tmp_path, metric):
     """The reported squared error is that of the deployed tensors, and they are as many as planned."""
     spec = ARCHITECTURES[family]
@@ -209,3 +213,39 @@ def test_weights_that_are_not_finite_raise_with_a_name(checkpoints, tmp_path):
 def test_dense_weight_rejects_what_is_not_linear():
     with pytest.raises(TypeError, match="LayerNorm"):
         dense_weight(nn.LayerNorm(3))
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (64, 40)])
+def test_rank_beyond_the_samples_is_spent_on_the_plain_error(shape):
+    out, inp = shape
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(out, inp, dtype=torch.float64, generator=generator)
+    x = torch.randn(inp, 12, generator=generator)
+    in_float32 = (x @ x.T).double()  # rank 12, and rounding
+    for rank in (15, 25):
+        left, right, _ = decompose(w, in_float32, None, samples=12).factors(w, rank)
+        rest = w - left @ right
+        assert (rest @ x.double()).norm() < 1e-4 * (w @ x.double()).norm()
+        # What remains after the 12 directions of the data are kept, truncated by a plain SVD.
+        u = torch.linalg.svd(w @ x.double(), full_matrices=False)[0]
+        best = torch.linalg.svdvals(w - u @ (u.T @ w))[rank - 12 :].norm()
+        assert rest.norm() == pytest.approx(float(best), rel=1e-3)
+
+
+@pytest.mark.parametrize("linear", ["mlp.up_proj", "mlp.down_proj"])
+def test_weights_with_a_wide_range_of_singular_values(checkpoints, tmp_path, linear):
+    """What is stored must not magnify rounding: the error on the tensors stays the reported one."""
+    model = load_model(str(checkpoints["llama"]), None, "float32", False)
+    spec = ARCHITECTURES["llama"]
+    weight = model.model.layers[0].get_submodule(linear).weight
+    with torch.no_grad():
+        u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+        weight.copy_((u * torch.logspace(0, -6, len(s), dtype=torch.float64)) @ vh)
+    dense = weight.detach().double()
+    make_spectra(tmp_path, model, spec, Identity(), None, CPU)
+    ranks = dict.fromkeys(site_shapes(model, spec))
+    ranks[site_name(spec, 0, linear)] = 24
+    reported = compress(model, spec, ranks, tmp_path, Absorb(0.5), CPU)
+    layer = model.model.layers[0].get_submodule(linear)
+    measured = (dense - layer.left.weight.double() @ layer.right.weight.double()).square().sum()
+    assert float(measured) == pytest.approx(reported, rel=1e-2)

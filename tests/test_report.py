@@ -67,8 +67,37 @@ def test_cells_of_one_method_are_told_apart_by_what_differs(records):
     other["key"] = "other"
     other["config"]["metric"]["alpha"] = 0.25
     rows = tables.comparison([*records, other])
-    assert set(rows.loc[rows["method"] == "asvd", "variant"]) == {"alpha=0.5", "alpha=0.25"}
+    assert set(rows.loc[rows["method"] == "asvd", "variant"]) == {"metric.alpha=0.5", "metric.alpha=0.25"}
     assert set(rows.loc[rows["method"] != "asvd", "variant"]) == {""}
+
+
+def test_an_overridden_answer_is_shown_even_where_it_is_alone(records):
+    [asvd] = [r for r in records if r["method"] == "asvd" and r["ratio"] == 0.8]
+    asvd = json.loads(json.dumps(asvd))
+    asvd["config"]["metric"] |= {"alpha": 0.25, "statistic": "abs_max"}
+    [row] = tables.comparison([asvd]).to_dict("records")
+    assert row["variant"] == "metric.statistic=abs_max, metric.alpha=0.25"
+
+
+def test_dense_models_of_two_dtypes_are_told_apart(records):
+    [dense] = [r for r in records if r["method"] == "dense"]
+    other = json.loads(json.dumps(dense))
+    other["key"], other["config"]["dtype"] = "other", "bfloat16"
+    rows = tables.comparison([dense, other])
+    assert list(rows["variant"]) == ["dtype=bfloat16", "dtype=float32"]
+
+
+def test_records_of_other_component_versions_are_left_out_and_named(records):
+    old = json.loads(json.dumps(records[0]))
+    old["key"], old["components"]["SPECTRA"] = "old", 0
+    assert len(tables.comparison([*records, old])) == len(records)
+    assert "outdated (made by other component versions" in tables.markdown([*records, old])
+
+
+def test_models_of_one_name_and_other_content_never_share_a_table(records):
+    other = json.loads(json.dumps(records[0]))
+    other["key"], other["content"]["model"] = "other", "another commit"
+    assert tables.comparison([*records, other])["group"].nunique() == 2
 
 
 def test_failed_and_skipped_cells_stay_visible(records):

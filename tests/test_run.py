@@ -136,9 +136,10 @@ def test_few_calibration_tokens_are_warned_about(lab):
     ("overrides", "reason"),
     [
         (("ratio=0.001",), "leaves no rank"),
-        (("eval.ppl.seqlen=512",), "longer than the 128 positions"),
-        (("calibration.seqlen=512",), "longer than the 128 positions"),
+        (("eval.ppl.seqlen=4096",), "longer than the 2048 positions"),
+        (("calibration.seqlen=4096",), "longer than the 2048 positions"),
         (("eval.ppl.seqlen=128", "dataset.eval.max_documents=1"), "fewer than a window"),
+        (("calibration.seqlen=128", "dataset.calibration.max_documents=1"), "fewer than seqlen=128"),
     ],
 )
 def test_a_cell_that_makes_no_sense_is_skipped_with_its_reason(lab, overrides, reason):
@@ -196,14 +197,13 @@ def numbers(lab: Lab) -> str:
     return rows.drop(columns=["compression_seconds", "evaluation_seconds"]).to_csv()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_grid_that_is_stopped_goes_on_where_it_was(grid_lab, tmp_path, data_root, how):
-    """Killed after its second record: only what is missing runs, and the table is the undisturbed one."""
-    lab = Lab(tmp_path / "results", data_root)
-    wanted = ("-m", "method=dense,svd,asvd,svdllm", "ratio=0.8,0.6")
-    process = subprocess.Popen(
-        lab.command(*wanted), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+WANTED = ("-m", "method=dense,svd,asvd,svdllm", "ratio=0.8,0.6")
+
+
+def stopped_after_two_records(lab: Lab, how: signal.Signals) -> tuple[int, str, dict[str, str]]:
+    """Run the grid and stop it by ``how``: its exit status, what it said, and the records it left."""
+    command = lab.command(*WANTED)
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     records = lab.root / "records"
     deadline = time.time() + 120
     while len(list(records.glob("*.json"))) < 2 and time.time() < deadline:
@@ -212,22 +212,34 @@ def test_a_grid_that_is_stopped_goes_on_where_it_was(grid_lab, tmp_path, data_ro
     _, stderr = process.communicate(timeout=60)
     kept = {f.name: f.read_text() for f in records.glob("*.json")}
     assert 2 <= len(kept) < 7, stderr
-    assert process.returncode != 0
-    if how == signal.SIGINT:
-        assert "the same command goes on from there" in stderr
-        assert "Traceback" not in stderr
+    return process.returncode, stderr, kept
 
-    lab.cli(*wanted)
+
+def test_a_grid_that_is_killed_goes_on_where_it_was(grid_lab, tmp_path, data_root):
+    """kill -9 after the second record: only what is missing runs, and the table is the undisturbed one."""
+    lab = Lab(tmp_path / "results", data_root)
+    status, _, kept = stopped_after_two_records(lab, signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    lab.cli(*WANTED)
     for name, text in kept.items():
-        assert (records / name).read_text() == text
+        assert (lab.root / "records" / name).read_text() == text
     undisturbed = Lab(tmp_path / "undisturbed", data_root)
     (undisturbed.root / "records").mkdir(parents=True)
-    for record in grid_lab.results.records():
-        if record["ratio"] in (1.0, 0.8, 0.6) and not (
-            record["method"] == "svdllm" and record["ratio"] == 1.0
-        ):
-            shutil.copy(grid_lab.results.path(record["key"]), undisturbed.root / "records")
+    for name in (file.name for file in (lab.root / "records").glob("*.json")):
+        shutil.copy(grid_lab.root / "records" / name, undisturbed.root / "records")
+    assert len(undisturbed.results.records()) == 7
     assert numbers(lab) == numbers(undisturbed)
+
+
+@pytest.mark.parametrize(("how", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_ctrl_c_and_sigterm_stop_cleanly(tmp_path, data_root, how, status):
+    returned, stderr, _ = stopped_after_two_records(Lab(tmp_path / "results", data_root), how)
+    assert returned == status
+    assert stderr.splitlines()[-1] == (
+        "stopped; all that was finished is kept, the same command goes on from there"
+    )
+    assert "Traceback" not in stderr
+    assert list((tmp_path / "results").rglob("*.tmp-*")) == []
 
 
 def test_two_seeds_are_two_cells_and_the_same_seed_the_same_numbers(lab, tmp_path, data_root):
@@ -254,6 +266,7 @@ def test_device_that_is_not_there(lab):
         pytest.skip("this machine has a GPU")
     done = lab.cli("device=cuda", check=False)
     assert done.returncode != 0
+    assert lab.results.records() == []  # nothing failed: the user can mend it
     assert (
         done.stderr.splitlines()[-1] == "error: device=cuda: this machine has 0 GPUs; use device=auto or cpu"
     )

@@ -43,6 +43,19 @@ def test_a_failure_leaves_nothing(tmp_path):
     assert (store.get_or_make("kind", "key", fill("whole")).path / "data").read_text() == "whole"
 
 
+def test_what_is_half_deleted_is_made_again(tmp_path):
+    """Without its manifest, without one of its files, or with a file cut short."""
+    store = Store(tmp_path)
+    for damage in ("artifact.json", "data"):
+        path = store.get_or_make("kind", "key", fill("whole")).path
+        (path / damage).unlink()
+        assert store.get("kind", "key") is None
+    path = store.get_or_make("kind", "key", fill("whole")).path
+    (path / "data").write_text("who")
+    assert not store.get_or_make("kind", "key", fill("whole")).reused
+    assert (path / "data").read_text() == "whole"
+
+
 MAKER = """
 import sys, time
 from lowrank_lab.store import Store

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -116,10 +117,11 @@ class HubCorpus:
                     f"data_root={data_root}: no file {file}; put the split there or leave data_root out to "
                     "use the hub"
                 )
-            return store.file_hash(file)
+            return fingerprint({"file": store.file_hash(file), "field": self.field})
         if self.files is not None and split not in self.files:
             raise UserError(f"{self.hub} has no split '{split}' here; choose {' or '.join(self.files)}")
-        return fingerprint({"hub": self.hub, "name": self.name, "split": split, "commit": self._commit()})
+        where = {"hub": self.hub, "name": self.name, "split": split, "files": self.files}
+        return fingerprint({**where, "commit": self._commit(), "field": self.field})
 
     def documents(self, split: str, data_root: str | None) -> Iterator[str]:
         if data_root is not None:
@@ -130,9 +132,7 @@ class HubCorpus:
         from datasets import load_dataset
 
         files = {split: self.files[split]} if self.files is not None else None
-        rows = load_dataset(
-            self.hub, self.name, data_files=files, split=split, revision=self.revision or self._commit()
-        )
+        rows = load_dataset(self.hub, self.name, data_files=files, split=split, revision=self._commit())
         for row in rows:
             yield row[self.field]
 
@@ -141,20 +141,26 @@ class HubCorpus:
 
     def _commit(self) -> str:
         """The commit the hub (or without a network the local cache) has for this data set."""
-        from huggingface_hub import HfApi, try_to_load_from_cache
-        from huggingface_hub.constants import HF_HUB_OFFLINE
+        try:
+            return _hub_commit(self.hub, self.revision)
+        except Exception as error:  # no network, a timeout, a proxy: the client raises many kinds
+            raise UserError(
+                f"data set {self.hub}: neither on the hub nor in its local cache ({type(error).__name__}); "
+                f"check the network, or set data_root to a folder that holds {self.mirror}/<split>.jsonl"
+            ) from None
 
-        if not HF_HUB_OFFLINE:
-            try:
-                return HfApi().dataset_info(self.hub, revision=self.revision, timeout=20).sha or "unknown"
-            except Exception as error:  # no network, a timeout, a proxy: the client raises many kinds
-                reason = type(error).__name__
-        else:
-            reason = "HF_HUB_OFFLINE is set"
-        cached = try_to_load_from_cache(self.hub, "README.md", repo_type="dataset")
+
+@cache  # asked once a process, not once a cell
+def _hub_commit(name: str, revision: str | None) -> str:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        commit = HfApi().dataset_info(name, revision=revision, timeout=20).sha
+        if commit is None:
+            raise ValueError("the hub gave no commit")
+        return commit
+    except Exception:
+        cached = try_to_load_from_cache(name, "README.md", repo_type="dataset", revision=revision)
         if isinstance(cached, str):
             return Path(cached).parent.name
-        raise UserError(
-            f"data set {self.hub}: not to be had from the hub ({reason}); check the network, or set "
-            f"data_root to a folder that holds {self.mirror}/<split>.jsonl"
-        )
+        raise

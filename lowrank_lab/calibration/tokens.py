@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from lowrank_lab.calibration.corpora import Corpus, Part, text_of
-from lowrank_lab.errors import UserError
+from lowrank_lab.errors import SkippedCell
 
 Sampling = Literal["random", "disjoint"]
 
@@ -27,17 +27,17 @@ def sample_windows(ids: np.ndarray, samples: int, seqlen: int, seed: int, sampli
 
     ``random`` draws start positions uniformly with replacement, as the papers' code does, so windows may
     overlap. ``disjoint`` draws without replacement from the non-overlapping windows.
-    Raises UserError where the text is too short.
+    Raises SkippedCell where the text is too short.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     if sampling == "random":
         if len(ids) < seqlen:
-            raise UserError(f"the calibration text has {len(ids)} tokens, fewer than seqlen={seqlen}")
+            raise SkippedCell(f"the calibration text has {len(ids)} tokens, fewer than seqlen={seqlen}")
         starts = generator.integers(0, len(ids) - seqlen + 1, size=samples)
     else:
         windows = len(ids) // seqlen
         if windows < samples:
-            raise UserError(
+            raise SkippedCell(
                 f"the calibration text has {windows} disjoint windows of {seqlen} tokens, fewer than "
                 f"calibration.samples={samples}; take fewer or shorter ones, or calibration.sampling=random"
             )
@@ -76,10 +76,16 @@ def make_calibration_tokens(
     seqlen: int,
     seed: int,
     sampling: Sampling,
+    bos_id: int | None,
 ) -> None:
-    """The artifact of a calibration set: its windows (samples, seqlen)."""
+    """The artifact of a calibration set: its windows (samples, seqlen), each after a BOS if ``bos_id``."""
     text, documents = text_of(corpus, part, data_root)
-    ids = sample_windows(tokenize(tokenizer, text, True), samples, seqlen, seed, sampling)
+    stream = tokenize(tokenizer, text, add_special_tokens=bos_id is None)
+    if bos_id is None:
+        ids = sample_windows(stream, samples, seqlen, seed, sampling)
+    else:
+        ids = sample_windows(stream, samples, seqlen - 1, seed, sampling)
+        ids = np.concatenate([np.full((samples, 1), bos_id), ids], axis=1)
     _save(folder, ids, part, documents, len(text))
 
 

@@ -55,7 +55,6 @@ class Perplexity:
         measured = perplexity(bench.model, windows, self.batch_size, bench.device)
         content = self.seqlen if bos_id is None else self.seqlen - 1
         protocol = {
-            "dataset": bench.dataset,
             **text,
             "window": self.seqlen,
             "stride": content,

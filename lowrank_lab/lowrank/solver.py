@@ -51,11 +51,14 @@ class Spectrum:
         return left, right, self.eigenvalues[:rank].sqrt()
 
 
-def decompose(weight: Tensor, input_metric: Tensor | None, output_metric: Tensor | None) -> Spectrum:
+def decompose(
+    weight: Tensor, input_metric: Tensor | None, output_metric: Tensor | None, samples: int | None = None
+) -> Spectrum:
     """Solve for every rank.
 
     ``weight`` (out, in) float64; the metrics C (in,) or (in, in) and R (out,) or (out, out) are None
-    (identity), a vector (diagonal) or a symmetric positive semi-definite matrix, float64.
+    (identity), a vector (diagonal) or a symmetric positive semi-definite matrix, float64. Where C is a sum of
+    ``samples`` outer products its rank is at most that; eigenvalues beyond are rounding of how it was summed.
     Raises FloatingPointError for non-finite input.
 
     Where the weighted error is already zero at some rank (C singular), the remaining directions are those
@@ -70,6 +73,8 @@ def decompose(weight: Tensor, input_metric: Tensor | None, output_metric: Tensor
         if tensor is not None and not torch.isfinite(tensor).all():
             raise FloatingPointError(f"the {name} is not finite")
     spectrum, determined = _decompose(weight, input_metric, output_metric)
+    if samples is not None:
+        determined = min(determined, samples)
     if input_metric is None or determined == len(spectrum.eigenvalues):
         return spectrum
     return _complete(spectrum, determined, weight)

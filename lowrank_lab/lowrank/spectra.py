@@ -47,7 +47,8 @@ def make_spectra(
     """Decompose every compressible linear under ``metric``; each block's file is written as it is done.
 
     ``statistics`` is the folder of ``make_statistics``, or None for a metric that needs no calibration.
-    Bases are kept in float32, eigenvalues in float64.
+    Bases are kept in float32 where they are the left factor itself, and in float64 where the left factor is
+    W · basis: an ill-conditioned W would magnify their rounding.
     """
     blocks = blocks_of(model, spec)
     for index, block in enumerate(progress.track(blocks, "decomposition", "block")):
@@ -56,12 +57,16 @@ def make_spectra(
             inputs = load_statistics(statistics, index, group, device) if statistics is not None else None
             for linear in group:
                 weight = dense_weight(block.get_submodule(linear)).detach().to(device, torch.float64)
+                c, r = metric(inputs)
+                samples = inputs.tokens if inputs is not None and c is not None and c.ndim == 2 else None
                 try:
-                    spectrum = decompose(weight, *metric(inputs))
+                    spectrum = decompose(weight, c, r, samples)
                 except FloatingPointError as error:
                     raise FloatingPointError(f"{site_name(spec, index, linear)}: {error}") from None
                 tensors[f"{linear}.eigenvalues"] = spectrum.eigenvalues.cpu()
-                tensors[f"{linear}.basis"] = spectrum.basis.float().cpu().contiguous()
+                out, inp = weight.shape
+                kept_in = torch.float32 if out <= inp else torch.float64
+                tensors[f"{linear}.basis"] = spectrum.basis.to("cpu", kept_in).contiguous()
                 if spectrum.output_metric is not None:
                     tensors[f"{linear}.output_metric"] = spectrum.output_metric.float().cpu()
         save_file(tensors, folder / _file_name(index))

@@ -17,6 +17,10 @@ class ActivationScale:
     needs_calibration = True
 
     def __init__(self, statistic: Literal["abs_mean", "abs_max"], alpha: float) -> None:
+        if statistic not in ("abs_mean", "abs_max"):
+            raise ValueError(f"statistic={statistic} is not valid; it must be abs_mean or abs_max")
+        if not isinstance(alpha, (int, float)) or alpha < 0:
+            raise ValueError(f"alpha={alpha} is not valid; it must be a number from 0")
         self.statistic = statistic
         self.alpha = alpha
 

@@ -14,14 +14,15 @@ import importlib.metadata
 import json
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 from lowrank_lab.errors import UserError
 from lowrank_lab.store import Store, fingerprint
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-CONTENT_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
+CONTENT_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
+TRAINING_FILES = ("trainer_state.json", "training_args.bin", "optimizer.bin", "scheduler.bin")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class ModelSource:
     """A model that was found. ``content`` identifies its weights and tokenizer; it holds no path.
 
     ``kind`` is ``hub``, ``folder``, ``gguf`` or ``tiny``. ``location`` is what ``from_pretrained`` takes
-    (for ``gguf`` the file, for ``tiny`` the family). ``config`` is its config.json, or None for a GGUF.
+    (for ``gguf`` the file, for ``tiny`` the family). ``model_type`` is None for a GGUF.
     """
 
     kind: str
@@ -37,7 +38,7 @@ class ModelSource:
     location: str
     content: str
     revision: str | None = None
-    config: dict[str, Any] | None = None
+    model_type: str | None = None
 
 
 def resolve(path: str, revision: str | None, store: Store) -> ModelSource:
@@ -67,7 +68,7 @@ def _tiny(family: str) -> ModelSource:
             f"model.path=tiny:{family}: no such family; choose one of {', '.join(sorted(CONFIGS))}"
         )
     content = fingerprint({"tiny": family, "config": CONFIGS[family], "version": VERSION})
-    return ModelSource("tiny", f"tiny-{family}", family, content, config={"model_type": family})
+    return ModelSource("tiny", f"tiny-{family}", family, content, model_type=family)
 
 
 def _package_gguf(package: str) -> Path:
@@ -92,15 +93,21 @@ def _folder(folder: Path, store: Store) -> ModelSource:
     config = folder / "config.json"
     if not config.is_file():
         raise UserError(f"model.path={folder}: the folder has no config.json; is it a saved model?")
+    try:
+        model_type = json.loads(config.read_text())["model_type"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"model.path={folder}: its config.json is not one of a model (no model_type)"
+        ) from None
     files = sorted(f for f in folder.iterdir() if f.is_file() and f.suffix in CONTENT_SUFFIXES)
+    files = [f for f in files if f.name not in TRAINING_FILES]
     if not any(f.suffix in (".safetensors", ".bin") for f in files):
         raise UserError(f"model.path={folder}: the folder has no .safetensors or .bin weights")
     content = fingerprint({f.name: store.file_hash(f) for f in files})
-    return ModelSource(
-        "folder", folder.resolve().name, str(folder), content, config=json.loads(config.read_text())
-    )
+    return ModelSource("folder", folder.resolve().name, str(folder), content, model_type=model_type)
 
 
+@cache  # asked once a process, not once a cell
 def _hub(name: str, revision: str | None) -> ModelSource:
     """Resolve a hub name to a commit: from the hub, or from the local cache where there is no network."""
     from huggingface_hub import hf_hub_download
@@ -124,6 +131,5 @@ def _hub(name: str, revision: str | None) -> ModelSource:
     # The cache keeps each file below snapshots/<commit>/, so the path tells which commit we were given.
     commit = file.parent.name
     content = fingerprint({"hub": name, "commit": commit})
-    return ModelSource(
-        "hub", name.split("/")[-1], name, content, revision=commit, config=json.loads(file.read_text())
-    )
+    model_type = json.loads(file.read_text()).get("model_type")
+    return ModelSource("hub", name.split("/")[-1], name, content, revision=commit, model_type=model_type)

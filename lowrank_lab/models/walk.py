@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_lab import progress
 from lowrank_lab.models.arch import ArchSpec
 
 
@@ -96,7 +97,7 @@ def _advance(
         size: BlockCall(_to(calls_of[index].args, device), _to(calls_of[index].kwargs, device))
         for size, calls_of in calls.items()
     }
-    for i, states in enumerate(hidden):
+    for i, states in enumerate(progress.track(hidden, "sequences", "batch")):
         call = on_device[states.shape[0]]
         hidden[i] = block(states.to(device), *call.args, **call.kwargs).to(states.device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,12 @@ def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure:
                 line["value"],
                 color=COLOURS[number % len(COLOURS)],
                 marker=MARKERS[number % len(MARKERS)],
-                label=f"{method} ({variant})" if variant else method,
+                label=textwrap.fill(f"{method} ({variant})" if variant else method, 36),
             )
-        for value in group.loc[group["method"] == "dense", "value"]:
-            axes.axhline(value, color="0.35", linestyle="--", label=f"dense ({value:.4g})")
+        dense = group[group["method"] == "dense"]
+        for value, variant in zip(dense["value"], dense["variant"], strict=True):
+            label = f"dense ({variant}, {value:.4g})" if variant else f"dense ({value:.4g})"
+            axes.axhline(value, color="0.35", linestyle="--", label=label)
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=8))
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -69,9 +72,8 @@ def write(records: list[dict[str, Any]], folder: Path) -> list[Path]:
     files = []
     for caption, group in groups(comparison(records)):
         model, protocol = group.iloc[0]["model"], group.iloc[0]["protocol"]
-        name = f"perplexity_{model}_{protocol['dataset']}_{protocol['windows']}x{protocol['window']}"
-        if protocol["bos"] != "text":
-            name += f"_bos-{protocol['bos']}"
+        windows = f"{protocol['windows']}x{protocol['window']}"
+        name = f"perplexity_{model}_{protocol['dataset']}_{windows}_{group.iloc[0]['identity'][:6]}"
         figure = perplexity_against_ratio(group, caption)
         for suffix in ("png", "pdf"):
             file = folder / f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)}.{suffix}"

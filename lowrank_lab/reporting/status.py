@@ -10,17 +10,18 @@ from lowrank_lab.results import Results
 def status(results: Results) -> str:
     """One line a cell (done, failed, skipped, missing) below each grid, and a count at the end."""
     lines = []
-    total: Counter[str] = Counter()
+    states: dict[str, str] = {}  # a cell may be in several grids and counts once
     known = {record["key"]: record for record in results.records()}
     for grid in results.grids():
         lines.append(f"grid: {grid['name']}")
         for key, label in sorted(grid["cells"].items(), key=lambda item: item[1]):
             record = known.get(key)
             state = record["status"] if record is not None else "missing"
-            total[state] += 1
+            states[key] = state
             lines.append(f"  {state:8}{label}{_explain(record, results)}")
     if not lines:
         return f"no grid has been run in {results.root} yet; start with: python run.py"
+    total = Counter(states.values())
     counts = ", ".join(f"{total[state]} {state}" for state in ("done", "failed", "skipped", "missing"))
     return "\n".join([*lines, counts])
 

@@ -3,37 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from hydra import compose, initialize_config_dir
 
+from lowrank_lab import versions
+from lowrank_lab.config import plain
 from lowrank_lab.results import frame
+from lowrank_lab.store import fingerprint
 
-# What must agree for two perplexities to stand in one table.
+# What must agree for two perplexities to stand in one table, beside the model's content.
 PROTOCOL = ("dataset", "split", "join", "documents", "sha256", "window", "stride", "windows", "bos")
-# Where two cells of one method may differ; shown as the variant of the row where they do.
-VARIANT_KEYS = ("metric", "allocation", "storage", "calibration", "dtype", "seed")
+ANSWERS = ("metric", "allocation", "storage")
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"
 
 
 def comparison(records: list[dict[str, Any]]) -> pd.DataFrame:
     """One row a finished perplexity, sorted for reading: by group, then method, then falling ratio.
 
-    ``group`` numbers the sets of rows that are comparable: same model and same protocol.
+    ``group`` numbers the sets of rows that are comparable (same model content, same protocol), ``identity`` is
+    a hash of what they share, and ``variant`` says in what a row differs from its method as published or from
+    the other rows of its method. Records of other component versions are left out.
     """
-    done = [record for record in records if record["status"] == "done"]
-    rows = frame(done)
+    done = {r["key"]: r for r in records if r["status"] == "done" and not outdated(r)}
+    rows = frame(list(done.values()))
     if rows.empty:
         return rows
     rows = rows[rows["metric"] == "perplexity"].copy()
-    rows["variant"] = rows["key"].map(_variants(done))
     rows["protocol_text"] = rows["protocol"].map(describe)
-    identity = rows["model"] + rows["protocol"].map(lambda protocol: str([protocol[k] for k in PROTOCOL]))
-    rows["group"] = pd.factorize(identity, sort=True)[0]
+    model = rows["key"].map(lambda key: done[key]["content"]["model"])
+    shared = zip(rows["model"], model, rows["protocol"], strict=True)
+    rows["identity"] = [
+        fingerprint([name, content, *(p[k] for k in PROTOCOL)]) for name, content, p in shared
+    ]
+    order = rows["model"] + rows["protocol_text"] + rows["identity"]
+    rows["group"] = pd.factorize(order, sort=True)[0]
+    for _, group in rows.groupby("group"):
+        rows.loc[group.index, "variant"] = group["key"].map(_variants([done[key] for key in group["key"]]))
     rows["_dense_first"] = rows["method"] != "dense"
-    order = ["group", "_dense_first", "method", "variant", "ratio"]
-    rows = rows.sort_values(order, ascending=[True, True, True, True, False], kind="stable")
+    order_of_rows = ["group", "_dense_first", "method", "variant", "ratio"]
+    rows = rows.sort_values(order_of_rows, ascending=[True, True, True, True, False], kind="stable")
     return rows.drop(columns="_dense_first").reset_index(drop=True)
+
+
+def outdated(record: dict[str, Any]) -> bool:
+    """Whether a record was made by other versions of the components than the present ones."""
+    return record.get("components") != versions.current()
 
 
 def describe(protocol: dict[str, Any]) -> str:
@@ -78,9 +96,11 @@ def markdown(records: list[dict[str, Any]]) -> str:
     parts = []
     for caption, group in groups(comparison(records)):
         parts.append(f"**{caption}**\n\n{presentable(group).to_markdown(index=False, disable_numparse=True)}")
-    unfinished = [r for r in records if r["status"] != "done"]
+    unfinished = [r for r in records if r["status"] != "done" or outdated(r)]
     if unfinished:
-        lines = [f"- {r['label']}: {r['status']} ({r['reason']})" for r in unfinished]
+        old = "outdated (made by other component versions; run it again)"
+        states = [old if outdated(r) else f"{r['status']} ({r['reason']})" for r in unfinished]
+        lines = [f"- {r['label']}: {state}" for r, state in zip(unfinished, states, strict=True)]
         parts.append("**Cells without a number**\n\n" + "\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
@@ -102,7 +122,7 @@ def csv(records: list[dict[str, Any]]) -> str:
     if rows.empty:
         return ""
     protocol = pd.DataFrame(list(rows["protocol"])).add_prefix("protocol_")
-    rows = rows.drop(columns=["protocol", "protocol_text", "reason", "evaluator"])
+    rows = rows.drop(columns=["protocol", "protocol_text", "identity", "reason", "evaluator"])
     return pd.concat([rows, protocol], axis=1).to_csv(index=False)
 
 
@@ -118,29 +138,51 @@ def write(records: list[dict[str, Any]], folder: Path) -> list[Path]:
 
 
 def _variants(records: list[dict[str, Any]]) -> dict[str, str]:
-    """For each record key the settings in which the cells of one method differ, as text; "" where none do."""
-    by_method: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-    for record in records:
-        settings: dict[str, Any] = {}
-        if record["method"] != "dense":
-            for key in VARIANT_KEYS:
-                _flatten(key, record["config"][key], settings)
-        by_method.setdefault(record["method"], []).append((record["key"], settings))
+    """What a table must say of each record (by key) beside its method and ratio; "" for most.
+
+    That is every answer that differs from the method's own, and every setting in which the cells of one
+    method differ from each other.
+    """
+    settings = {record["key"]: _settings(record["config"]) for record in records}
     variants = {}
-    for cells in by_method.values():
-        names = sorted({name for _, settings in cells for name in settings})
-        differing = [n for n in names if len({str(settings.get(n)) for _, settings in cells}) > 1]
-        for key, settings in cells:
-            variants[key] = ", ".join(f"{n.split('.')[-1]}={settings[n]}" for n in differing if n in settings)
+    for record in records:
+        fellows = [settings[r["key"]] for r in records if r["method"] == record["method"]]
+        own = _own_answers(record["method"])
+        shown = {
+            name: value
+            for name, value in settings[record["key"]].items()
+            if any(fellow.get(name) != value for fellow in fellows)
+            or (own is not None and name.startswith(ANSWERS) and own.get(name) != value)
+        }
+        variants[record["key"]] = ", ".join(f"{name}={value}" for name, value in shown.items())
     return variants
 
 
-def _flatten(prefix: str, value: Any, into: dict[str, Any]) -> None:
-    if not isinstance(value, dict):
-        into[prefix] = value
-        return
-    for name, inner in value.items():
-        # Of a data set its name says enough; batch sizes change no number.
-        if (prefix.endswith(".dataset") and name != "name") or name == "batch_size":
-            continue
-        _flatten(f"{prefix}.{name}", inner, into)
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that may tell two cells of one method apart, flat, by their names on the command line."""
+    if config["allocation"] is None:
+        return {"dtype": config["dtype"]}
+    flat: dict[str, Any] = {}
+    for name in ("metric", "allocation", "storage", "calibration", "dtype"):
+        _flatten(name, config[name], flat)
+    return flat
+
+
+def _flatten(name: str, value: Any, into: dict[str, Any]) -> None:
+    if isinstance(value, dict):
+        for inner_name, inner in value.items():
+            if inner_name == "_target_":
+                into[name] = str(inner).rsplit(".", 1)[-1]
+            elif inner_name not in ("batch_size", "corpus"):  # a corpus is told by its data set's name
+                _flatten(f"{name}.{inner_name}", inner, into)
+    else:
+        into[name] = value
+
+
+@cache
+def _own_answers(method: str) -> dict[str, Any] | None:
+    """The answers of a method as its YAML has them; None for a method that is not in conf/."""
+    if not (CONFIG_DIR / "method" / f"{method}.yaml").is_file():
+        return None
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return _settings(plain(compose("config", [f"method={method}"])))

@@ -15,6 +15,8 @@ class Absorb:
     """
 
     def __init__(self, left_share: float) -> None:
+        if not isinstance(left_share, (int, float)) or not 0 <= left_share <= 1:
+            raise ValueError(f"left_share={left_share} is not valid; it must be a number in [0, 1]")
         self.left_share = left_share
 
     def __call__(self, left: Tensor, right: Tensor, singular_values: Tensor) -> tuple[Tensor, Tensor]:
