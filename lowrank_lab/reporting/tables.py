@@ -24,7 +24,7 @@ CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"
 def comparison(records: list[dict[str, Any]]) -> pd.DataFrame:
     """One row a finished perplexity, sorted for reading: by group, then method, then falling ratio.
 
-    ``group`` numbers the sets of rows that are comparable (same model content, same protocol), ``identity`` is
+    ``group`` numbers the sets of rows that are comparable (same model content and protocol), ``identity`` is
     a hash of what they share, and ``variant`` says in what a row differs from its method as published or from
     the other rows of its method. Records of other component versions are left out.
     """
