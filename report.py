@@ -12,13 +12,9 @@ from pathlib import Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=("all", "status"), default="all")
-    parser.add_argument(
-        "--results", type=Path, default=Path("results"), help="folder given to run.py as results="
-    )
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder given to run.py as results=")
     parser.add_argument("--out", type=Path, default=None, help="where to write (default: <results>/report)")
     arguments = parser.parse_args()
 

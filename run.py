@@ -43,11 +43,7 @@ def main() -> None:
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: "=" in word and not word.startswith("-"))
     arguments = get_args_parser().parse_args()
     asks_for_work = not (
-        arguments.help
-        or arguments.hydra_help
-        or arguments.cfg
-        or arguments.info
-        or arguments.shell_completion
+        arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
     )
     try:
         if asks_for_work:

@@ -48,9 +48,7 @@ def validate(cfg: DictConfig) -> None:
     _one_of("dtype", cfg.dtype, DTYPES)
     _check("seed", cfg.seed, _is_count(cfg.seed, 0), "a whole number from 0")
     _check("device", cfg.device, isinstance(cfg.device, str), "auto, cpu, cuda or cuda:N")
-    _check(
-        "model.path", cfg.model.path, isinstance(cfg.model.path, str), "a hub name, a folder or package:NAME"
-    )
+    _check("model.path", cfg.model.path, isinstance(cfg.model.path, str), "a hub name, a folder or package:NAME")
     _check("data_root", cfg.data_root, isinstance(cfg.data_root, str | None), "a folder, or null for the hub")
     calibration = cfg.calibration
     for name, smallest in (("samples", 1), ("seqlen", 2), ("batch_size", 1), ("seed", 0)):

@@ -27,7 +27,14 @@ from lowrank_lab.store import Artifact, fingerprint, write_json
 log = logging.getLogger(__name__)
 
 FINISHED = ("done", "skipped")
-COMPRESSION_STAGES = ("calibration tokens", "calibration", "decomposition", "factorization")
+COMPRESSION_STAGES = (
+    "calibration tokens",
+    "calibration",
+    "gradients",
+    "decomposition",
+    "allocation",
+    "factorization",
+)
 
 
 class Record:

@@ -192,9 +192,7 @@ def test_what_changes_a_number_changes_the_key(lab):
 
 
 def test_what_has_no_influence_is_left_out(lab):
-    assert key(lab, "method=dense") == key(
-        lab, "method=dense", "ratio=0.5", "calibration.samples=3", "seed=5"
-    )
+    assert key(lab, "method=dense") == key(lab, "method=dense", "ratio=0.5", "calibration.samples=3", "seed=5")
     assert key(lab, "method=svd") == key(lab, "method=svd", "calibration.samples=3", "seed=5")
     assert key(lab, "method=svd") != key(lab, "method=svd", "ratio=0.5")
 

@@ -92,9 +92,7 @@ def test_text_that_is_too_short_raises(sampling):
 
 def test_token_artifacts_say_what_they_hold(data_root, tmp_path):
     part = Part("train", "\n", 5)
-    make_calibration_tokens(
-        tmp_path, byte_tokenizer(), corpus(), part, str(data_root), 4, 16, 0, "random", None
-    )
+    make_calibration_tokens(tmp_path, byte_tokenizer(), corpus(), part, str(data_root), 4, 16, 0, "random", None)
     ids, facts = load_tokens(tmp_path)
     assert ids.shape == (4, 16)
     assert facts["tokens"] == 64

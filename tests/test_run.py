@@ -87,9 +87,7 @@ def test_another_ratio_only_slices_and_evaluates(grid_lab):
 
 
 def test_the_same_grid_again_computes_nothing(grid_lab):
-    before = {
-        f: f.stat().st_mtime_ns for f in grid_lab.root.rglob("*") if f.suffix in (".json", ".safetensors")
-    }
+    before = {f: f.stat().st_mtime_ns for f in grid_lab.root.rglob("*") if f.suffix in (".json", ".safetensors")}
     start = time.perf_counter()
     done = grid_lab.cli("-m", "method=dense,svd,asvd,svdllm", "ratio=0.8,0.6")
     seconds = time.perf_counter() - start
@@ -267,9 +265,7 @@ def test_device_that_is_not_there(lab):
     done = lab.cli("device=cuda", check=False)
     assert done.returncode != 0
     assert lab.results.records() == []  # nothing failed: the user can mend it
-    assert (
-        done.stderr.splitlines()[-1] == "error: device=cuda: this machine has 0 GPUs; use device=auto or cpu"
-    )
+    assert done.stderr.splitlines()[-1] == "error: device=cuda: this machine has 0 GPUs; use device=auto or cpu"
 
 
 def test_records_are_json_without_nan(grid_lab):

@@ -40,9 +40,7 @@ def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
         compressed = group[group["method"] != "dense"]
-        for number, ((method, variant), line) in enumerate(
-            compressed.groupby(["method", "variant"], sort=True)
-        ):
+        for number, ((method, variant), line) in enumerate(compressed.groupby(["method", "variant"], sort=True)):
             line = line.sort_values("ratio_reached")
             axes.plot(
                 line["ratio_reached"],

@@ -36,9 +36,7 @@ def comparison(records: list[dict[str, Any]]) -> pd.DataFrame:
     rows["protocol_text"] = rows["protocol"].map(describe)
     model = rows["key"].map(lambda key: done[key]["content"]["model"])
     shared = zip(rows["model"], model, rows["protocol"], strict=True)
-    rows["identity"] = [
-        fingerprint([name, content, *(p[k] for k in PROTOCOL)]) for name, content, p in shared
-    ]
+    rows["identity"] = [fingerprint([name, content, *(p[k] for k in PROTOCOL)]) for name, content, p in shared]
     order = rows["model"] + rows["protocol_text"] + rows["identity"]
     rows["group"] = pd.factorize(order, sort=True)[0]
     for _, group in rows.groupby("group"):
