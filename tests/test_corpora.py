@@ -57,6 +57,24 @@ def test_missing_mirror_file_is_named(data_root, tmp_path):
         corpus().content("dev", str(data_root), Store(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{", "line 2: not a JSON object"),
+        (b"\xff", "line 2: not a JSON object"),
+        (b'{"txt": "a"}', "line 2: no field 'text'; it has: txt"),
+        (b"[1]", "line 2: no field 'text'; it has: list"),
+        (b'{"text": null}', "line 2: field 'text' is not text"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    folder = tmp_path / "wikitext" / "wikitext-2-raw-v1"
+    folder.mkdir(parents=True)
+    (folder / "test.jsonl").write_bytes(b'{"text": "good"}\n' + line + b"\n")
+    with pytest.raises(UserError, match=message):
+        list(corpus().documents("test", str(tmp_path)))
+
+
 def test_hub_that_cannot_be_reached_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(UserError, match="set data_root to a folder that holds wikitext"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from lowrank_lab.metric.base import InputStatistics, OutputStatistics, Weights
@@ -21,7 +22,7 @@ class ActivationScale:
     def __init__(self, statistic: Literal["abs_mean", "abs_max"], alpha: float) -> None:
         if statistic not in ("abs_mean", "abs_max"):
             raise ValueError(f"statistic={statistic} is not valid; it must be abs_mean or abs_max")
-        if not isinstance(alpha, (int, float)) or alpha < 0:
+        if not isinstance(alpha, (int, float)) or not 0 <= alpha < math.inf:
             raise ValueError(f"alpha={alpha} is not valid; it must be a number from 0")
         self.statistic = statistic
         self.alpha = alpha
