@@ -7,18 +7,15 @@ python report.py status     which cells are done, failed, skipped and missing
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=("all", "status"), default="all")
-    parser.add_argument(
-        "--results", type=Path, default=Path("results"), help="folder given to run.py as results="
-    )
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder given to run.py as results=")
     parser.add_argument("--out", type=Path, default=None, help="where to write (default: <results>/report)")
     arguments = parser.parse_args()
 
@@ -44,4 +41,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
     main()

@@ -43,11 +43,7 @@ def main() -> None:
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: "=" in word and not word.startswith("-"))
     arguments = get_args_parser().parse_args()
     asks_for_work = not (
-        arguments.help
-        or arguments.hydra_help
-        or arguments.cfg
-        or arguments.info
-        or arguments.shell_completion
+        arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
     )
     try:
         if asks_for_work:
@@ -77,9 +73,15 @@ def _plan(arguments: argparse.Namespace) -> list[Cell]:
     cells = grid.plan(CONFIG_DIR, arguments.config_name or "config", overrides, arguments.multirun)
     results = Results(cells[0].cfg.results)
     os.environ[GRID_NAME] = results.note_grid(arguments.overrides, cells)
-    finished = sum(results.finished(cell.key) is not None for cell in cells)
-    print(f"{len(cells)} cells, {finished} finished already", file=sys.stderr)
-    return [] if finished == len(cells) else cells
+    finished = {cell.label: record for cell in cells if (record := results.finished(cell.key)) is not None}
+    count = sum(cell.label in finished for cell in cells)
+    print(f"{len(cells)} cells, {count} finished already", file=sys.stderr)
+    if count < len(cells):
+        return cells
+    for label, record in finished.items():
+        print(f"{label}: {record['status']} ({runner.summary(record)})", file=sys.stderr)
+    print("nothing to do; python report.py makes the table", file=sys.stderr)
+    return []
 
 
 if __name__ == "__main__":

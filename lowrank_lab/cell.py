@@ -48,7 +48,7 @@ class Cell:
             if source.model_type is not None:
                 spec_for(source.model_type)
             metric = config.build(cfg.metric)
-            if metric.needs_calibration:
+            if metric.needs_inputs or metric.needs_gradients:
                 calibration_data = _content(cfg.calibration.dataset, "calibration", cfg.data_root, store)
         evaluators = {name: config.build(node) for name, node in cfg.eval.items()}
         evaluation_data = {
@@ -112,10 +112,22 @@ class Cell:
     @property
     def statistics_key(self) -> str | None:
         """Identifies the input statistics; None where the metric needs none."""
-        if not (self.compresses and self.metric.needs_calibration):
+        if not (self.compresses and self.metric.needs_inputs):
+            return None
+        return fingerprint({**self._weights, "tokens": self.calibration_tokens_key, "version": versions.STATISTICS})
+
+    @property
+    def gradients_key(self) -> str | None:
+        """Identifies the output gradients' statistics (always in float32); None where the metric needs none."""
+        if not (self.compresses and self.metric.needs_gradients):
             return None
         return fingerprint(
-            {**self._weights, "tokens": self.calibration_tokens_key, "version": versions.STATISTICS}
+            {
+                "model": self.model_key,
+                "tokens": self.calibration_tokens_key,
+                "outer": self.metric.needs_outer,
+                "version": versions.GRADIENTS,
+            }
         )
 
     @property
@@ -125,6 +137,7 @@ class Cell:
                 **self._weights,
                 "metric": config.for_key(self.cfg.metric),
                 "statistics": self.statistics_key,
+                "gradients": self.gradients_key,
                 "version": versions.SPECTRA,
             }
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from hydra.utils import instantiate
@@ -47,10 +48,11 @@ def validate(cfg: DictConfig) -> None:
     _check("ratio", ratio, _is_number(ratio) and 0 < ratio <= 1, "a number in (0, 1]: the fraction kept")
     _one_of("dtype", cfg.dtype, DTYPES)
     _check("seed", cfg.seed, _is_count(cfg.seed, 0), "a whole number from 0")
-    _check("device", cfg.device, isinstance(cfg.device, str), "auto, cpu, cuda or cuda:N")
-    _check(
-        "model.path", cfg.model.path, isinstance(cfg.model.path, str), "a hub name, a folder or package:NAME"
-    )
+    known_device = isinstance(cfg.device, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device)
+    _check("device", cfg.device, bool(known_device), "auto, cpu, cuda or cuda:N")
+    for name in ("results", "artifacts"):
+        _check(name, cfg[name], isinstance(cfg[name], str) and cfg[name].strip() != "", "a folder")
+    _check("model.path", cfg.model.path, isinstance(cfg.model.path, str), "a hub name, a folder or package:NAME")
     _check("data_root", cfg.data_root, isinstance(cfg.data_root, str | None), "a folder, or null for the hub")
     calibration = cfg.calibration
     for name, smallest in (("samples", 1), ("seqlen", 2), ("batch_size", 1), ("seed", 0)):

@@ -65,17 +65,20 @@ def _one_line(error: Exception, config_dir: Path) -> str:
     first = lines[0]
     if "Could not find '" in first:
         group, _, option = first.split("Could not find '")[1].rstrip("'").rpartition("/")
-        options = sorted(file.stem for file in (config_dir / group).glob("*.yaml"))
+        options = lines[2 : lines.index("Config search path:")] if "Config search path:" in lines else []
         return f"{group}={option}: no such option; choose one of {', '.join(options)}"
     if first.startswith("Could not override '"):
         key = first.split("'")[1]
+        if "." in key:
+            return f"{key}: no such setting with these options; see them with: python run.py ... --cfg job"
         axes = [folder.name for folder in config_dir.iterdir() if folder.is_dir()]
-        top = [
-            line.split(":")[0]
-            for line in (config_dir / "config.yaml").read_text().splitlines()
-            if line[:1].isalpha()
-        ]
-        near = difflib.get_close_matches(key, axes + top, n=1)
+        text = (config_dir / "config.yaml").read_text()
+        settings = [line.split(":")[0] for line in text.splitlines() if line[:1].isalpha()]
+        near = difflib.get_close_matches(key, axes + settings, n=1)
         hint = f"did you mean {near[0]}?" if near else "python run.py --help lists the axes"
         return f"{key}: no such setting; {hint}"
+    if first.startswith("Ambiguous value"):
+        return f"{first.removesuffix('.')}: to run several values as a grid, add -m"
+    if "parsing override" in first or "input" in first:
+        return f"{' '.join(lines[:2])}; write key=value, and quote values with special characters: 'key=\"a b\"'"
     return " ".join(lines)

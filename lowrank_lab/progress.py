@@ -51,9 +51,7 @@ def track(items: Iterable[T], name: str, unit: str, total: int | None = None) ->
         total = len(items)
     _depth += 1
     try:
-        yield from (
-            _track_bar(items, name, total) if _on_terminal() else _track_lines(items, name, unit, total)
-        )
+        yield from (_track_bar(items, name, total) if _on_terminal() else _track_lines(items, name, unit, total))
     finally:
         _depth -= 1
 

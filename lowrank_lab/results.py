@@ -27,7 +27,14 @@ from lowrank_lab.store import Artifact, fingerprint, write_json
 log = logging.getLogger(__name__)
 
 FINISHED = ("done", "skipped")
-COMPRESSION_STAGES = ("calibration tokens", "calibration", "decomposition", "factorization")
+COMPRESSION_STAGES = (
+    "calibration tokens",
+    "calibration",
+    "gradients",
+    "decomposition",
+    "allocation",
+    "factorization",
+)
 
 
 class Record:
@@ -96,10 +103,8 @@ class Results:
 
     def find(self, key: str) -> dict[str, Any] | None:
         """The record of a cell whatever its status, or None."""
-        try:
-            return json.loads(self.path(key).read_text())
-        except FileNotFoundError:
-            return None
+        file = self.path(key)
+        return _read(file) if file.is_file() else None
 
     def finished(self, key: str) -> dict[str, Any] | None:
         """The record of a cell that needs no more work, or None. A failed cell is tried again."""
@@ -135,12 +140,8 @@ class Results:
 
     def records(self) -> list[dict[str, Any]]:
         """All records, in a fixed order that does not depend on when they were written."""
-        found = []
-        for file in (self.root / "records").glob("*.json"):
-            try:
-                found.append(json.loads(file.read_text()))
-            except ValueError:
-                raise UserError(f"{file} is not JSON; delete it and run its cell again") from None
+        read = [_read(file) for file in sorted((self.root / "records").glob("*.json"))]
+        found = [record for record in read if record is not None]
         return sorted(found, key=lambda r: (r["model"], r["dataset"], r["method"], -r["ratio"], r["key"]))
 
     def note_grid(self, overrides: list[str], cells: list[Cell]) -> str:
@@ -152,7 +153,20 @@ class Results:
         return name
 
     def grids(self) -> list[dict[str, Any]]:
-        return [json.loads(file.read_text()) for file in sorted((self.root / "grids").glob("*.json"))]
+        read = [_read(file) for file in sorted((self.root / "grids").glob("*.json"))]
+        return [grid for grid in read if grid is not None]
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """A record or grid; None, with a warning, for a file that is not what this program wrote."""
+    try:
+        value = json.loads(file.read_text())
+        if isinstance(value, dict) and ("cells" in value or "status" in value):
+            return value
+    except ValueError:
+        pass
+    log.warning("%s cannot be read and is left out; run its cell again, or delete it", file)
+    return None
 
 
 def frame(records: list[dict[str, Any]]) -> pd.DataFrame:

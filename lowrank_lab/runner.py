@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from typing import Any
 
@@ -9,6 +10,7 @@ from omegaconf import DictConfig
 
 from lowrank_lab import config
 from lowrank_lab.cell import Cell
+from lowrank_lab.errors import UserError
 from lowrank_lab.results import Results
 
 log = logging.getLogger(__name__)
@@ -23,7 +25,7 @@ def run(cfg: DictConfig, grid: str | None = None) -> dict[str, Any]:
     cell = Cell.from_config(cfg)
     results = Results(cfg.results)
     if (record := results.finished(cell.key)) is not None:
-        log.info("%s: %s already (%s)", cell.label, record["status"], _summary(record))
+        log.info("%s: %s already (%s)", cell.label, record["status"], summary(record))
         return record
 
     log.info("%s: starting", cell.label)
@@ -32,14 +34,25 @@ def run(cfg: DictConfig, grid: str | None = None) -> dict[str, Any]:
             from lowrank_lab.stages import compute
 
             compute(cell, recording)
+    except Exception as error:
+        if not _disk_full(error):
+            raise
+        raise UserError(
+            f"no space left for results={cfg.results} or artifacts={cfg.artifacts}; what was finished is kept"
+        ) from error
     finally:
         if (record := results.find(cell.key)) is not None:
-            log.info("%s: %s (%s), %.0f s", cell.label, record["status"], _summary(record), record["seconds"])
+            log.info("%s: %s (%s), %.0f s", cell.label, record["status"], summary(record), record["seconds"])
             config.build(cfg.tracker)(record, results.path(cell.key))
     return recording.data
 
 
-def _summary(record: dict[str, Any]) -> str:
+def _disk_full(error: BaseException) -> bool:
+    # safetensors reports the system's error in its text alone.
+    return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "os error 28" in str(error)
+
+
+def summary(record: dict[str, Any]) -> str:
     if "reason" in record:
         return record["reason"]
     return ", ".join(f"{m['metric']} {m['value']:.4g}" for m in record["metrics"].values())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -21,6 +22,8 @@ from typing import Any
 from filelock import FileLock
 
 from lowrank_lab.environment import versions
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "artifact.json"
 
@@ -46,13 +49,20 @@ class Store:
         return self.root / kind / key
 
     def get(self, kind: str, key: str) -> Artifact | None:
-        """The artifact if it is finished and all its files are there in full, else None."""
+        """The artifact if it is finished and its files are as they were written, else None.
+
+        Contents are checked against their SHA-256 where a file's time has changed since it was written.
+        """
         path = self.path(kind, key)
+        if not path.exists():
+            return None
         try:
             manifest = json.loads((path / MANIFEST).read_text())
-            if any((path / name).stat().st_size != size for name, size in manifest["files"].items()):
-                return None
-        except (OSError, ValueError, KeyError):
+            good = all(_as_written(path / name, facts) for name, facts in manifest["files"].items())
+        except (OSError, ValueError, KeyError, TypeError):
+            good = False
+        if not good:
+            log.warning("the artifact %s is damaged; it is made again", path)
             return None
         return Artifact(kind, key, path, reused=True, seconds=manifest["seconds"])
 
@@ -78,7 +88,7 @@ class Store:
                 start = time.perf_counter()
                 make(work)
                 seconds = time.perf_counter() - start
-                files = {str(f.relative_to(work)): f.stat().st_size for f in work.rglob("*") if f.is_file()}
+                files = {str(f.relative_to(work)): _facts(f) for f in work.rglob("*") if f.is_file()}
                 manifest = {
                     "kind": kind,
                     "key": key,
@@ -105,13 +115,29 @@ class Store:
                 return known["sha256"]
         except (OSError, ValueError, KeyError):
             pass  # no memo yet, or one that cannot be read: hash the file again
-        digest = hashlib.sha256()
-        with open(file, "rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-        sha256 = digest.hexdigest()
+        sha256 = _sha256(file)
         write_json(memo, {**identity, "sha256": sha256})
         return sha256
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    stat = file.stat()
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": _sha256(file)}
+
+
+def _as_written(file: Path, facts: dict[str, Any]) -> bool:
+    stat = file.stat()
+    if stat.st_size != facts["size"]:
+        return False
+    return stat.st_mtime_ns == facts["mtime_ns"] or _sha256(file) == facts["sha256"]
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def fingerprint(value: Any) -> str:

@@ -7,6 +7,7 @@ Refactoring, speed and logging do not count. Library versions are written into e
 MODEL = 1  # models/load.py: conversion of GGUF files
 TOKENS = 1  # calibration/tokens.py
 STATISTICS = 1  # calibration/statistics.py
+GRADIENTS = 1  # calibration/gradients.py
 SPECTRA = 1  # lowrank/solver.py, lowrank/spectra.py, metric/
 COMPRESSION = 1  # allocation/, storage/, lowrank/ranks.py, lowrank/factorized.py
 PERPLEXITY = 1  # evaluation/perplexity.py

@@ -88,7 +88,9 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, split in enumerate(("train", "validation", "test")):
         generator = random.Random(seed)
         rows = [" ".join(generator.choices(words, k=12)) + ".\n" for _ in range(60)]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        (folder / f"{split}.jsonl").write_text(
+            "".join(json.dumps({"text": row, "other": row}) + "\n" for row in rows)
+        )
     return root
 
 

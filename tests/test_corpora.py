@@ -57,6 +57,24 @@ def test_missing_mirror_file_is_named(data_root, tmp_path):
         corpus().content("dev", str(data_root), Store(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{", "line 2: not a JSON object"),
+        (b"\xff", "line 2: not a JSON object"),
+        (b'{"txt": "a"}', "line 2: no field 'text'; it has: txt"),
+        (b"[1]", "line 2: no field 'text'; it has: list"),
+        (b'{"text": null}', "line 2: field 'text' is not text"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    folder = tmp_path / "wikitext" / "wikitext-2-raw-v1"
+    folder.mkdir(parents=True)
+    (folder / "test.jsonl").write_bytes(b'{"text": "good"}\n' + line + b"\n")
+    with pytest.raises(UserError, match=message):
+        list(corpus().documents("test", str(tmp_path)))
+
+
 def test_hub_that_cannot_be_reached_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(UserError, match="set data_root to a folder that holds wikitext"):
@@ -92,9 +110,7 @@ def test_text_that_is_too_short_raises(sampling):
 
 def test_token_artifacts_say_what_they_hold(data_root, tmp_path):
     part = Part("train", "\n", 5)
-    make_calibration_tokens(
-        tmp_path, byte_tokenizer(), corpus(), part, str(data_root), 4, 16, 0, "random", None
-    )
+    make_calibration_tokens(tmp_path, byte_tokenizer(), corpus(), part, str(data_root), 4, 16, 0, "random", None)
     ids, facts = load_tokens(tmp_path)
     assert ids.shape == (4, 16)
     assert facts["tokens"] == 64

@@ -11,11 +11,13 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from lowrank_lab import config
+from lowrank_lab.calibration.gradients import load_gradients, make_gradients
 from lowrank_lab.calibration.statistics import load_statistics, make_statistics
 from lowrank_lab.lowrank.factorized import FactorizedLinear, dense_weight, factorize
 from lowrank_lab.lowrank.ranks import rank_for_ratio, total_parameters
 from lowrank_lab.lowrank.solver import decompose
 from lowrank_lab.lowrank.spectra import compress, make_spectra, site_name, site_shapes
+from lowrank_lab.metric.fisher_kron import FisherKron
 from lowrank_lab.metric.identity import Identity
 from lowrank_lab.models import tiny
 from lowrank_lab.models.arch import ARCHITECTURES, kv_cache_values_per_token
@@ -133,6 +135,7 @@ def test_full_rank_factors_reproduce_the_dense_logits(model, family, batches):
 
 CONF = Path(__file__).parent.parent / "conf" / "metric"
 METRICS = {file.stem: config.build(OmegaConf.load(file)) for file in sorted(CONF.glob("*.yaml"))}
+METRICS["fisher_kron_full"] = FisherKron("full")
 
 
 @pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
@@ -141,24 +144,28 @@ def test_compression_measures_what_it_reports(model, family, batches, tmp_path, 
     spec = ARCHITECTURES[family]
     shapes = site_shapes(model, spec)
     ranks = {name: rank_for_ratio(out, inp, 0.5) for name, (out, inp) in shapes.items()}
-    statistics, spectra = tmp_path / "statistics", tmp_path / "spectra"
-    for folder in (statistics, spectra):
+    statistics, gradients, spectra = (tmp_path / name for name in ("statistics", "gradients", "spectra"))
+    for folder in (statistics, gradients, spectra):
         folder.mkdir()
     make_statistics(statistics, model, spec, batches, CPU)
-    make_spectra(spectra, model, spec, metric, statistics, CPU)
+    make_gradients(gradients, model, spec, torch.cat(batches), CPU, metric.needs_outer)
+    make_spectra(spectra, model, spec, metric, statistics, gradients, CPU)
     dense = {name: dense_weight(model.get_submodule(name)).detach().double() for name in shapes}
     reported = compress(model, spec, ranks, spectra, Absorb(0.5), CPU)
 
     measured = 0.0
     for index in range(len(blocks_of(model, spec))):
         for group in spec.inputs:
-            c, _ = metric(load_statistics(statistics, index, group, CPU))
+            inputs = load_statistics(statistics, index, group, CPU)
             for linear in group:
                 name = site_name(spec, index, linear)
+                c, r = metric(inputs, load_gradients(gradients, index, linear, CPU))
                 layer = model.get_submodule(name)
                 assert layer.rank == ranks[name]
                 error = dense[name] - (layer.left.weight.double() @ layer.right.weight.double())
                 weighted = error if c is None else error * c if c.ndim == 1 else error @ c
+                if r is not None:
+                    weighted = r[:, None] * weighted if r.ndim == 1 else r @ weighted
                 measured += float((weighted * error).sum())
     assert measured == pytest.approx(reported, rel=1e-4)  # factors and statistics are kept in float32
     tensors = sum(model.get_submodule(n).left.weight.numel() for n in shapes)
@@ -207,7 +214,7 @@ def test_weights_that_are_not_finite_raise_with_a_name(checkpoints, tmp_path):
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match=r"model\.layers\.2\.mlp\.up_proj"):
-        make_spectra(tmp_path, model, ARCHITECTURES["llama"], Identity(), None, CPU)
+        make_spectra(tmp_path, model, ARCHITECTURES["llama"], Identity(), None, None, CPU)
 
 
 def test_dense_weight_rejects_what_is_not_linear():
@@ -242,10 +249,56 @@ def test_weights_with_a_wide_range_of_singular_values(checkpoints, tmp_path, lin
         u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
         weight.copy_((u * torch.logspace(0, -6, len(s), dtype=torch.float64)) @ vh)
     dense = weight.detach().double()
-    make_spectra(tmp_path, model, spec, Identity(), None, CPU)
+    make_spectra(tmp_path, model, spec, Identity(), None, None, CPU)
     ranks = dict.fromkeys(site_shapes(model, spec))
     ranks[site_name(spec, 0, linear)] = 24
     reported = compress(model, spec, ranks, tmp_path, Absorb(0.5), CPU)
     layer = model.model.layers[0].get_submodule(linear)
     measured = (dense - layer.left.weight.double() @ layer.right.weight.double()).square().sum()
     assert float(measured) == pytest.approx(reported, rel=1e-2)
+
+
+def test_gradients_are_those_of_autograd(model, family, batches, tmp_path):
+    """Row Fisher from the weights' own gradients under transformers' loss, which shifts the labels once."""
+    spec = ARCHITECTURES[family]
+    ids = torch.cat(batches)[:3]
+    make_gradients(tmp_path, model, spec, ids, CPU, outer=True)
+    names = list(site_shapes(model, spec))
+    fisher = dict.fromkeys(names, 0)
+    outer = dict.fromkeys(names, 0)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    outputs: dict[str, torch.Tensor] = {}
+    for name in names:
+        hook = lambda _m, _a, out, name=name: (out.retain_grad(), outputs.update({name: out}))[0]
+        model.get_submodule(name).register_forward_hook(hook)
+    for sequence in ids:
+        model.zero_grad()
+        loss = model(sequence[None], labels=sequence[None]).loss * (len(sequence) - 1)
+        loss.backward()
+        for name in names:
+            layer = model.get_submodule(name)
+            gradient = layer.weight.grad.T if type(layer).__name__ == "Conv1D" else layer.weight.grad
+            fisher[name] = fisher[name] + gradient.double().square().sum(1)
+            g = outputs[name].grad.reshape(-1, gradient.shape[0]).double()
+            outer[name] = outer[name] + g.T @ g
+    for index in range(len(blocks_of(model, spec))):
+        for linear in spec.linears:
+            name = site_name(spec, index, linear)
+            found = load_gradients(tmp_path, index, linear, CPU)
+            assert found.tokens == ids.numel()
+            close = {"rtol": 1e-4, "atol": 1e-4 * float(fisher[name].max()) / len(ids)}
+            torch.testing.assert_close(found.row_fisher, fisher[name] / len(ids), **close)
+            close["atol"] = 1e-4 * float(outer[name].diagonal().max()) / ids.numel()
+            torch.testing.assert_close(found.outer, outer[name] / ids.numel(), **close)
+            torch.testing.assert_close(found.square, found.outer.diagonal(), **close)
+
+
+def test_the_gradient_pass_leaves_the_model_as_it_was(checkpoints, batches, tmp_path):
+    model = load_model(str(checkpoints["llama"]), None, "float32", False)
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
+    before = model(batches[0]).logits
+    make_gradients(tmp_path, model, ARCHITECTURES["llama"], batches[0], CPU, outer=False)
+    assert [parameter.requires_grad for parameter in model.parameters()] == wanted
+    assert all(parameter.grad is None for parameter in model.parameters())
+    torch.testing.assert_close(model(batches[0]).logits, before, rtol=0, atol=0)

@@ -133,9 +133,7 @@ def test_the_figure_shows_every_method_and_the_dense_line(records):
 
 
 def report(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "report.py", *arguments], cwd=REPOSITORY, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, "report.py", *arguments], cwd=REPOSITORY, capture_output=True, text=True)
 
 
 def test_the_command_writes_and_names_its_files(grid_lab, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import time
 import pytest
 import torch
 
+from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank import spectra
 from lowrank_lab.reporting import tables
 
@@ -86,14 +88,36 @@ def test_another_ratio_only_slices_and_evaluates(grid_lab):
     assert not reused["eval.ppl"]
 
 
+@pytest.mark.parametrize("text", ['{"status": "do', "{}", "[]"])
+def test_a_record_that_cannot_be_read_is_made_again(lab, text, caplog):
+    record = lab.run("method=svd")
+    lab.results.path(record["key"]).write_text(text)
+    assert lab.results.records() == []
+    assert "cannot be read and is left out" in caplog.text
+    assert lab.run("method=svd")["metrics"] == record["metrics"]
+
+
+def test_a_full_disk_is_one_line(lab, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spectra, "save_file", full)
+        with pytest.raises(UserError, match=r"no space left for results=.* what was finished is kept"):
+            lab.run("method=svd")
+    assert list((lab.root / "artifacts" / "spectra").glob("[!.]*")) == []
+    record = lab.run("method=svd")
+    assert record["status"] == "done"
+    assert stages(record)["model conversion"]
+
+
 def test_the_same_grid_again_computes_nothing(grid_lab):
-    before = {
-        f: f.stat().st_mtime_ns for f in grid_lab.root.rglob("*") if f.suffix in (".json", ".safetensors")
-    }
+    before = {f: f.stat().st_mtime_ns for f in grid_lab.root.rglob("*") if f.suffix in (".json", ".safetensors")}
     start = time.perf_counter()
     done = grid_lab.cli("-m", "method=dense,svd,asvd,svdllm", "ratio=0.8,0.6")
     seconds = time.perf_counter() - start
     assert "8 cells, 8 finished already" in done.stderr
+    assert "svdllm ratio=0.8 tiny-llama wikitext2: done (perplexity" in done.stderr
     after = {f: f.stat().st_mtime_ns for f in before}
     assert {f for f in before if before[f] != after[f] and f.parent.name != "grids"} == set()
     assert seconds < 2 + 8  # the interpreter's start, and at most a second a cell
@@ -267,9 +291,7 @@ def test_device_that_is_not_there(lab):
     done = lab.cli("device=cuda", check=False)
     assert done.returncode != 0
     assert lab.results.records() == []  # nothing failed: the user can mend it
-    assert (
-        done.stderr.splitlines()[-1] == "error: device=cuda: this machine has 0 GPUs; use device=auto or cpu"
-    )
+    assert done.stderr.splitlines()[-1] == "error: device=cuda: this machine has 0 GPUs; use device=auto or cpu"
 
 
 def test_records_are_json_without_nan(grid_lab):

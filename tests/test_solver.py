@@ -126,9 +126,7 @@ def test_badly_scaled_inputs_keep_the_left_factor_orthonormal(shape, condition):
     c = torch.logspace(0, float(torch.log10(torch.tensor(condition))), inp, dtype=torch.float64)
     spectrum = decompose(w, c, None)
     left, right, _ = spectrum.factors(w, min(out, inp))
-    torch.testing.assert_close(
-        left.T @ left, torch.eye(left.shape[1], dtype=torch.float64), rtol=0, atol=1e-7
-    )
+    torch.testing.assert_close(left.T @ left, torch.eye(left.shape[1], dtype=torch.float64), rtol=0, atol=1e-7)
     torch.testing.assert_close(left @ right, w, rtol=0, atol=1e-6)
 
 

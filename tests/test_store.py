@@ -50,10 +50,13 @@ def test_what_is_half_deleted_is_made_again(tmp_path):
         path = store.get_or_make("kind", "key", fill("whole")).path
         (path / damage).unlink()
         assert store.get("kind", "key") is None
-    path = store.get_or_make("kind", "key", fill("whole")).path
-    (path / "data").write_text("who")
-    assert not store.get_or_make("kind", "key", fill("whole")).reused
-    assert (path / "data").read_text() == "whole"
+    for damage in ("who", "WHOLE"):  # cut short; of the same size
+        path = store.get_or_make("kind", "key", fill("whole")).path
+        (path / "data").write_text(damage)
+        assert not store.get_or_make("kind", "key", fill("whole")).reused
+        assert (path / "data").read_text() == "whole"
+    (path / "data").touch()  # another time, the same content
+    assert store.get_or_make("kind", "key", fill("whole")).reused
 
 
 MAKER = """

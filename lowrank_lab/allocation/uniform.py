@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
+from lowrank_lab.allocation.base import Ranks, Shapes, Tails
 from lowrank_lab.lowrank.ranks import rank_for_ratio
 
 
 class Uniform:
-    def __call__(self, shapes: Mapping[str, tuple[int, int]], ratio: float) -> dict[str, int | None]:
-        """Ranks by linear; None keeps it dense. ``shapes`` are (out, in)."""
+    needs_tails = False
+
+    def __call__(self, shapes: Shapes, ratio: float, tails: Tails | None) -> Ranks:
         return {name: rank_for_ratio(out, inp, ratio) for name, (out, inp) in shapes.items()}

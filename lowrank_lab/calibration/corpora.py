@@ -114,9 +114,10 @@ class HubCorpus:
             file = self._mirror_file(split, data_root)
             if not file.is_file():
                 raise UserError(
-                    f"data_root={data_root}: no file {file}; put the split there or leave data_root out to "
-                    "use the hub"
+                    f"data_root={data_root}: no file {file}; put the split there, choose another dataset= or "
+                    "calibration=, or leave data_root out to use the hub"
                 )
+            next(self.documents(split, data_root), None)  # a file of another kind is told now, not after hours
             return fingerprint({"file": store.file_hash(file), "field": self.field})
         if self.files is not None and split not in self.files:
             raise UserError(f"{self.hub} has no split '{split}' here; choose {' or '.join(self.files)}")
@@ -125,9 +126,10 @@ class HubCorpus:
 
     def documents(self, split: str, data_root: str | None) -> Iterator[str]:
         if data_root is not None:
-            with open(self._mirror_file(split, data_root), encoding="utf-8") as lines:
-                for line in lines:
-                    yield json.loads(line)[self.field]
+            file = self._mirror_file(split, data_root)
+            with open(file, "rb") as lines:
+                for number, line in enumerate(lines, 1):
+                    yield self._text_of(line, f"{file} line {number}")
             return
         from datasets import load_dataset
 
@@ -135,6 +137,19 @@ class HubCorpus:
         rows = load_dataset(self.hub, self.name, data_files=files, split=split, revision=self._commit())
         for row in rows:
             yield row[self.field]
+
+    def _text_of(self, line: bytes, where: str) -> str:
+        try:
+            row = json.loads(line)
+            text = row[self.field]
+        except ValueError:
+            raise UserError(f"{where}: not a JSON object") from None
+        except (KeyError, TypeError):
+            has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            raise UserError(f"{where}: no field '{self.field}'; it has: {has}") from None
+        if not isinstance(text, str):
+            raise UserError(f"{where}: field '{self.field}' is not text")
+        return text
 
     def _mirror_file(self, split: str, data_root: str) -> Path:
         return Path(data_root).expanduser() / self.mirror / f"{split}.jsonl"

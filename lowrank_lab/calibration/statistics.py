@@ -70,17 +70,13 @@ def make_statistics(
         tensors = {f"{name}.{key}": t for name, a in accumulators.items() for key, t in a.tensors().items()}
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
-                raise FloatingPointError(
-                    f"block {index}: the input of {name} is not finite during calibration"
-                )
+                raise FloatingPointError(f"block {index}: the input of {name} is not finite during calibration")
         tokens = {str(a.tokens) for a in accumulators.values()}
         assert len(tokens) == 1, f"block {index}: its linears saw different numbers of tokens: {tokens}"
         save_file(tensors, folder / _file_name(index), metadata={"tokens": tokens.pop()})
 
 
-def load_statistics(
-    folder: Path, index: int, group: tuple[str, ...], device: torch.device
-) -> InputStatistics:
+def load_statistics(folder: Path, index: int, group: tuple[str, ...], device: torch.device) -> InputStatistics:
     """The statistics of the input that the linears of ``group`` in block ``index`` share, float64."""
     with safe_open(folder / _file_name(index), framework="pt") as file:
         read = lambda key: file.get_tensor(f"{group[0]}.{key}").to(device, torch.float64)

@@ -52,4 +52,6 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int, device: torch
         total += losses.sum(dtype=torch.float64).item()
         predicted += losses.numel()
     mean = total / predicted
+    if mean > 700:  # exp() of it is no float64
+        raise FloatingPointError(f"the perplexity overflows: the mean negative log-likelihood is {mean:.0f} nats")
     return {"value": math.exp(mean), "mean_nll": mean, "predicted_tokens": predicted}

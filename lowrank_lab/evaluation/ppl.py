@@ -8,7 +8,7 @@ from lowrank_lab import versions
 from lowrank_lab.errors import SkippedCell
 
 if TYPE_CHECKING:
-    from lowrank_lab.stages import Bench
+    from lowrank_lab.bench import Bench
 
 
 class Perplexity:

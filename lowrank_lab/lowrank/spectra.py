@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from lowrank_lab import progress
+from lowrank_lab.calibration.gradients import load_gradients
 from lowrank_lab.calibration.statistics import load_statistics
 from lowrank_lab.lowrank.factorized import dense_weight, factorize
 from lowrank_lab.lowrank.solver import Spectrum, decompose
@@ -42,13 +44,14 @@ def make_spectra(
     spec: ArchSpec,
     metric: Metric,
     statistics: Path | None,
+    gradients: Path | None,
     device: torch.device,
 ) -> None:
     """Decompose every compressible linear under ``metric``; each block's file is written as it is done.
 
-    ``statistics`` is the folder of ``make_statistics``, or None for a metric that needs no calibration.
-    Bases are kept in float32 where they are the left factor itself, and in float64 where the left factor is
-    W · basis: an ill-conditioned W would magnify their rounding.
+    ``statistics`` and ``gradients`` are the folders of ``make_statistics`` and ``make_gradients``, or None where
+    the metric does not need them. Bases are kept in float32 where they are the left factor itself, and in float64
+    where the left factor is W · basis: an ill-conditioned W would magnify their rounding.
     """
     blocks = blocks_of(model, spec)
     for index, block in enumerate(progress.track(blocks, "decomposition", "block")):
@@ -57,7 +60,8 @@ def make_spectra(
             inputs = load_statistics(statistics, index, group, device) if statistics is not None else None
             for linear in group:
                 weight = dense_weight(block.get_submodule(linear)).detach().to(device, torch.float64)
-                c, r = metric(inputs)
+                outputs = load_gradients(gradients, index, linear, device) if gradients is not None else None
+                c, r = metric(inputs, outputs)
                 samples = inputs.tokens if inputs is not None and c is not None and c.ndim == 2 else None
                 try:
                     spectrum = decompose(weight, c, r, samples)
@@ -70,6 +74,18 @@ def make_spectra(
                 if spectrum.output_metric is not None:
                     tensors[f"{linear}.output_metric"] = spectrum.output_metric.float().cpu()
         save_file(tensors, folder / _file_name(index))
+
+
+def load_tails(folder: Path, spec: ArchSpec) -> dict[str, np.ndarray]:
+    """By linear, its squared error at every rank 0 … min(out, in), float64."""
+    tails = {}
+    for index, path in enumerate(sorted(folder.glob("block_*.safetensors"))):
+        with safe_open(path, framework="np") as file:
+            for linear in spec.linears:
+                eigenvalues = file.get_tensor(f"{linear}.eigenvalues")
+                errors = np.cumsum(eigenvalues[::-1])[::-1]
+                tails[site_name(spec, index, linear)] = np.append(errors, 0.0)
+    return tails
 
 
 def compress(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
-from lowrank_lab.metric.base import InputStatistics, Weights
+from lowrank_lab.metric.base import InputStatistics, OutputStatistics, Weights
 
 
 class ActivationScale:
@@ -14,17 +15,19 @@ class ActivationScale:
     C = S². A channel that is always zero gets no weight; nothing is inverted, so that is no failure.
     """
 
-    needs_calibration = True
+    needs_inputs = True
+    needs_gradients = False
+    needs_outer = False
 
     def __init__(self, statistic: Literal["abs_mean", "abs_max"], alpha: float) -> None:
         if statistic not in ("abs_mean", "abs_max"):
             raise ValueError(f"statistic={statistic} is not valid; it must be abs_mean or abs_max")
-        if not isinstance(alpha, (int, float)) or alpha < 0:
+        if not isinstance(alpha, (int, float)) or not 0 <= alpha < math.inf:
             raise ValueError(f"alpha={alpha} is not valid; it must be a number from 0")
         self.statistic = statistic
         self.alpha = alpha
 
-    def __call__(self, statistics: InputStatistics | None) -> Weights:
-        assert statistics is not None
-        scale = statistics.abs_mean if self.statistic == "abs_mean" else statistics.abs_max
+    def __call__(self, inputs: InputStatistics | None, outputs: OutputStatistics | None) -> Weights:
+        assert inputs is not None
+        scale = inputs.abs_mean if self.statistic == "abs_mean" else inputs.abs_max
         return scale ** (2 * self.alpha), None

@@ -28,9 +28,32 @@ class InputStatistics:
     abs_max: Tensor
 
 
+@dataclass(frozen=True)
+class OutputStatistics:
+    """Statistics of the output gradients g = dL/dy of a linear over all calibration tokens, float64.
+
+    tokens      how many outputs were seen
+    square      (out,)      mean of g² over tokens
+    row_fisher  (out,)      mean over sequences of Σ_j (dL/dW_ij)², the Fisher information of each row of W
+    outer       (out, out)  mean of g gᵀ over tokens; only where the metric asks for it
+    """
+
+    tokens: int
+    square: Tensor
+    row_fisher: Tensor
+    outer: Tensor | None
+
+
 class Metric(Protocol):
-    """A pure function of the input statistics. ``needs_calibration`` is False where it ignores them."""
+    """A pure function of the statistics that it asks for; what it does not ask for is None.
 
-    needs_calibration: bool
+    needs_inputs     the statistics of the inputs, from a forward pass
+    needs_gradients  those of the output gradients, from a backward pass
+    needs_outer      of these, the mean of g gᵀ as well
+    """
 
-    def __call__(self, statistics: InputStatistics | None) -> Weights: ...
+    needs_inputs: bool
+    needs_gradients: bool
+    needs_outer: bool
+
+    def __call__(self, inputs: InputStatistics | None, outputs: OutputStatistics | None) -> Weights: ...

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from lowrank_lab.metric.base import InputStatistics, Weights
+from lowrank_lab.metric.base import InputStatistics, OutputStatistics, Weights
 
 
 class Identity:
-    needs_calibration = False
+    needs_inputs = False
+    needs_gradients = False
+    needs_outer = False
 
-    def __call__(self, statistics: InputStatistics | None) -> Weights:
+    def __call__(self, inputs: InputStatistics | None, outputs: OutputStatistics | None) -> Weights:
         return None, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowrank_lab.metric.base import InputStatistics, Weights
+from lowrank_lab.metric.base import InputStatistics, OutputStatistics, Weights
 
 
 class SecondMoment:
@@ -12,8 +12,10 @@ class SecondMoment:
     by the number of tokens only rescales the error to one per token.
     """
 
-    needs_calibration = True
+    needs_inputs = True
+    needs_gradients = False
+    needs_outer = False
 
-    def __call__(self, statistics: InputStatistics | None) -> Weights:
-        assert statistics is not None
-        return statistics.second_moment, None
+    def __call__(self, inputs: InputStatistics | None, outputs: OutputStatistics | None) -> Weights:
+        assert inputs is not None
+        return inputs.second_moment, None

@@ -20,7 +20,7 @@ from pathlib import Path
 from lowrank_lab.errors import UserError
 from lowrank_lab.store import Store, fingerprint
 
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 CONTENT_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
 TRAINING_FILES = ("trainer_state.json", "training_args.bin", "optimizer.bin", "scheduler.bin")
 
@@ -64,9 +64,7 @@ def _tiny(family: str) -> ModelSource:
     from lowrank_lab.models.tiny import CONFIGS, VERSION
 
     if family not in CONFIGS:
-        raise UserError(
-            f"model.path=tiny:{family}: no such family; choose one of {', '.join(sorted(CONFIGS))}"
-        )
+        raise UserError(f"model.path=tiny:{family}: no such family; choose one of {', '.join(sorted(CONFIGS))}")
     content = fingerprint({"tiny": family, "config": CONFIGS[family], "version": VERSION})
     return ModelSource("tiny", f"tiny-{family}", family, content, model_type=family)
 
@@ -96,9 +94,7 @@ def _folder(folder: Path, store: Store) -> ModelSource:
     try:
         model_type = json.loads(config.read_text())["model_type"]
     except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"model.path={folder}: its config.json is not one of a model (no model_type)"
-        ) from None
+        raise UserError(f"model.path={folder}: its config.json is not one of a model (no model_type)") from None
     files = sorted(f for f in folder.iterdir() if f.is_file() and f.suffix in CONTENT_SUFFIXES)
     files = [f for f in files if f.name not in TRAINING_FILES]
     if not any(f.suffix in (".safetensors", ".bin") for f in files):

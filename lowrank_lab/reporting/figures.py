@@ -13,7 +13,6 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from lowrank_lab.reporting.tables import comparison, groups
 
@@ -40,15 +39,14 @@ def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
         compressed = group[group["method"] != "dense"]
-        for number, ((method, variant), line) in enumerate(
-            compressed.groupby(["method", "variant"], sort=True)
-        ):
+        for number, ((method, variant), line) in enumerate(compressed.groupby(["method", "variant"], sort=True)):
             line = line.sort_values("ratio_reached")
             axes.plot(
                 line["ratio_reached"],
                 line["value"],
                 color=COLOURS[number % len(COLOURS)],
-                marker=MARKERS[number % len(MARKERS)],
+                # Shifted once the colours are used up, so that no pair comes twice.
+                marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
                 label=textwrap.fill(f"{method} ({variant})" if variant else method, 36),
             )
         dense = group[group["method"] == "dense"]
@@ -56,13 +54,16 @@ def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure:
             label = f"dense ({variant}, {value:.4g})" if variant else f"dense ({value:.4g})"
             axes.axhline(value, color="0.35", linestyle="--", label=label)
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(numticks=8))
-        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xticks(sorted(compressed["ratio"].unique()))
+        axes.margins(x=0.1)
         axes.set_xlabel("ratio of compressible parameters kept")
         axes.set_ylabel("perplexity")
         axes.set_title(_wrapped(caption), fontsize=11)
-        axes.legend(frameon=False)
+        if len(axes.get_lines()) <= 6:
+            axes.legend(frameon=False)
+        else:  # beside the axes: inside it would hide the lines
+            figure.set_size_inches(11, max(4.8, 0.45 * len(axes.get_lines())))
+            figure.legend(loc="outside right upper", frameon=False)
     return figure
 
 
@@ -71,6 +72,8 @@ def write(records: list[dict[str, Any]], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for caption, group in groups(comparison(records)):
+        if (group["method"] == "dense").all():
+            continue  # nothing to draw against the ratio
         model, protocol = group.iloc[0]["model"], group.iloc[0]["protocol"]
         windows = f"{protocol['windows']}x{protocol['window']}"
         name = f"perplexity_{model}_{protocol['dataset']}_{windows}_{group.iloc[0]['identity'][:6]}"
@@ -85,5 +88,4 @@ def write(records: list[dict[str, Any]], folder: Path) -> list[Path]:
 
 
 def _wrapped(caption: str) -> str:
-    model, _, rest = caption.partition(", ")
-    return f"{model}\n{rest}"
+    return "\n".join(textwrap.wrap(caption, 72))

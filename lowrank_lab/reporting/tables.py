@@ -36,9 +36,7 @@ def comparison(records: list[dict[str, Any]]) -> pd.DataFrame:
     rows["protocol_text"] = rows["protocol"].map(describe)
     model = rows["key"].map(lambda key: done[key]["content"]["model"])
     shared = zip(rows["model"], model, rows["protocol"], strict=True)
-    rows["identity"] = [
-        fingerprint([name, content, *(p[k] for k in PROTOCOL)]) for name, content, p in shared
-    ]
+    rows["identity"] = [fingerprint([name, content, *(p[k] for k in PROTOCOL)]) for name, content, p in shared]
     order = rows["model"] + rows["protocol_text"] + rows["identity"]
     rows["group"] = pd.factorize(order, sort=True)[0]
     for _, group in rows.groupby("group"):
@@ -82,8 +80,8 @@ def presentable(group: pd.DataFrame) -> pd.DataFrame:
             "ratio": group["ratio"].map("{:g}".format),
             "reached": group["ratio_reached"].map("{:.4f}".format),
             "perplexity": group["value"].map("{:.4g}".format),
-            "parameters (M)": (group["parameters"] / 1e6).map("{:.1f}".format),
-            "size (MB)": (group["bytes"] / 1e6).map("{:.1f}".format),
+            "parameters (M)": (group["parameters"] / 1e6).map("{:.4g}".format),
+            "size (MB)": (group["bytes"] / 1e6).map("{:.4g}".format),
             "compression (s)": group["compression_seconds"].map("{:.0f}".format),
             "evaluation (s)": group["evaluation_seconds"].map("{:.0f}".format),
         }
@@ -143,7 +141,7 @@ def _variants(records: list[dict[str, Any]]) -> dict[str, str]:
     That is every answer that differs from the method's own, and every setting in which the cells of one
     method differ from each other.
     """
-    settings = {record["key"]: _settings(record["config"]) for record in records}
+    settings = {r["key"]: _settings(r["config"], calibrated="calibration" in r) for r in records}
     variants = {}
     for record in records:
         fellows = [settings[r["key"]] for r in records if r["method"] == record["method"]]
@@ -158,12 +156,12 @@ def _variants(records: list[dict[str, Any]]) -> dict[str, str]:
     return variants
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
+def _settings(config: dict[str, Any], calibrated: bool) -> dict[str, Any]:
     """The settings that may tell two cells of one method apart, flat, by their names on the command line."""
     if config["allocation"] is None:
         return {"dtype": config["dtype"]}
     flat: dict[str, Any] = {}
-    for name in ("metric", "allocation", "storage", "calibration", "dtype"):
+    for name in (*ANSWERS, "dtype", *(["calibration"] if calibrated else [])):
         _flatten(name, config[name], flat)
     return flat
 
@@ -173,7 +171,12 @@ def _flatten(name: str, value: Any, into: dict[str, Any]) -> None:
         for inner_name, inner in value.items():
             if inner_name == "_target_":
                 into[name] = str(inner).rsplit(".", 1)[-1]
-            elif inner_name not in ("batch_size", "corpus"):  # a corpus is told by its data set's name
+            elif inner_name == "corpus" or f"{name}.{inner_name}" in (
+                "calibration.dataset.eval",
+                "calibration.batch_size",
+            ):
+                continue  # a corpus is told by its data set's name; the others have no influence
+            else:
                 _flatten(f"{name}.{inner_name}", inner, into)
     else:
         into[name] = value
@@ -185,4 +188,4 @@ def _own_answers(method: str) -> dict[str, Any] | None:
     if not (CONFIG_DIR / "method" / f"{method}.yaml").is_file():
         return None
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return _settings(plain(compose("config", [f"method={method}"])))
+        return _settings(plain(compose("config", [f"method={method}"])), calibrated=False)

@@ -1,0 +1,118 @@
+"""One backward pass over the calibration tokens: what the loss says about the outputs of every linear.
+
+The loss is the summed negative log-likelihood of a sequence, each token predicted from those before it. With x
+the inputs and g = dL/dy the output gradients of a linear, the weight gradient of a sequence is Σ g xᵀ. The pass
+runs in float32 whatever the model's dtype, one sequence at a time. Unlike the statistics pass it needs the whole
+model on the device.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from lowrank_lab import progress
+from lowrank_lab.lowrank.factorized import dense_weight
+from lowrank_lab.metric.base import OutputStatistics
+from lowrank_lab.models.arch import ArchSpec
+from lowrank_lab.models.walk import blocks_of
+
+
+class Accumulator:
+    """Running sums over the sequences for one linear, in float64."""
+
+    def __init__(self, out: int, outer: bool, device: torch.device) -> None:
+        self.tokens = 0
+        self.sequences = 0
+        self.square = torch.zeros(out, dtype=torch.float64, device=device)
+        self.row_fisher = torch.zeros(out, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(out, out, dtype=torch.float64, device=device) if outer else None
+
+    def add(self, inputs: Tensor, gradient: Tensor) -> None:
+        """Add one sequence: its inputs (..., in) and output gradients (..., out), float32."""
+        x = inputs.reshape(-1, inputs.shape[-1])
+        g = gradient.reshape(-1, gradient.shape[-1])
+        self.tokens += g.shape[0]
+        self.sequences += 1
+        self.square += g.square().sum(0, dtype=torch.float64)
+        self.row_fisher += (g.T @ x).square().sum(1, dtype=torch.float64)
+        if self.outer is not None:
+            self.outer += g.T @ g
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {"square": self.square / self.tokens, "row_fisher": self.row_fisher / self.sequences}
+        if self.outer is not None:
+            found["outer"] = self.outer / self.tokens
+        return {name: tensor.float().cpu().contiguous() for name, tensor in found.items()}
+
+
+def make_gradients(
+    folder: Path, model: nn.Module, spec: ArchSpec, ids: Tensor, device: torch.device, outer: bool
+) -> None:
+    """Gather the output statistics of every compressible linear; one file a block.
+
+    ``model`` is in float32, ``ids`` (samples, length) are token ids. ``outer`` keeps the mean of g gᵀ as well,
+    (out, out) a linear. Raises FloatingPointError, naming the linear, where a gradient is not finite.
+    """
+    model.to(device)
+    accumulators: list[dict[str, Accumulator]] = []
+    hooks = []
+    for block in blocks_of(model, spec):
+        of_block = {}
+        for name in spec.linears:
+            linear = block.get_submodule(name)
+            of_block[name] = Accumulator(dense_weight(linear).shape[0], outer, device)
+            hooks.append(linear.register_forward_hook(partial(_watch, of_block[name])))
+        accumulators.append(of_block)
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    hooks.append(embeddings.register_forward_hook(lambda _m, _a, out: out.requires_grad_()))
+    wanted_gradient = [parameter.requires_grad for parameter in model.parameters()]
+    try:
+        model.requires_grad_(False)  # only activations need gradients; Σ g xᵀ gives those of the weights
+        for sequence in progress.track(ids.split(1), "gradients", "sequence"):
+            batch = sequence.to(device)
+            logits = model(batch, use_cache=False).logits[0, :-1]
+            cross_entropy(logits.float(), batch[0, 1:], reduction="sum").backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, wanted in zip(model.parameters(), wanted_gradient, strict=True):
+            parameter.requires_grad_(wanted)
+    for index, of_block in enumerate(accumulators):
+        tensors = {}
+        for name, accumulator in of_block.items():
+            for key, tensor in accumulator.tensors().items():
+                if not torch.isfinite(tensor).all():
+                    raise FloatingPointError(f"block {index}: the gradient of {name} is not finite")
+                tensors[f"{name}.{key}"] = tensor
+        tokens = next(iter(of_block.values())).tokens
+        save_file(tensors, folder / _file_name(index), metadata={"tokens": str(tokens)})
+
+
+def load_gradients(folder: Path, index: int, linear: str, device: torch.device) -> OutputStatistics:
+    """The output statistics of one linear of block ``index``, float64."""
+    with safe_open(folder / _file_name(index), framework="pt") as file:
+        names = set(file.keys())
+        read = lambda key: file.get_tensor(f"{linear}.{key}").to(device, torch.float64)
+        return OutputStatistics(
+            tokens=int(file.metadata()["tokens"]),
+            square=read("square"),
+            row_fisher=read("row_fisher"),
+            outer=read("outer") if f"{linear}.outer" in names else None,
+        )
+
+
+def _watch(accumulator: Accumulator, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    inputs = args[0].detach()
+    output.register_hook(lambda gradient: accumulator.add(inputs, gradient))
+
+
+def _file_name(index: int) -> str:
+    return f"block_{index:03d}.safetensors"
