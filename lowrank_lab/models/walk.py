@@ -62,6 +62,7 @@ def _embed(
     """
     blocks = blocks_of(model, spec)
     backbone = getattr(model, str(model.base_model_prefix))
+    home = next(backbone.parameters()).device
     noted: list[tuple[Tensor, BlockCall]] = []
 
     def note(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -75,7 +76,7 @@ def _embed(
             block.forward = note
         for ids in batches:
             noted.clear()
-            backbone(ids, use_cache=False)
+            backbone(ids.to(home), use_cache=False)
             hidden.append(noted[0][0])
             calls.setdefault(ids.shape[0], [call for _, call in noted])
     finally:
