@@ -24,8 +24,8 @@ from lowrank_lab.store import Store, fingerprint
 class Cell:
     """A validated configuration with its model and data found.
 
-    ``metric`` is None for the dense model. ``data`` are content hashes: ``calibration`` (None where the
-    metric needs no calibration) and one for each evaluator that reads text.
+    ``metric`` is None for the dense model. ``calibration_data`` is the content hash of the calibration text (None
+    where the metric needs none), ``evaluation_data`` that of the text of each evaluator that reads one.
     """
 
     cfg: DictConfig

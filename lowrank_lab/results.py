@@ -112,7 +112,7 @@ class Results:
         return record if record is not None and record["status"] in FINISHED else None
 
     @contextmanager
-    def recording(self, cell: Cell, grid: str | None) -> Iterator[Record]:
+    def recording(self, record: Record) -> Iterator[None]:
         """Run the body of a cell and write its record: done, skipped, or failed with the traceback.
 
         A failure is raised again once it is written. An interrupted cell leaves no record, nor does one that
@@ -120,9 +120,8 @@ class Results:
         """
         environment.reset_peak_memory()
         start = time.perf_counter()
-        record = Record(cell, grid)
         try:
-            yield record
+            yield
             record.data["status"] = "done"
         except UserError:
             raise
@@ -136,7 +135,7 @@ class Results:
             if record.data["status"] != "running":
                 record.data["seconds"] = round(time.perf_counter() - start, 3)
                 record.data["peak_memory"] = environment.peak_memory()
-                write_json(self.path(cell.key), record.data)
+                write_json(self.path(record.data["key"]), record.data)
 
     def records(self) -> list[dict[str, Any]]:
         """All records, in a fixed order that does not depend on when they were written."""

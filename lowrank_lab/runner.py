@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from lowrank_lab import config
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import UserError
-from lowrank_lab.results import Results
+from lowrank_lab.results import Record, Results
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +29,9 @@ def run(cfg: DictConfig, grid: str | None = None) -> dict[str, Any]:
         return record
 
     log.info("%s: starting", cell.label)
+    recording = Record(cell, grid)
     try:
-        with results.recording(cell, grid) as recording:
+        with results.recording(recording):
             from lowrank_lab.stages import compute
 
             compute(cell, recording)
@@ -41,10 +42,11 @@ def run(cfg: DictConfig, grid: str | None = None) -> dict[str, Any]:
             f"no space left for results={cfg.results} or artifacts={cfg.artifacts}; what was finished is kept"
         ) from error
     finally:
-        if (record := results.find(cell.key)) is not None:
+        record = recording.data
+        if record["status"] != "running":  # an interrupted cell has nothing to tell, nor has its last record
             log.info("%s: %s (%s), %.0f s", cell.label, record["status"], summary(record), record["seconds"])
             config.build(cfg.tracker)(record, results.path(cell.key))
-    return recording.data
+    return record
 
 
 def _disk_full(error: BaseException) -> bool:
@@ -53,6 +55,7 @@ def _disk_full(error: BaseException) -> bool:
 
 
 def summary(record: dict[str, Any]) -> str:
+    """A record's numbers, or why it has none, in a few words."""
     if "reason" in record:
         return record["reason"]
     return ", ".join(f"{m['metric']} {m['value']:.4g}" for m in record["metrics"].values())

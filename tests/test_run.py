@@ -194,6 +194,20 @@ def test_a_failed_cell_keeps_its_traceback_and_is_tried_again(lab, monkeypatch):
     assert lab.run("method=svd")["status"] == "done"
 
 
+def test_an_interrupted_retry_does_not_report_the_old_failure(lab, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    for error in (RuntimeError("broken"), KeyboardInterrupt()):
+
+        def stop(*_, error=error):
+            raise error
+
+        caplog.clear()
+        monkeypatch.setattr(spectra, "decompose", stop)
+        with pytest.raises(type(error)):
+            lab.run("method=svd")
+        assert ("failed (RuntimeError: broken)" in caplog.text) == isinstance(error, RuntimeError)
+
+
 def test_a_failed_cell_does_not_stop_the_grid(lab, tmp_path):
     """A model whose weights are not finite fails; the cells after it run."""
     from safetensors.torch import load_file, save_file

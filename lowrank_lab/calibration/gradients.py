@@ -22,7 +22,7 @@ from lowrank_lab import progress
 from lowrank_lab.lowrank.factorized import dense_weight
 from lowrank_lab.metric.base import OutputStatistics
 from lowrank_lab.models.arch import ArchSpec
-from lowrank_lab.models.walk import blocks_of
+from lowrank_lab.models.walk import block_file, blocks_of
 
 
 class Accumulator:
@@ -93,12 +93,12 @@ def make_gradients(
                     raise FloatingPointError(f"block {index}: the gradient of {name} is not finite")
                 tensors[f"{name}.{key}"] = tensor
         tokens = next(iter(of_block.values())).tokens
-        save_file(tensors, folder / _file_name(index), metadata={"tokens": str(tokens)})
+        save_file(tensors, folder / block_file(index), metadata={"tokens": str(tokens)})
 
 
 def load_gradients(folder: Path, index: int, linear: str, device: torch.device) -> OutputStatistics:
     """The output statistics of one linear of block ``index``, float64."""
-    with safe_open(folder / _file_name(index), framework="pt") as file:
+    with safe_open(folder / block_file(index), framework="pt") as file:
         names = set(file.keys())
         read = lambda key: file.get_tensor(f"{linear}.{key}").to(device, torch.float64)
         return OutputStatistics(
@@ -112,7 +112,3 @@ def load_gradients(folder: Path, index: int, linear: str, device: torch.device) 
 def _watch(accumulator: Accumulator, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
     inputs = args[0].detach()
     output.register_hook(lambda gradient: accumulator.add(inputs, gradient))
-
-
-def _file_name(index: int) -> str:
-    return f"block_{index:03d}.safetensors"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lowrank_lab import progress
 from lowrank_lab.metric.base import InputStatistics
 from lowrank_lab.models.arch import ArchSpec
-from lowrank_lab.models.walk import blocks_of, walk
+from lowrank_lab.models.walk import block_file, blocks_of, walk
 
 STRIPS = 4  # of the upper triangle: 4 need 5/8 of the whole product, more save little
 
@@ -79,12 +79,12 @@ def make_statistics(
                 raise FloatingPointError(f"block {index}: the input of {name} is not finite during calibration")
         tokens = {str(a.tokens) for a in accumulators.values()}
         assert len(tokens) == 1, f"block {index}: its linears saw different numbers of tokens: {tokens}"
-        save_file(tensors, folder / _file_name(index), metadata={"tokens": tokens.pop()})
+        save_file(tensors, folder / block_file(index), metadata={"tokens": tokens.pop()})
 
 
 def load_statistics(folder: Path, index: int, group: tuple[str, ...], device: torch.device) -> InputStatistics:
     """The statistics of the input that the linears of ``group`` in block ``index`` share, float64."""
-    with safe_open(folder / _file_name(index), framework="pt") as file:
+    with safe_open(folder / block_file(index), framework="pt") as file:
         read = lambda key: file.get_tensor(f"{group[0]}.{key}").to(device, torch.float64)
         return InputStatistics(
             tokens=int(file.metadata()["tokens"]),
@@ -92,10 +92,6 @@ def load_statistics(folder: Path, index: int, group: tuple[str, ...], device: to
             abs_mean=read("abs_mean"),
             abs_max=read("abs_max"),
         )
-
-
-def _file_name(index: int) -> str:
-    return f"block_{index:03d}.safetensors"
 
 
 def _input_width(linear: nn.Module) -> int:

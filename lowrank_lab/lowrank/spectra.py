@@ -19,7 +19,7 @@ from lowrank_lab.lowrank.factorized import dense_weight, factorize
 from lowrank_lab.lowrank.solver import Spectrum, decompose
 from lowrank_lab.metric.base import Metric
 from lowrank_lab.models.arch import ArchSpec
-from lowrank_lab.models.walk import blocks_of
+from lowrank_lab.models.walk import block_file, blocks_of
 from lowrank_lab.storage.absorb import Absorb
 
 
@@ -73,7 +73,7 @@ def make_spectra(
                 tensors[f"{linear}.basis"] = spectrum.basis.to("cpu", kept_in).contiguous()
                 if spectrum.output_metric is not None:
                     tensors[f"{linear}.output_metric"] = spectrum.output_metric.float().cpu()
-        save_file(tensors, folder / _file_name(index))
+        save_file(tensors, folder / block_file(index))
 
 
 def load_tails(folder: Path, spec: ArchSpec) -> dict[str, np.ndarray]:
@@ -102,7 +102,7 @@ def compress(
     """
     squared_error = 0.0
     for index, block in enumerate(progress.track(blocks_of(model, spec), "factorization", "block")):
-        with safe_open(spectra / _file_name(index), framework="pt") as file:
+        with safe_open(spectra / block_file(index), framework="pt") as file:
             for linear in spec.linears:
                 name = site_name(spec, index, linear)
                 rank = ranks[name]
@@ -122,7 +122,3 @@ def _load(file: Any, linear: str, device: torch.device) -> Spectrum:
     read = lambda part: file.get_tensor(f"{linear}.{part}").to(device, torch.float64)
     weighted = f"{linear}.output_metric" in file.keys()  # noqa: SIM118 (safe_open is no mapping)
     return Spectrum(read("eigenvalues"), read("basis"), read("output_metric") if weighted else None)
-
-
-def _file_name(index: int) -> str:
-    return f"block_{index:03d}.safetensors"

@@ -35,6 +35,11 @@ def blocks_of(model: nn.Module, spec: ArchSpec) -> nn.ModuleList:
     return blocks
 
 
+def block_file(index: int) -> str:
+    """The file of one block in an artifact that keeps one file a block."""
+    return f"block_{index:03d}.safetensors"
+
+
 def walk(
     model: nn.Module, spec: ArchSpec, batches: Iterable[Tensor], device: torch.device
 ) -> Iterator[tuple[int, nn.Module, Callable[[], None]]]:
