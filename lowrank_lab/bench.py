@@ -1,7 +1,9 @@
-"""What a cell works on: the model, its tokenizer, its texts and the device, each made when first asked for."""
+"""What a cell works on: the model, its sites, texts, statistics and spectra, each made when first asked for."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,16 +14,29 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lowrank_lab.calibration.tokens import load_tokens, make_text_tokens
+from lowrank_lab import config, versions
+from lowrank_lab.calibration.gradients import make_gradients
+from lowrank_lab.calibration.statistics import make_statistics
+from lowrank_lab.calibration.tokens import load_tokens, make_calibration_tokens, make_text_tokens
 from lowrank_lab.cell import Cell, corpus_part
 from lowrank_lab.errors import SkippedCell, UserError
+from lowrank_lab.lowrank.ranks import Site
+from lowrank_lab.lowrank.sites import sites_of
+from lowrank_lab.lowrank.spectra import linear_shapes, load_tails, make_spectra
+from lowrank_lab.models.arch import ArchSpec, spec_for
 from lowrank_lab.models.load import convert, load_model, load_tokenizer
 from lowrank_lab.results import Record
+from lowrank_lab.store import fingerprint
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
 class Bench:
-    """``model`` is dense until it is compressed in place; evaluators find the compressed one."""
+    """``model`` is dense until it is compressed in place; evaluators find the compressed one.
+
+    Allocations and refinements are given a bench, and read from it what they need.
+    """
 
     cell: Cell
     record: Record
@@ -51,6 +66,116 @@ class Bench:
         if self.cell.cfg.dtype == "float32":
             return self.model
         return load_model(self.location, dtype="float32", **self._remote)
+
+    def take_model(self) -> nn.Module:
+        """The dense model for the caller to change; ``model`` is loaded anew when it is asked for again."""
+        model = self.model
+        del self.__dict__["model"]
+        return model
+
+    @property
+    def ratio(self) -> float:
+        return self.cell.ratio
+
+    @cached_property
+    def spec(self) -> ArchSpec:
+        return spec_for(self.model_config.model_type)
+
+    @cached_property
+    def sites(self) -> dict[str, Site]:
+        """What is factored, by full name, in the order of the model. Raises UserError where there is nothing."""
+        cfg = self.cell.cfg
+        shapes = linear_shapes(self.skeleton(), self.spec)
+        answers = (config.build(node) for node in (cfg.grouping, cfg.targets, cfg.storage))
+        if found := sites_of(self.spec, shapes, *answers):
+            return found
+        raise UserError(f"model {self.cell.source.name} has no compressible layer")
+
+    @cached_property
+    def calibration_ids(self) -> torch.Tensor:
+        """The calibration tokens (samples, seqlen); warns where they are few for the widest input."""
+        calibration = self.cell.cfg.calibration
+        corpus, part = corpus_part(calibration.dataset, "calibration")
+        made = self.cell.store.get_or_make(
+            "tokens",
+            self.cell.calibration_tokens_key,
+            lambda folder: make_calibration_tokens(
+                folder,
+                self.tokenizer,
+                corpus,
+                part,
+                self.cell.cfg.data_root,
+                samples=calibration.samples,
+                seqlen=calibration.seqlen,
+                seed=calibration.seed,
+                sampling=calibration.sampling,
+                bos_id=self.bos_id() if calibration.bos == "window" else None,
+            ),
+        )
+        ids, facts = load_tokens(self.record.artifact("calibration tokens", made).path)
+        widest = max(site.inp for site in self.sites.values())
+        warning = None
+        if ids.size < 4 * widest:
+            warning = (
+                f"{ids.size} calibration tokens are fewer than four times the widest input ({widest}): "
+                "the second moments are poorly determined; raise calibration.samples"
+            )
+            log.warning(warning)
+        self.record.data["calibration"] = {"dataset": calibration.dataset.name, **facts, "warning": warning}
+        return torch.from_numpy(ids)
+
+    @cached_property
+    def statistics(self) -> Path | None:
+        """The artifact of the input statistics; None where the metric needs none."""
+        key = self.cell.statistics_key
+        if key is None:
+            return None
+        ids = self.calibration_ids
+        batches = ids.split(self.cell.cfg.calibration.batch_size)
+        make = lambda folder: make_statistics(folder, self.model, self.spec, batches, self.device)
+        return self.record.artifact("calibration", self.cell.store.get_or_make("statistics", key, make)).path
+
+    @cached_property
+    def gradients(self) -> Path | None:
+        """The artifact of the output gradients' statistics; None where the metric needs none."""
+        key = self.cell.gradients_key
+        if key is None:
+            return None
+        ids, outer = self.calibration_ids, self.cell.metric.needs_outer
+        make = lambda folder: make_gradients(folder, self.float32_model(), self.spec, ids, self.device, outer)
+        return self.record.artifact("gradients", self.cell.store.get_or_make("gradients", key, make)).path
+
+    @cached_property
+    def weight_fisher(self) -> Path:
+        """The artifact of the mean (dL/dW)² of every compressible linear, as large as the model."""
+        ids, key = self.calibration_ids, self.cell.weight_fisher_key
+        make = lambda folder: make_gradients(folder, self.float32_model(), self.spec, ids, self.device, weight=True)
+        return self.record.artifact("weight gradients", self.cell.store.get_or_make("gradients", key, make)).path
+
+    @cached_property
+    def spectra(self) -> Path:
+        """The artifact of all spectra, with the calibration passes that its metric asks for."""
+        statistics, gradients = self.statistics, self.gradients
+        make = lambda folder: make_spectra(
+            folder, self.model, self.spec, self.sites, self.cell.metric, statistics, gradients, self.device
+        )
+        made = self.cell.store.get_or_make("spectra", self.cell.spectra_key, make)
+        return self.record.artifact("decomposition", made).path
+
+    @cached_property
+    def tails(self) -> dict[str, np.ndarray]:
+        """By site, its squared error at every rank 0 … min(out, in), float64, in the metric's units."""
+        return load_tails(self.spectra, self.sites)
+
+    def artifact(
+        self, stage: str, kind: str, parts: Mapping[str, Any], make: Callable[[Path], None], resumable: bool = False
+    ) -> Path:
+        """An artifact of an allocation or refinement, found by all that changes its numbers: ``parts``.
+
+        With ``resumable`` the folder keeps what ``make`` wrote when it was stopped; ``make`` goes on from there.
+        """
+        key = fingerprint({**parts, "version": versions.COMPRESSION})
+        return self.record.artifact(stage, self.cell.store.get_or_make(kind, key, make, resumable)).path
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -24,14 +24,17 @@ from lowrank_lab.store import Store, fingerprint
 class Cell:
     """A validated configuration with its model and data found.
 
-    ``metric`` is None for the dense model. ``calibration_data`` is the content hash of the calibration text (None
-    where the metric needs none), ``evaluation_data`` that of the text of each evaluator that reads one.
+    ``metric``, ``allocation`` and ``refinement`` are None for the dense model, the last also for no refinement.
+    ``calibration_data`` is the content hash of the calibration text (None where nothing reads it),
+    ``evaluation_data`` that of the text of each evaluator that reads one.
     """
 
     cfg: DictConfig
     store: Store
     source: ModelSource
     metric: Any
+    allocation: Any
+    refinement: Any
     calibration_data: str | None
     evaluators: dict[str, Any]
     evaluation_data: dict[str, str | None]
@@ -42,20 +45,22 @@ class Cell:
         config.validate(cfg)
         store = Store(cfg.artifacts)
         source = resolve(cfg.model.path, cfg.model.revision, store)
-        metric = None
-        calibration_data = None
+        metric = allocation = refinement = calibration_data = None
         if cfg.allocation is not None:
             if source.model_type is not None:
                 spec_for(source.model_type)
             metric = config.build(cfg.metric)
-            if metric.needs_inputs or metric.needs_gradients:
+            allocation = config.build(cfg.allocation)
+            refinement = config.build(cfg.refinement) if cfg.refinement is not None else None
+            if _calibrates(metric, allocation, refinement):
                 calibration_data = _content(cfg.calibration.dataset, "calibration", cfg.data_root, store)
         evaluators = {name: config.build(node) for name, node in cfg.eval.items()}
         evaluation_data = {
             name: _content(cfg.dataset, "eval", cfg.data_root, store) if evaluator.reads_text else None
             for name, evaluator in evaluators.items()
         }
-        return cls(cfg, store, source, metric, calibration_data, evaluators, evaluation_data)
+        answers = (metric, allocation, refinement)
+        return cls(cfg, store, source, *answers, calibration_data, evaluators, evaluation_data)
 
     @property
     def compresses(self) -> bool:
@@ -131,14 +136,45 @@ class Cell:
         )
 
     @property
+    def weight_fisher_key(self) -> str:
+        """Identifies the mean (dL/dW)² of every compressible linear (always in float32)."""
+        content = {"model": self.model_key, "tokens": self.calibration_tokens_key, "weight": True}
+        return fingerprint({**content, "version": versions.GRADIENTS})
+
+    @property
     def spectra_key(self) -> str:
         return fingerprint(
             {
                 **self._weights,
+                "sites": [config.for_key(self.cfg.grouping), self.cfg.targets.linears],
                 "metric": config.for_key(self.cfg.metric),
                 "statistics": self.statistics_key,
                 "gradients": self.gradients_key,
                 "version": versions.SPECTRA,
+            }
+        )
+
+    @property
+    def allocation_key(self) -> dict[str, Any]:
+        """What the ranks depend on, apart from the ratio."""
+        return {
+            "spectra": self.spectra_key,
+            "allocation": config.for_key(self.cfg.allocation),
+            "tokens": self.calibration_tokens_key if self.allocation.needs_calibration else None,
+            "counted": [self.cfg.targets.ratio_of, config.build(self.cfg.storage).cost_per_rank(2, 3)],
+        }
+
+    @property
+    def factors_key(self) -> str:
+        """Identifies the factors after refinement, before they are stored."""
+        assert self.refinement is not None
+        return fingerprint(
+            {
+                "ranks": self.allocation_key,
+                "ratio": self.ratio,
+                "refinement": config.for_key(self.cfg.refinement),
+                "tokens": self.calibration_tokens_key if self.refinement.needs_calibration else None,
+                "version": versions.COMPRESSION,
             }
         )
 
@@ -149,10 +185,10 @@ class Cell:
             return fingerprint(self._weights)
         return fingerprint(
             {
-                "spectra": self.spectra_key,
-                "allocation": config.for_key(self.cfg.allocation),
-                "storage": config.for_key(self.cfg.storage),
+                "ranks": self.allocation_key,
                 "ratio": self.ratio,
+                "refinement": self.factors_key if self.refinement is not None else None,
+                "storage": config.for_key(self.cfg.storage),
                 "version": versions.COMPRESSION,
             }
         )
@@ -190,3 +226,9 @@ def corpus_part(dataset: DictConfig, which: str) -> tuple[Corpus, Part]:
 def _content(dataset: DictConfig, which: str, data_root: str | None, store: Store) -> str:
     corpus, part = corpus_part(dataset, which)
     return corpus.content(part.split, data_root, store)
+
+
+def _calibrates(metric: Any, allocation: Any, refinement: Any) -> bool:
+    """Whether any answer reads the calibration text."""
+    reads = metric.needs_inputs or metric.needs_gradients or allocation.needs_calibration
+    return reads or (refinement is not None and refinement.needs_calibration)

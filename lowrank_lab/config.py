@@ -42,7 +42,8 @@ def validate(cfg: DictConfig) -> None:
     if missing:
         raise UserError(f"{missing[0]} must be given, for example {missing[0]}=...")
     groups = ["model", "method", "dataset", "calibration", "tracker", "eval"]
-    for group in [*groups, "metric", "storage"] if cfg.get("allocation") is not None else groups:
+    answers = ["metric", "grouping", "targets", "storage"]
+    for group in [*groups, *answers] if cfg.get("allocation") is not None else groups:
         _check(group, cfg.get(group), bool(cfg.get(group)), "one of its options; see python run.py --help")
     ratio = cfg.ratio
     _check("ratio", ratio, _is_number(ratio) and 0 < ratio <= 1, "a number in (0, 1]: the fraction kept")
@@ -66,10 +67,10 @@ def validate(cfg: DictConfig) -> None:
             limit = dataset[part].max_documents
             good = limit is None or _is_count(limit, 1)
             _check(f"{name}.{part}.max_documents", limit, good, "null or a whole number from 1")
-    answers = {name: cfg[name] for name in ("metric", "allocation", "storage", "tracker")}
-    for name, node in {**answers, **{f"eval.{name}": node for name, node in cfg.eval.items()}}.items():
+    built = {name: cfg[name] for name in (*answers, "allocation", "refinement", "tracker")}
+    for name, node in {**built, **{f"eval.{name}": node for name, node in cfg.eval.items()}}.items():
         try:
-            build(node)
+            build(node) if node is not None else None
         except Exception as error:  # instantiate wraps whatever the class raised for a bad value
             raise UserError(f"{name}: {error.__cause__ or error}".splitlines()[0]) from None
 

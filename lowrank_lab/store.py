@@ -66,11 +66,13 @@ class Store:
             return None
         return Artifact(kind, key, path, reused=True, seconds=manifest["seconds"])
 
-    def get_or_make(self, kind: str, key: str, make: Callable[[Path], None]) -> Artifact:
+    def get_or_make(self, kind: str, key: str, make: Callable[[Path], None], resumable: bool = False) -> Artifact:
         """Return the artifact ``key``, calling ``make(folder)`` to fill a new folder if it is not there.
 
         Only one process at a time makes a key; the others wait for it. If ``make`` raises, nothing is left
-        behind. The manifest keeps the library versions the artifact was made with.
+        behind; with ``resumable`` the next ``make`` is given the same folder again, with what this one wrote
+        (each file whole or absent, which is up to ``make``). The manifest keeps the library versions the artifact
+        was made with.
         """
         if found := self.get(kind, key):
             return found
@@ -82,8 +84,8 @@ class Store:
             # We hold the lock: what a killed process left for this key, or half deleted, is rubbish.
             for leftover in [final, *final.parent.glob(f".{key}.tmp-*")]:
                 shutil.rmtree(leftover, ignore_errors=True)
-            work = final.parent / f".{key}.tmp-{uuid.uuid4().hex[:8]}"
-            work.mkdir()
+            work = final.parent / (f".{key}.partial" if resumable else f".{key}.tmp-{uuid.uuid4().hex[:8]}")
+            work.mkdir(exist_ok=resumable)
             try:
                 start = time.perf_counter()
                 make(work)
@@ -99,7 +101,8 @@ class Store:
                 (work / MANIFEST).write_text(json.dumps(manifest, indent=1))
                 os.replace(work, final)
             except BaseException:
-                shutil.rmtree(work, ignore_errors=True)
+                if not resumable:
+                    shutil.rmtree(work, ignore_errors=True)
                 raise
         return Artifact(kind, key, final, reused=False, seconds=seconds)
 

@@ -7,10 +7,11 @@ import itertools
 import numpy as np
 import pytest
 
-from lowrank_lab.allocation.global_tail import GlobalTail, buy_segments
-from lowrank_lab.allocation.uniform import Uniform
+from lowrank_lab.allocation.global_tail import buy_segments, water_fill
+from lowrank_lab.allocation.uniform import uniform
 from lowrank_lab.errors import SkippedCell
-from lowrank_lab.lowrank.ranks import parameters, total_parameters
+from lowrank_lab.lowrank.ranks import budget, total_cost
+from tests.sites import sites
 
 SHAPES = {"q": (24, 24), "k": (8, 24), "up": (60, 24), "down": (24, 60)}
 
@@ -30,22 +31,25 @@ def error(tails: dict[str, np.ndarray], ranks: dict[str, int | None]) -> float:
     return sum(float(tails[name][rank]) for name, rank in ranks.items() if rank is not None)
 
 
-@pytest.mark.parametrize("allocation", [Uniform(), GlobalTail()])
+def filled(shapes, ratio, tails):
+    return water_fill(sites(shapes), tails, budget(sites(shapes), ratio))
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global_tail"])
 @pytest.mark.parametrize("ratio", [0.2, 0.4, 0.6, 0.8, 0.9, 0.97])
 @pytest.mark.parametrize("seed", range(5))
 def test_the_budget_is_met_and_not_exceeded(allocation, ratio, seed):
-    ranks = allocation(SHAPES, ratio, tails_of(SHAPES, seed))
-    budget = ratio * sum(out * inp for out, inp in SHAPES.values())
-    spent = total_parameters(SHAPES, ranks)
-    assert spent <= budget
-    if isinstance(allocation, GlobalTail):  # to within the dearest rank, or what would make a linear dense
-        growable = [
-            n for n, k in ranks.items() if k is not None and parameters(*SHAPES[n], k + 1) < np.prod(SHAPES[n])
-        ]
-        assert not growable or budget - spent < max(sum(SHAPES[name]) for name in growable)
+    here = sites(SHAPES)
+    ranks = uniform(here, ratio) if allocation == "uniform" else filled(SHAPES, ratio, tails_of(SHAPES, seed))
+    limit = ratio * sum(out * inp for out, inp in SHAPES.values())
+    spent = total_cost(here, ranks)
+    assert spent <= limit
+    if allocation == "global_tail":  # to within the dearest rank, or what would make a linear dense
+        growable = [name for name, rank in ranks.items() if rank is not None and rank < here[name].last]
+        assert not growable or limit - spent < max(here[name].per_rank for name in growable)
     for name, rank in ranks.items():
         assert rank is None or rank >= 1
-        assert parameters(*SHAPES[name], rank) <= np.prod(SHAPES[name])
+        assert here[name].cost(rank) <= here[name].dense
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -54,7 +58,7 @@ def test_water_filling_beats_uniform(seed):
     shapes = {f"{name}{i}": shape for i in range(8) for name, shape in SHAPES.items()}
     tails = tails_of(shapes, seed)
     for ratio in (0.3, 0.5, 0.8):
-        assert error(tails, GlobalTail()(shapes, ratio, tails)) < error(tails, Uniform()(shapes, ratio, tails))
+        assert error(tails, filled(shapes, ratio, tails)) < error(tails, uniform(sites(shapes), ratio))
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -67,11 +71,11 @@ def test_segments_bought_are_optimal_for_what_they_cost(seed):
         last = (out * inp - 1) // (out + inp)
         choices.append([*((name, k) for k in range(1, last + 1)), (name, None)])
     plans = [dict(plan) for plan in itertools.product(*choices)]
-    for budget in range(40, 106, 3):
-        ranks = buy_segments(shapes, tails, budget)
-        spent = total_parameters(shapes, ranks)
-        assert spent <= budget
-        best = min(error(tails, plan) for plan in plans if total_parameters(shapes, plan) <= spent)
+    for limit in range(40, 106, 3):
+        ranks = buy_segments(sites(shapes), tails, limit)
+        spent = total_cost(sites(shapes), ranks)
+        assert spent <= limit
+        best = min(error(tails, plan) for plan in plans if total_cost(sites(shapes), plan) <= spent)
         assert error(tails, ranks) == pytest.approx(best, rel=1e-12)
 
 
@@ -79,7 +83,7 @@ def test_a_linear_whose_error_is_worth_it_becomes_dense():
     shapes = {"flat": (24, 24), "steep": (24, 24)}
     flat = np.append(np.arange(24, 0, -1.0) * 100, 0)  # every direction matters alike
     steep = np.append(10.0 ** -np.arange(24.0), 0)  # one direction is nearly all
-    ranks = GlobalTail()(shapes, 0.6, {"flat": flat, "steep": steep})
+    ranks = filled(shapes, 0.6, {"flat": flat, "steep": steep})
     assert ranks["flat"] is None
     assert ranks["steep"] is not None
 
@@ -87,14 +91,14 @@ def test_a_linear_whose_error_is_worth_it_becomes_dense():
 def test_equal_linears_get_equal_ranks_within_one():
     shapes = {f"layer{i}": (24, 24) for i in range(5)}
     tail = tails_of({"a": (24, 24)})["a"]
-    ranks = GlobalTail()(shapes, 0.5, dict.fromkeys(shapes, tail))
+    ranks = filled(shapes, 0.5, dict.fromkeys(shapes, tail))
     assert max(ranks.values()) - min(ranks.values()) <= 1
 
 
 def test_too_small_a_ratio_is_skipped():
     with pytest.raises(SkippedCell, match="less than rank 1 for every linear"):
-        GlobalTail()(SHAPES, 0.01, tails_of(SHAPES))
+        filled(SHAPES, 0.01, tails_of(SHAPES))
 
 
 def test_ratio_one_is_dense():
-    assert set(GlobalTail()(SHAPES, 1.0, tails_of(SHAPES)).values()) == {None}
+    assert set(filled(SHAPES, 1.0, tails_of(SHAPES)).values()) == {None}

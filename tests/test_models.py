@@ -14,9 +14,9 @@ from lowrank_lab import config
 from lowrank_lab.calibration.gradients import load_gradients, make_gradients
 from lowrank_lab.calibration.statistics import load_statistics, make_statistics
 from lowrank_lab.lowrank.factorized import FactorizedLinear, dense_weight, factorize
-from lowrank_lab.lowrank.ranks import rank_for_ratio, total_parameters
+from lowrank_lab.lowrank.ranks import rank_for_ratio, total_cost
 from lowrank_lab.lowrank.solver import decompose
-from lowrank_lab.lowrank.spectra import compress, make_spectra, site_name, site_shapes
+from lowrank_lab.lowrank.spectra import compress, make_spectra
 from lowrank_lab.metric.fisher_kron import FisherKron
 from lowrank_lab.metric.identity import Identity
 from lowrank_lab.models import tiny
@@ -24,6 +24,8 @@ from lowrank_lab.models.arch import ARCHITECTURES, kv_cache_values_per_token
 from lowrank_lab.models.load import load_model
 from lowrank_lab.models.walk import blocks_of, walk
 from lowrank_lab.storage.absorb import Absorb
+from tests.sites import site as plain_site
+from tests.sites import sites_in
 
 CPU = torch.device("cpu")
 FAMILIES = sorted(ARCHITECTURES)
@@ -98,7 +100,7 @@ def test_linears_of_a_group_share_their_input_and_its_statistics(model, family, 
     hooks = []
     for index, block in enumerate(blocks_of(model, spec)):
         for name in spec.linears:
-            seen = inputs.setdefault(site_name(spec, index, name), [])
+            seen = inputs.setdefault(f"{spec.blocks}.{index}.{name}", [])
             linear = block.get_submodule(name)
             hooks.append(linear.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0])))
     with torch.no_grad():
@@ -111,7 +113,7 @@ def test_linears_of_a_group_share_their_input_and_its_statistics(model, family, 
         for group in spec.inputs:
             statistics = load_statistics(tmp_path, index, group, CPU)
             for name in group:
-                seen = inputs[site_name(spec, index, name)]
+                seen = inputs[f"{spec.blocks}.{index}.{name}"]
                 x = torch.cat([t.reshape(-1, t.shape[-1]) for t in seen]).double()
                 assert statistics.tokens == len(x)
                 close = {"rtol": 1e-5, "atol": 1e-7}
@@ -127,8 +129,8 @@ def test_full_rank_factors_reproduce_the_dense_logits(model, family, batches):
         for block in blocks_of(model, spec):
             for name in spec.linears:
                 weight = dense_weight(block.get_submodule(name)).double()
-                left, right, sigma = decompose(weight, None, None).factors(weight, min(weight.shape))
-                factorize(block, name, *Absorb(0.5)(left, right, sigma))
+                factors = decompose(weight, None, None).factors(weight, min(weight.shape))
+                Absorb(0.5).install(block, plain_site(*weight.shape, name), *factors)
                 assert isinstance(block.get_submodule(name), FactorizedLinear)
         torch.testing.assert_close(model(batches[0]).logits, dense, rtol=1e-4, atol=1e-4)
 
@@ -142,35 +144,35 @@ METRICS["fisher_kron_full"] = FisherKron("full")
 def test_compression_measures_what_it_reports(model, family, batches, tmp_path, metric):
     """The reported squared error is that of the deployed tensors, and they are as many as planned."""
     spec = ARCHITECTURES[family]
-    shapes = site_shapes(model, spec)
-    ranks = {name: rank_for_ratio(out, inp, 0.5) for name, (out, inp) in shapes.items()}
+    sites = sites_in(model, spec)
+    ranks = {name: rank_for_ratio(site, 0.5) for name, site in sites.items()}
     statistics, gradients, spectra = (tmp_path / name for name in ("statistics", "gradients", "spectra"))
     for folder in (statistics, gradients, spectra):
         folder.mkdir()
     make_statistics(statistics, model, spec, batches, CPU)
     make_gradients(gradients, model, spec, torch.cat(batches), CPU, metric.needs_outer)
-    make_spectra(spectra, model, spec, metric, statistics, gradients, CPU)
-    dense = {name: dense_weight(model.get_submodule(name)).detach().double() for name in shapes}
-    reported = compress(model, spec, ranks, spectra, Absorb(0.5), CPU)
+    make_spectra(spectra, model, spec, sites, metric, statistics, gradients, CPU)
+    dense = {name: dense_weight(model.get_submodule(name)).detach().double() for name in sites}
+    reported = compress(model, spec, sites, ranks, spectra, Absorb(0.5), CPU)
 
     measured = 0.0
     for index in range(len(blocks_of(model, spec))):
         for group in spec.inputs:
             inputs = load_statistics(statistics, index, group, CPU)
             for linear in group:
-                name = site_name(spec, index, linear)
+                name = f"{spec.blocks}.{index}.{linear}"
                 c, r = metric(inputs, load_gradients(gradients, index, linear, CPU))
                 layer = model.get_submodule(name)
-                assert layer.rank == ranks[name]
+                assert layer.right.out_features == ranks[name]
                 error = dense[name] - (layer.left.weight.double() @ layer.right.weight.double())
                 weighted = error if c is None else error * c if c.ndim == 1 else error @ c
                 if r is not None:
                     weighted = r[:, None] * weighted if r.ndim == 1 else r @ weighted
                 measured += float((weighted * error).sum())
     assert measured == pytest.approx(reported, rel=1e-4)  # factors and statistics are kept in float32
-    tensors = sum(model.get_submodule(n).left.weight.numel() for n in shapes)
-    tensors += sum(model.get_submodule(n).right.weight.numel() for n in shapes)
-    assert tensors == total_parameters(shapes, ranks)
+    tensors = sum(model.get_submodule(n).left.weight.numel() for n in sites)
+    tensors += sum(model.get_submodule(n).right.weight.numel() for n in sites)
+    assert tensors == total_cost(sites, ranks)
 
 
 def test_biases_survive(checkpoints, batches):
@@ -182,12 +184,12 @@ def test_biases_survive(checkpoints, batches):
         expected = block.mlp.c_fc(torch.ones(1, 48))
         weight = dense_weight(block.mlp.c_fc).double()
         left, right, _ = decompose(weight, None, None).factors(weight, 48)
-        factorize(block, "mlp.c_fc", left, right)
+        factorize(block, plain_site(80, 48, "mlp.c_fc"), left, right)
         torch.testing.assert_close(block.mlp.c_fc(torch.ones(1, 48)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_embeddings_and_head_are_left_alone_and_tied(model, family):
-    shapes = site_shapes(model, ARCHITECTURES[family])
+    shapes = sites_in(model, ARCHITECTURES[family])
     assert not any("lm_head" in name or "embed" in name or "wte" in name for name in shapes)
     if model.config.tie_word_embeddings:
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -213,8 +215,10 @@ def test_weights_that_are_not_finite_raise_with_a_name(checkpoints, tmp_path):
     model = load_model(str(checkpoints["llama"]), None, "float32", False)
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[0, 0] = torch.nan
+    spec = ARCHITECTURES["llama"]
+    sites = sites_in(model, spec)
     with pytest.raises(FloatingPointError, match=r"model\.layers\.2\.mlp\.up_proj"):
-        make_spectra(tmp_path, model, ARCHITECTURES["llama"], Identity(), None, None, CPU)
+        make_spectra(tmp_path, model, spec, sites, Identity(), None, None, CPU)
 
 
 def test_dense_weight_rejects_what_is_not_linear():
@@ -249,10 +253,11 @@ def test_weights_with_a_wide_range_of_singular_values(checkpoints, tmp_path, lin
         u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
         weight.copy_((u * torch.logspace(0, -6, len(s), dtype=torch.float64)) @ vh)
     dense = weight.detach().double()
-    make_spectra(tmp_path, model, spec, Identity(), None, None, CPU)
-    ranks = dict.fromkeys(site_shapes(model, spec))
-    ranks[site_name(spec, 0, linear)] = 24
-    reported = compress(model, spec, ranks, tmp_path, Absorb(0.5), CPU)
+    sites = sites_in(model, spec)
+    make_spectra(tmp_path, model, spec, sites, Identity(), None, None, CPU)
+    ranks = dict.fromkeys(sites)
+    ranks[f"{spec.blocks}.0.{linear}"] = 24
+    reported = compress(model, spec, sites, ranks, tmp_path, Absorb(0.5), CPU)
     layer = model.model.layers[0].get_submodule(linear)
     measured = (dense - layer.left.weight.double() @ layer.right.weight.double()).square().sum()
     assert float(measured) == pytest.approx(reported, rel=1e-2)
@@ -263,7 +268,7 @@ def test_gradients_are_those_of_autograd(model, family, batches, tmp_path):
     spec = ARCHITECTURES[family]
     ids = torch.cat(batches)[:3]
     make_gradients(tmp_path, model, spec, ids, CPU, outer=True)
-    names = list(site_shapes(model, spec))
+    names = list(sites_in(model, spec))
     fisher = dict.fromkeys(names, 0)
     outer = dict.fromkeys(names, 0)
     for parameter in model.parameters():
@@ -284,7 +289,7 @@ def test_gradients_are_those_of_autograd(model, family, batches, tmp_path):
             outer[name] = outer[name] + g.T @ g
     for index in range(len(blocks_of(model, spec))):
         for linear in spec.linears:
-            name = site_name(spec, index, linear)
+            name = f"{spec.blocks}.{index}.{linear}"
             found = load_gradients(tmp_path, index, linear, CPU)
             assert found.tokens == ids.numel()
             close = {"rtol": 1e-4, "atol": 1e-4 * float(fisher[name].max()) / len(ids)}

@@ -20,6 +20,7 @@ from lowrank_lab.lowrank.ranks import rank_for_ratio
 from lowrank_lab.models.load import load_model
 from lowrank_lab.reporting import tables
 from lowrank_lab.results import Results
+from tests.sites import site
 
 from .conftest import REPOSITORY
 
@@ -49,7 +50,7 @@ def test_svd_svdllm_and_the_dense_model(lab):
             if isinstance(module, torch.nn.Linear) and name != "lm_head":
                 weight = module.weight.double()
                 u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-                k = rank_for_ratio(*weight.shape, 0.8)
+                k = rank_for_ratio(site(*weight.shape), 0.8)
                 module.weight.copy_((u[:, :k] * s[:k]) @ vh[:k])
         for window in torch.from_numpy(ids[: 3 * 256]).view(3, 256):
             losses.append(cross_entropy(model(window[None]).logits[0, :-1], window[1:]).item())

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol
+
+from lowrank_lab.lowrank.ranks import Ranks
 
 if TYPE_CHECKING:
-    import numpy as np
-
-# By the full name of a linear: its (out, in); its squared error at every rank 0 … min(out, in), float64; its
-# rank, None where it stays dense.
-Shapes: TypeAlias = "Mapping[str, tuple[int, int]]"
-Tails: TypeAlias = "Mapping[str, np.ndarray]"
-Ranks: TypeAlias = "dict[str, int | None]"
+    from lowrank_lab.bench import Bench
 
 
 class Allocation(Protocol):
-    """Spends ``ratio`` of the parameters of all linears. Raises SkippedCell where that leaves no rank."""
+    """Spends ``bench.ratio`` of the cost of ``bench.sites``. Raises SkippedCell where that leaves no rank.
 
-    needs_tails: bool
+    All that it may need is made when first asked for: ``bench.tails`` and ``bench.spectra`` by the metric,
+    ``bench.calibration_ids``, ``bench.model``, and artifacts of its own through ``bench.artifact``.
+    ``needs_calibration`` says that it reads calibration tokens, whatever the metric does.
+    """
 
-    def __call__(self, shapes: Shapes, ratio: float, tails: Tails | None) -> Ranks: ...
+    needs_calibration: bool
+
+    def __call__(self, bench: Bench) -> Ranks: ...

@@ -3,63 +3,93 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from itertools import pairwise
+from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
+from lowrank_lab.errors import SkippedCell, UserError
+from lowrank_lab.lowrank.ranks import Ranks, Site, Sites, budget, total_cost
 
-from lowrank_lab.allocation.base import Ranks, Shapes, Tails
-from lowrank_lab.errors import SkippedCell
-from lowrank_lab.lowrank.ranks import parameters, total_parameters
+if TYPE_CHECKING:
+    import numpy as np
+
+    from lowrank_lab.bench import Bench
+
+# By the full name of a site, its squared error at every rank 0 … min(out, in), float64.
+Tails: TypeAlias = "Mapping[str, np.ndarray]"
 
 
 class GlobalTail:
-    """Minimise the summed squared error of all linears at a given number of parameters.
+    """Minimise the summed squared error of all linears at a given cost.
 
-    Each linear offers points (parameters, error): rank 1 up to the last rank that saves anything, and dense with
-    error 0. Buying the segments of their lower convex hulls by falling error per parameter is optimal for what
-    it has cost at every moment. It stops at the first segment that does not fit; what is left over buys single
-    ranks, so that less than one rank of any linear stays unspent.
+    ``weights`` multiplies the errors of the sites whose names match a pattern, such as {"*.down_proj": 2.0};
+    where several match, the last one counts.
     """
 
-    needs_tails = True
+    needs_calibration = False
 
-    def __call__(self, shapes: Shapes, ratio: float, tails: Tails | None) -> Ranks:
-        assert tails is not None
-        budget = int(ratio * sum(out * inp for out, inp in shapes.values()) + 1e-9)
-        ranks = buy_segments(shapes, tails, budget)
-        return _spend_the_rest(shapes, tails, ranks, budget - total_parameters(shapes, ranks))
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        for pattern, weight in weights.items():
+            if not isinstance(weight, (int, float)) or weight <= 0:
+                raise ValueError(f"weights: {pattern}: {weight} is not valid; it must be a number above 0")
+        self.weights = dict(weights)
+
+    def __call__(self, bench: Bench) -> Ranks:
+        return water_fill(bench.sites, self._weighted(bench.tails), budget(bench.sites, bench.ratio))
+
+    def _weighted(self, tails: Tails) -> Tails:
+        for pattern in self.weights:
+            if not any(fnmatchcase(name, pattern) for name in tails):
+                raise UserError(
+                    f"allocation.weights: no linear matches {pattern}; the first is {next(iter(tails))}"
+                )
+        weight = dict.fromkeys(tails, 1.0)
+        for pattern, value in self.weights.items():
+            weight.update({name: value for name in tails if fnmatchcase(name, pattern)})
+        return {name: tail * weight[name] for name, tail in tails.items()}
 
 
-def buy_segments(shapes: Shapes, tails: Tails, budget: int) -> Ranks:
-    """The rank plan of least summed error among all that cost no more than itself, near ``budget`` parameters.
+def water_fill(sites: Sites, tails: Tails, limit: int) -> Ranks:
+    """The rank plan of least summed error for at most ``limit``.
 
-    Raises SkippedCell where the budget does not reach for rank 1 everywhere.
+    Each site offers points (cost, error): rank 1 up to the last rank that saves anything, and dense with error 0.
+    Buying the segments of their lower convex hulls by falling error per cost is optimal for what it has cost at
+    every moment. It stops at the first segment that does not fit; what is left over buys single ranks, so that
+    less than one rank of any site stays unspent. Raises SkippedCell where ``limit`` does not reach for rank 1
+    everywhere.
     """
-    ranks: Ranks = dict.fromkeys(shapes, 1)
-    spent = total_parameters(shapes, ranks)
-    if spent > budget:
+    ranks = buy_segments(sites, tails, limit)
+    return _spend_the_rest(sites, tails, ranks, limit - total_cost(sites, ranks))
+
+
+def buy_segments(sites: Sites, tails: Tails, limit: int) -> Ranks:
+    """The rank plan of least summed error among all that cost no more than itself, near ``limit``.
+
+    Raises SkippedCell where ``limit`` does not reach for rank 1 everywhere.
+    """
+    ranks: Ranks = dict.fromkeys(sites, 1)
+    spent = total_cost(sites, ranks)
+    if spent > limit:
         raise SkippedCell("the ratio leaves less than rank 1 for every linear")
     segments = []
-    for number, (name, (out, inp)) in enumerate(shapes.items()):
-        for (_, cost, error), (rank, next_cost, next_error) in pairwise(
-            _lower_hull(_points(out, inp, tails[name]))
-        ):
+    for number, (name, site) in enumerate(sites.items()):
+        for (_, cost, error), (rank, next_cost, next_error) in pairwise(_lower_hull(_points(site, tails[name]))):
             gain = (error - next_error) / (next_cost - cost)
             # Equal gains in the order of the model; on one hull gains fall, so ranks are bought in order.
             segments.append((-gain, number, next_cost, next_cost - cost, name, rank))
     for _, _, _, cost, name, rank in sorted(segments, key=lambda segment: segment[:3]):
-        if spent + cost > budget:
+        if spent + cost > limit:
             break
         ranks[name] = rank
         spent += cost
     return ranks
 
 
-def _points(out: int, inp: int, tail: np.ndarray) -> list[tuple[int | None, int, float]]:
-    """(rank, parameters, squared error) of every choice for one linear, by rising parameters."""
-    last = (out * inp - 1) // (out + inp)
-    ranked = [(k, parameters(out, inp, k), float(tail[k])) for k in range(1, last + 1)]
-    return [*ranked, (None, out * inp, 0.0)]
+def _points(site: Site, tail: np.ndarray) -> list[tuple[int | None, int, float]]:
+    """(rank, cost, squared error) of every choice for one site, by rising cost."""
+    ranked = [(k, site.cost(k), float(tail[k])) for k in range(1, site.last + 1)]
+    return [*ranked, (None, site.dense, 0.0)]
 
 
 def _lower_hull(points: list[tuple[int | None, int, float]]) -> list[tuple[int | None, int, float]]:
@@ -76,22 +106,21 @@ def _lower_hull(points: list[tuple[int | None, int, float]]) -> list[tuple[int |
     return hull
 
 
-def _spend_the_rest(shapes: Shapes, tails: Tails, ranks: Ranks, left: int) -> Ranks:
+def _spend_the_rest(sites: Sites, tails: Tails, ranks: Ranks, left: int) -> Ranks:
     """Buy single ranks, best error per parameter first, until not one more fits."""
     ranks = dict(ranks)
 
     def next_rank(name: str) -> tuple[float, str] | None:
         rank = ranks[name]
-        out, inp = shapes[name]
-        if rank is None or parameters(out, inp, rank + 1) >= out * inp:
+        if rank is None or rank >= sites[name].last:
             return None
-        return -float(tails[name][rank] - tails[name][rank + 1]) / (out + inp), name
+        return -float(tails[name][rank] - tails[name][rank + 1]) / sites[name].per_rank, name
 
-    heap = [entry for name in shapes if (entry := next_rank(name)) is not None]
+    heap = [entry for name in sites if (entry := next_rank(name)) is not None]
     heapq.heapify(heap)
     while heap:
         _, name = heapq.heappop(heap)
-        cost = sum(shapes[name])
+        cost = sites[name].per_rank
         if cost > left:
             continue
         rank = ranks[name]

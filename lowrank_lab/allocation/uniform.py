@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from lowrank_lab.allocation.base import Ranks, Shapes, Tails
-from lowrank_lab.lowrank.ranks import rank_for_ratio
+from typing import TYPE_CHECKING
+
+from lowrank_lab.lowrank.ranks import Ranks, Sites, rank_for_ratio
+
+if TYPE_CHECKING:
+    from lowrank_lab.bench import Bench
 
 
 class Uniform:
-    needs_tails = False
+    needs_calibration = False
 
-    def __call__(self, shapes: Shapes, ratio: float, tails: Tails | None) -> Ranks:
-        return {name: rank_for_ratio(out, inp, ratio) for name, (out, inp) in shapes.items()}
+    def __call__(self, bench: Bench) -> Ranks:
+        return uniform(bench.sites, bench.ratio)
+
+
+def uniform(sites: Sites, ratio: float) -> Ranks:
+    return {name: rank_for_ratio(site, ratio) for name, site in sites.items()}

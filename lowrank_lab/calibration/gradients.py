@@ -28,12 +28,14 @@ from lowrank_lab.models.walk import block_file, blocks_of
 class Accumulator:
     """Running sums over the sequences for one linear, in float64."""
 
-    def __init__(self, out: int, outer: bool, device: torch.device) -> None:
+    def __init__(self, out: int, inp: int, outer: bool, weight: bool, device: torch.device) -> None:
         self.tokens = 0
         self.sequences = 0
         self.square = torch.zeros(out, dtype=torch.float64, device=device)
         self.row_fisher = torch.zeros(out, dtype=torch.float64, device=device)
         self.outer = torch.zeros(out, out, dtype=torch.float64, device=device) if outer else None
+        # As large as the model, so in float32: sums of squares of at most a few hundred sequences.
+        self.weight = torch.zeros(out, inp, device=device) if weight else None
 
     def add(self, inputs: Tensor, gradient: Tensor) -> None:
         """Add one sequence: its inputs (..., in) and output gradients (..., out), float32."""
@@ -42,7 +44,10 @@ class Accumulator:
         self.tokens += g.shape[0]
         self.sequences += 1
         self.square += g.square().sum(0, dtype=torch.float64)
-        self.row_fisher += (g.T @ x).square().sum(1, dtype=torch.float64)
+        of_weight = (g.T @ x).square()
+        self.row_fisher += of_weight.sum(1, dtype=torch.float64)
+        if self.weight is not None:
+            self.weight += of_weight
         if self.outer is not None:
             self.outer += g.T @ g
 
@@ -50,16 +55,25 @@ class Accumulator:
         found = {"square": self.square / self.tokens, "row_fisher": self.row_fisher / self.sequences}
         if self.outer is not None:
             found["outer"] = self.outer / self.tokens
+        if self.weight is not None:
+            found["weight"] = self.weight / self.sequences
         return {name: tensor.float().cpu().contiguous() for name, tensor in found.items()}
 
 
 def make_gradients(
-    folder: Path, model: nn.Module, spec: ArchSpec, ids: Tensor, device: torch.device, outer: bool
+    folder: Path,
+    model: nn.Module,
+    spec: ArchSpec,
+    ids: Tensor,
+    device: torch.device,
+    outer: bool = False,
+    weight: bool = False,
 ) -> None:
     """Gather the output statistics of every compressible linear; one file a block.
 
     ``model`` is in float32, ``ids`` (samples, length) are token ids. ``outer`` keeps the mean of g gᵀ as well,
-    (out, out) a linear. Raises FloatingPointError, naming the linear, where a gradient is not finite.
+    (out, out) a linear, and ``weight`` the mean over sequences of (dL/dW)², as large as the model. Raises
+    FloatingPointError, naming the linear, where a gradient is not finite.
     """
     model.to(device)
     accumulators: list[dict[str, Accumulator]] = []
@@ -68,7 +82,8 @@ def make_gradients(
         of_block = {}
         for name in spec.linears:
             linear = block.get_submodule(name)
-            of_block[name] = Accumulator(dense_weight(linear).shape[0], outer, device)
+            out, inp = dense_weight(linear).shape
+            of_block[name] = Accumulator(out, inp, outer, weight, device)
             hooks.append(linear.register_forward_hook(partial(_watch, of_block[name])))
         accumulators.append(of_block)
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
@@ -107,6 +122,12 @@ def load_gradients(folder: Path, index: int, linear: str, device: torch.device) 
             row_fisher=read("row_fisher"),
             outer=read("outer") if f"{linear}.outer" in names else None,
         )
+
+
+def load_weight_fisher(folder: Path, index: int, linear: str, device: torch.device) -> Tensor:
+    """The mean over sequences of (dL/dW)², (out, in) float32, of one linear of block ``index``."""
+    with safe_open(folder / block_file(index), framework="pt") as file:
+        return file.get_tensor(f"{linear}.weight").to(device)
 
 
 def _watch(accumulator: Accumulator, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:

@@ -1,8 +1,8 @@
-"""The spectra of every compressible linear of a model, as an artifact, and the compression made from them."""
+"""The spectra of every site of a model, as an artifact, and the factors made from them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,115 +10,205 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank_lab import progress
 from lowrank_lab.calibration.gradients import load_gradients
 from lowrank_lab.calibration.statistics import load_statistics
-from lowrank_lab.lowrank.factorized import dense_weight, factorize
+from lowrank_lab.lowrank.factorized import dense_weight, site_weight
+from lowrank_lab.lowrank.ranks import Site, Sites
 from lowrank_lab.lowrank.solver import Spectrum, decompose
-from lowrank_lab.metric.base import Metric
+from lowrank_lab.metric.base import Metric, OutputStatistics
 from lowrank_lab.models.arch import ArchSpec
 from lowrank_lab.models.walk import block_file, blocks_of
-from lowrank_lab.storage.absorb import Absorb
+from lowrank_lab.storage.base import Storage
 
 
-def site_name(spec: ArchSpec, index: int, linear: str) -> str:
-    """The full module path of a compressible linear, such as model.layers.3.mlp.up_proj."""
-    return f"{spec.blocks}.{index}.{linear}"
+def linear_shapes(model: nn.Module, spec: ArchSpec) -> list[dict[str, tuple[int, int]]]:
+    """By block, the (out, in) of every compressible linear."""
+
+    def shape(linear: nn.Module) -> tuple[int, int]:
+        out, inp = dense_weight(linear).shape
+        return int(out), int(inp)
+
+    blocks = blocks_of(model, spec)
+    return [{name: shape(block.get_submodule(name)) for name in spec.linears} for block in blocks]
 
 
-def site_shapes(model: nn.Module, spec: ArchSpec) -> dict[str, tuple[int, int]]:
-    """(out, in) of every compressible linear by its full name, in the order of the model."""
-    shapes = {}
-    for index, block in enumerate(blocks_of(model, spec)):
-        for linear in spec.linears:
-            out, inp = dense_weight(block.get_submodule(linear)).shape
-            shapes[site_name(spec, index, linear)] = (int(out), int(inp))
-    return shapes
+def by_block(sites: Sites, count: int) -> list[dict[str, Site]]:
+    """The sites of each of ``count`` blocks, by their full names."""
+    found: list[dict[str, Site]] = [{} for _ in range(count)]
+    for name, site in sites.items():
+        found[site.block][name] = site
+    return found
 
 
 def make_spectra(
     folder: Path,
     model: nn.Module,
     spec: ArchSpec,
+    sites: Sites,
     metric: Metric,
     statistics: Path | None,
     gradients: Path | None,
     device: torch.device,
 ) -> None:
-    """Decompose every compressible linear under ``metric``; each block's file is written as it is done.
+    """Decompose every site under ``metric``; each block's file is written as it is done.
 
     ``statistics`` and ``gradients`` are the folders of ``make_statistics`` and ``make_gradients``, or None where
     the metric does not need them. Bases are kept in float32 where they are the left factor itself, and in float64
     where the left factor is W · basis: an ill-conditioned W would magnify their rounding.
     """
     blocks = blocks_of(model, spec)
-    for index, block in enumerate(progress.track(blocks, "decomposition", "block")):
+    of_blocks = list(zip(blocks, by_block(sites, len(blocks)), strict=True))
+    for index, (block, here) in enumerate(progress.track(of_blocks, "decomposition", "block")):
         tensors = {}
-        for group in spec.inputs:
-            inputs = load_statistics(statistics, index, group, device) if statistics is not None else None
-            for linear in group:
-                weight = dense_weight(block.get_submodule(linear)).detach().to(device, torch.float64)
-                outputs = load_gradients(gradients, index, linear, device) if gradients is not None else None
-                c, r = metric(inputs, outputs)
-                samples = inputs.tokens if inputs is not None and c is not None and c.ndim == 2 else None
-                try:
-                    spectrum = decompose(weight, c, r, samples)
-                except FloatingPointError as error:
-                    raise FloatingPointError(f"{site_name(spec, index, linear)}: {error}") from None
-                tensors[f"{linear}.eigenvalues"] = spectrum.eigenvalues.cpu()
-                out, inp = weight.shape
-                kept_in = torch.float32 if out <= inp else torch.float64
-                tensors[f"{linear}.basis"] = spectrum.basis.to("cpu", kept_in).contiguous()
-                if spectrum.output_metric is not None:
-                    tensors[f"{linear}.output_metric"] = spectrum.output_metric.float().cpu()
+        for name, site in here.items():
+            weight = site_weight(block, site).to(device, torch.float64)
+            inputs = outputs = None
+            if statistics is not None:
+                group = next(group for group in spec.inputs if site.members[0] in group)
+                inputs = load_statistics(statistics, index, group, device)
+            if gradients is not None:
+                outputs = _stack([load_gradients(gradients, index, linear, device) for linear in site.members])
+            c, r = metric(inputs, outputs)
+            samples = inputs.tokens if inputs is not None and c is not None and c.ndim == 2 else None
+            try:
+                spectrum = decompose(weight, c, r, samples)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{name}: {error}") from None
+            tensors[f"{site.key}.eigenvalues"] = spectrum.eigenvalues.cpu()
+            kept_in = torch.float32 if site.out <= site.inp else torch.float64
+            tensors[f"{site.key}.basis"] = spectrum.basis.to("cpu", kept_in).contiguous()
+            if spectrum.output_metric is not None:
+                tensors[f"{site.key}.output_metric"] = spectrum.output_metric.float().cpu()
         save_file(tensors, folder / block_file(index))
 
 
-def load_tails(folder: Path, spec: ArchSpec) -> dict[str, np.ndarray]:
-    """By linear, its squared error at every rank 0 … min(out, in), float64."""
+def _stack(members: list[OutputStatistics]) -> OutputStatistics:
+    """The output statistics of a site of several linears. What g gᵀ has between two of them is left out."""
+    outers = [one.outer for one in members]
+    return OutputStatistics(
+        tokens=members[0].tokens,
+        square=torch.cat([one.square for one in members]),
+        row_fisher=torch.cat([one.row_fisher for one in members]),
+        outer=torch.block_diag(*(o for o in outers if o is not None)) if outers[0] is not None else None,
+    )
+
+
+def load_tails(folder: Path, sites: Sites) -> dict[str, np.ndarray]:
+    """By site, its squared error at every rank 0 … min(out, in), float64."""
     tails = {}
-    for index, path in enumerate(sorted(folder.glob("block_*.safetensors"))):
-        with safe_open(path, framework="np") as file:
-            for linear in spec.linears:
-                eigenvalues = file.get_tensor(f"{linear}.eigenvalues")
-                errors = np.cumsum(eigenvalues[::-1])[::-1]
-                tails[site_name(spec, index, linear)] = np.append(errors, 0.0)
+    for name, site in sites.items():
+        with safe_open(folder / block_file(site.block), framework="np") as file:
+            eigenvalues = file.get_tensor(f"{site.key}.eigenvalues")
+        tails[name] = np.append(np.cumsum(eigenvalues[::-1])[::-1], 0.0)
     return tails
+
+
+def load_spectrum(folder: Path, site: Site, device: torch.device) -> Spectrum:
+    """One spectrum of ``make_spectra``, float64."""
+    with safe_open(folder / block_file(site.block), framework="pt") as file:
+        read: Any = lambda part: file.get_tensor(f"{site.key}.{part}").to(device, torch.float64)
+        weighted = f"{site.key}.output_metric" in file.keys()  # noqa: SIM118 (safe_open is no mapping)
+        return Spectrum(read("eigenvalues"), read("basis"), read("output_metric") if weighted else None)
+
+
+def compress_block(
+    block: nn.Module,
+    here: Sites,
+    ranks: Mapping[str, int | None],
+    spectra: Path,
+    storage: Storage,
+    device: torch.device,
+) -> float:
+    """Replace every site of one block that ``ranks`` gives a rank, in place; returns the summed squared error."""
+    squared_error = 0.0
+    for name, site in here.items():
+        rank = ranks[name]
+        if rank is None:
+            continue
+        spectrum = load_spectrum(spectra, site, device)
+        left, right, singular_values = spectrum.factors(site_weight(block, site).to(device, torch.float64), rank)
+        check_finite(name, left, right)
+        storage.install(block, site, left, right, singular_values)
+        squared_error += spectrum.squared_error(rank)
+    return squared_error
 
 
 def compress(
     model: nn.Module,
     spec: ArchSpec,
+    sites: Sites,
     ranks: Mapping[str, int | None],
     spectra: Path,
-    storage: Absorb,
+    storage: Storage,
     device: torch.device,
 ) -> float:
-    """Replace every linear that ``ranks`` gives a rank, in place.
+    """Replace every site that ``ranks`` gives a rank, in place.
 
-    Returns the summed squared error ‖R^½ (W − W') C^½‖²_F over all linears, in the metric's own units.
+    Returns the summed squared error ‖R^½ (W − W') C^½‖²_F over all sites, in the metric's own units.
     """
-    squared_error = 0.0
-    for index, block in enumerate(progress.track(blocks_of(model, spec), "factorization", "block")):
-        with safe_open(spectra / block_file(index), framework="pt") as file:
-            for linear in spec.linears:
-                name = site_name(spec, index, linear)
-                rank = ranks[name]
-                if rank is None:
-                    continue
-                spectrum = _load(file, linear, device)
-                weight = dense_weight(block.get_submodule(linear)).detach().to(device, torch.float64)
-                left, right = storage(*spectrum.factors(weight, rank))
-                if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
-                    raise FloatingPointError(f"{name}: a factor is not finite")
-                factorize(block, linear, left, right)
-                squared_error += spectrum.squared_error(rank)
-    return squared_error
+    return sum(
+        compress_block(block, here, ranks, spectra, storage, device)
+        for block, here in _blocks_with_sites(model, spec, sites)
+    )
 
 
-def _load(file: Any, linear: str, device: torch.device) -> Spectrum:
-    read = lambda part: file.get_tensor(f"{linear}.{part}").to(device, torch.float64)
-    weighted = f"{linear}.output_metric" in file.keys()  # noqa: SIM118 (safe_open is no mapping)
-    return Spectrum(read("eigenvalues"), read("basis"), read("output_metric") if weighted else None)
+def save_factors(folder: Path, index: int, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Write the ``left`` and ``right`` of the sites of a block, by their keys, in float32."""
+    tensors = {}
+    for key, (left, right) in factors.items():
+        tensors[f"{key}.left"] = left.float().cpu().contiguous()
+        tensors[f"{key}.right"] = right.float().cpu().contiguous()
+    save_file(tensors, folder / block_file(index))
+
+
+def load_factors(folder: Path, site: Site) -> tuple[Tensor, Tensor]:
+    """``left`` (out, k) and ``right`` (k, in) as ``save_factors`` wrote them."""
+    with safe_open(folder / block_file(site.block), framework="pt") as file:
+        return file.get_tensor(f"{site.key}.left"), file.get_tensor(f"{site.key}.right")
+
+
+def install_factors(
+    model: nn.Module,
+    spec: ArchSpec,
+    sites: Sites,
+    ranks: Mapping[str, int | None],
+    factors: Path,
+    storage: Storage,
+    device: torch.device,
+) -> None:
+    """Replace every site that ``ranks`` gives a rank by refined factors, in place.
+
+    They have no singular values of a metric any more; ``storage`` is given those of the product itself.
+    """
+    for block, here in _blocks_with_sites(model, spec, sites):
+        for name, site in here.items():
+            if ranks[name] is None:
+                continue
+            left, right = (factor.to(device, torch.float64) for factor in load_factors(factors, site))
+            check_finite(name, left, right)
+            storage.install(block, site, *orthogonal_factors(left, right))
+
+
+def orthogonal_factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same product as U (out, k) and Σ Vᵀ (k, in) of its singular value decomposition, and its σ (k,)."""
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.T)
+    u, sigma, vt = torch.linalg.svd(r_left @ r_right.T)
+    return q_left @ u, sigma.unsqueeze(-1) * (vt @ q_right.T), sigma
+
+
+def check_finite(name: str, *tensors: Tensor) -> None:
+    """Raises FloatingPointError, naming the site, where a factor is not finite."""
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise FloatingPointError(f"{name}: a factor is not finite")
+
+
+def _blocks_with_sites(
+    model: nn.Module, spec: ArchSpec, sites: Sites
+) -> Iterator[tuple[nn.Module, dict[str, Site]]]:
+    blocks = blocks_of(model, spec)
+    pairs = list(zip(blocks, by_block(sites, len(blocks)), strict=True))
+    yield from progress.track(pairs, "factorization", "block")

@@ -5,7 +5,8 @@ A new architecture is a new row of ``ARCHITECTURES``. This module imports no tor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from lowrank_lab.errors import UserError
@@ -16,13 +17,14 @@ class ArchSpec:
     """One decoder family.
 
     ``blocks`` is the path of the list of transformer blocks. ``inputs`` lists the compressible linears of a
-    block, grouped by the input they share: linears of one group see the same activations, so they share
-    one input statistic. Embeddings
-    and lm_head are never listed: they are left alone, tied or not.
+    block, grouped by the input they share: linears of one group see the same activations, so they share one input
+    statistic. Embeddings and lm_head are never listed: they are left alone, tied or not. ``roles`` names sets of
+    these linears that methods speak of; a fused linear is its own role.
     """
 
     blocks: str
     inputs: tuple[tuple[str, ...], ...]
+    roles: Mapping[str, tuple[str, ...]] = field(hash=False)
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -37,6 +39,13 @@ LLAMA = ArchSpec(
         ("mlp.gate_proj", "mlp.up_proj"),
         ("mlp.down_proj",),
     ),
+    roles={
+        "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "kv": ("self_attn.k_proj", "self_attn.v_proj"),
+        "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+        "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+        "mlp": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    },
 )
 
 OPT = ArchSpec(
@@ -47,18 +56,35 @@ OPT = ArchSpec(
         ("fc1",),
         ("fc2",),
     ),
+    roles={
+        "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "kv": ("self_attn.k_proj", "self_attn.v_proj"),
+        "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
+        "mlp": ("fc1", "fc2"),
+    },
 )
 
 # transformers stores these weights as Conv1D, shape (in, out); q, k and v are one fused matrix.
 GPT2 = ArchSpec(
     blocks="transformer.h",
     inputs=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
+    roles={
+        "qkv": ("attn.c_attn",),
+        "attention": ("attn.c_attn", "attn.c_proj"),
+        "mlp": ("mlp.c_fc", "mlp.c_proj"),
+    },
 )
 
 # q|k|v and gate|up are each one fused linear, compressed as one matrix.
 PHI3 = ArchSpec(
     blocks="model.layers",
     inputs=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
+    roles={
+        "qkv": ("self_attn.qkv_proj",),
+        "attention": ("self_attn.qkv_proj", "self_attn.o_proj"),
+        "gate_up": ("mlp.gate_up_proj",),
+        "mlp": ("mlp.gate_up_proj", "mlp.down_proj"),
+    },
 )
 
 ARCHITECTURES: dict[str, ArchSpec] = {  # by config.json's model_type

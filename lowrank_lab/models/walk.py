@@ -42,11 +42,12 @@ def block_file(index: int) -> str:
 
 def walk(
     model: nn.Module, spec: ArchSpec, batches: Iterable[Tensor], device: torch.device
-) -> Iterator[tuple[int, nn.Module, Callable[[], None]]]:
+) -> Iterator[tuple[int, nn.Module, Callable[..., None]]]:
     """Carry ``batches`` of token ids (batch, length), all of one length, through the blocks of ``model``.
 
     Yields ``(index, block, run)`` for each block in turn, with the block on ``device``. The caller must call
-    ``run()`` exactly once: it passes every batch through the block and so moves the hidden states one on.
+    ``run()`` exactly once: it passes every batch through the block and so moves the hidden states one on. Before
+    that, ``run(advance=False)`` passes them through it for what hooks see, and leaves them where they are.
     """
     hidden, calls = _embed(model, spec, batches)
     for index, block in enumerate(blocks_of(model, spec)):
@@ -97,15 +98,18 @@ def _advance(
     hidden: list[Tensor],
     calls: dict[int, list[BlockCall]],
     device: torch.device,
+    advance: bool = True,
 ) -> None:
-    """Replace every batch of hidden states by what ``block`` makes of it."""
+    """Pass every batch of hidden states through ``block``, and replace it by the outcome unless told otherwise."""
     on_device = {
         size: BlockCall(_to(calls_of[index].args, device), _to(calls_of[index].kwargs, device))
         for size, calls_of in calls.items()
     }
     for i, states in enumerate(progress.track(hidden, "sequences", "batch")):
         call = on_device[states.shape[0]]
-        hidden[i] = block(states.to(device), *call.args, **call.kwargs).to(states.device)
+        after = block(states.to(device), *call.args, **call.kwargs)
+        if advance:
+            hidden[i] = after.to(states.device)
 
 
 def _to(value: Any, device: torch.device) -> Any:

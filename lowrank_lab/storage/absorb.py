@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lowrank_lab.lowrank.ranks import Site
+
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 class Absorb:
-    """Split W' = left · right so that ``left_share`` of each singular value sits in the left factor.
+    """Two factors in the model's dtype, with ``left_share`` of each singular value in the left one.
 
     ½ is the papers' √Σ split (left = U √Σ, right = √Σ Vᵀ), 1 puts all of it in U, 0 in V.
     """
@@ -19,7 +21,15 @@ class Absorb:
             raise ValueError(f"left_share={left_share} is not valid; it must be a number in [0, 1]")
         self.left_share = left_share
 
-    def __call__(self, left: Tensor, right: Tensor, singular_values: Tensor) -> tuple[Tensor, Tensor]:
+    def cost_per_rank(self, out: int, inp: int) -> int:
+        return out + inp
+
+    def install(self, block: nn.Module, site: Site, left: Tensor, right: Tensor, singular_values: Tensor) -> None:
+        from lowrank_lab.lowrank.factorized import factorize
+
+        factorize(block, site, *self.split(left, right, singular_values))
+
+    def split(self, left: Tensor, right: Tensor, singular_values: Tensor) -> tuple[Tensor, Tensor]:
         """From ``left`` (out, k) with the singular values all in ``right`` (k, in) to the split wanted.
 
         Directions whose singular value is zero to working precision are split as the smallest one above it,

@@ -1,0 +1,98 @@
+"""Answer 2 of a method, and what it applies to: the sites of a model. No torch.
+
+``grouping`` says which linears are factored together, ``targets`` which are compressed at all and what ``ratio``
+counts. Both name *roles*, which the architecture's row in models/arch.py spells out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lowrank_lab.errors import SkippedCell, UserError
+from lowrank_lab.lowrank.ranks import Site
+from lowrank_lab.models.arch import ArchSpec
+
+ROLES = ("all", "attention", "mlp", "qkv", "kv", "gate_up")
+RATIO_OF = ("parameters", "kv_cache")
+
+
+class Targets:
+    """Which linears are compressed, and of what the ratio is a fraction.
+
+    linears   a role, such as ``all`` or ``kv``
+    ratio_of  ``parameters``: of the storage of these linears; ``kv_cache``: of the values cached a token (ASVD
+              §3.4), where a rank costs one and may have more parameters than the dense linear
+    """
+
+    def __init__(self, linears: str, ratio_of: str) -> None:
+        if linears not in ROLES:
+            raise ValueError(f"linears={linears} is not valid; it must be one of {', '.join(ROLES)}")
+        if ratio_of not in RATIO_OF:
+            raise ValueError(f"ratio_of={ratio_of} is not valid; it must be parameters or kv_cache")
+        self.linears = linears
+        self.ratio_of = ratio_of
+
+
+class Grouping:
+    """Which linears are factored as one matrix: the linears of each role in ``joint``, stacked.
+
+    They share the right factor, and so one latent: its down-projection is stored and computed once (QSVD).
+    """
+
+    def __init__(self, joint: Sequence[str]) -> None:
+        for role in joint:
+            if role not in ("qkv", "kv", "gate_up"):
+                raise ValueError(f"joint={role} is not valid; it must be qkv, kv or gate_up")
+        self.joint = tuple(joint)
+
+
+def sites_of(
+    spec: ArchSpec,
+    shapes: Sequence[Mapping[str, tuple[int, int]]],
+    grouping: Grouping,
+    targets: Targets,
+    storage: Any,
+) -> dict[str, Site]:
+    """All sites by their full names, in the order of the model.
+
+    ``shapes`` has by block the (out, in) of every compressible linear; ``storage`` says what a rank costs.
+    Raises SkippedCell where the architecture lacks a role that is asked for.
+    """
+    wanted = spec.linears if targets.linears == "all" else _role(spec, targets.linears)
+    joint = [_role(spec, role) for role in grouping.joint]
+    sites = {}
+    for index, of_block in enumerate(shapes):
+        for members in _groups(spec, joint):
+            members = tuple(name for name in members if name in wanted)
+            if not members:
+                continue
+            outs = tuple(of_block[name][0] for name in members)
+            inp = of_block[members[0]][1]
+            out = sum(outs)
+            if targets.ratio_of == "kv_cache":
+                kept = _role(spec, "kv")
+                dense, per_rank = sum(o for o, name in zip(outs, members, strict=True) if name in kept), 1
+                if dense == 0:
+                    raise UserError("targets.ratio_of=kv_cache needs targets that are cached: use targets=kv_cache")
+            else:
+                dense, per_rank = out * inp, storage.cost_per_rank(out, inp)
+            site = Site(index, members, outs, inp, dense, per_rank)
+            sites[f"{spec.blocks}.{index}.{site.key}"] = site
+    return sites
+
+
+def _groups(spec: ArchSpec, joint: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The linears of a block in their order; those of a joint role stand together at the place of the first."""
+    groups: list[tuple[str, ...]] = []
+    for name in spec.linears:
+        group = next((members for members in joint if name in members), (name,))
+        if group not in groups:
+            groups.append(group)
+    return groups
+
+
+def _role(spec: ArchSpec, role: str) -> tuple[str, ...]:
+    if role not in spec.roles:
+        raise SkippedCell(f"this architecture has no separate {role} linears")
+    return spec.roles[role]

@@ -1,0 +1,34 @@
+"""Sites for tests: of bare shapes, and of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from lowrank_lab.lowrank.ranks import Site
+from lowrank_lab.lowrank.sites import Grouping, Targets, sites_of
+from lowrank_lab.lowrank.spectra import linear_shapes
+from lowrank_lab.models.arch import ArchSpec
+from lowrank_lab.storage.absorb import Absorb
+from lowrank_lab.storage.base import Storage
+
+
+def site(out: int, inp: int, name: str = "linear", per_rank: int | None = None) -> Site:
+    return Site(0, (name,), (out,), inp, out * inp, per_rank or out + inp)
+
+
+def sites(shapes: Mapping[str, tuple[int, int]]) -> dict[str, Site]:
+    return {name: site(out, inp, name) for name, (out, inp) in shapes.items()}
+
+
+def sites_in(
+    model: nn.Module,
+    spec: ArchSpec,
+    joint: Sequence[str] = (),
+    linears: str = "all",
+    ratio_of: str = "parameters",
+    storage: Storage | None = None,
+) -> dict[str, Site]:
+    answers = (Grouping(joint), Targets(linears, ratio_of), storage or Absorb(0.5))
+    return sites_of(spec, linear_shapes(model, spec), *answers)
