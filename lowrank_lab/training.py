@@ -1,0 +1,119 @@
+"""A small training loop that can be stopped and goes on: for learned ranks and for fine-tuning.
+
+Nothing here is special: AdamW, a schedule from transformers, batches in an order that the seed settles. It exists so
+that both trainings resume in the same way, to the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from lowrank_lab import progress
+
+SAVE_SECONDS = 60.0  # between two saves of the state
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: ``steps`` of ``batch_size`` sequences, ``micro_batch`` of them in a forward."""
+
+    steps: int
+    batch_size: int
+    micro_batch: int
+    learning_rate: float
+    schedule: str = "linear"  # a name of transformers.get_scheduler
+    warmup: int = 0
+    seed: int = 0
+
+
+def train(
+    folder: Path,
+    name: str,
+    parameters: Sequence[nn.Parameter],
+    loss_of: Callable[[Tensor], Tensor],
+    ids: Tensor,
+    recipe: Recipe,
+    after_step: Callable[[], dict[str, Any]] = dict,
+) -> list[dict[str, Any]]:
+    """Train ``parameters`` in place; returns what each step reported.
+
+    ``loss_of`` gives the loss of some sequences (batch, length), a mean over them. ``ids`` (samples, length) are gone
+    through in a new order each epoch. ``after_step`` adds facts to the history, as plain data. The state is kept in
+    ``folder/<name>.state`` about once a minute and at the end; called again, the loop goes on from there, and ends
+    with the same numbers. Raises FloatingPointError where a loss is not finite.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
+    scheduler = get_scheduler(recipe.schedule, optimizer, recipe.warmup, recipe.steps)
+    state = folder / f"{name}.state"
+    history: list[dict[str, Any]] = []
+    if state.exists():
+        history = _restore(state, parameters, optimizer, scheduler)
+    saved = time.monotonic()
+    steps = range(len(history), recipe.steps)
+    for step in progress.track(steps, name, "step"):
+        rows = _rows(step, recipe, len(ids))
+        loss = 0.0
+        for micro in rows.split(recipe.micro_batch):
+            part = loss_of(ids[micro]) * (len(micro) / len(rows))
+            part.backward()
+            loss += part.item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"{name}: the loss is not finite at step {step}; lower the learning rate")
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        history.append({"step": step, "loss": loss, **after_step()})
+        if time.monotonic() - saved > SAVE_SECONDS:
+            _save(state, parameters, optimizer, scheduler, history)
+            saved = time.monotonic()
+    _save(state, parameters, optimizer, scheduler, history)
+    return history
+
+
+def _rows(step: int, recipe: Recipe, samples: int) -> Tensor:
+    """Which sequences a step sees: the epochs' permutations, one after the other."""
+    wanted = range(step * recipe.batch_size, (step + 1) * recipe.batch_size)
+    return torch.tensor(
+        [int(_order(number // samples, recipe.seed, samples)[number % samples]) for number in wanted]
+    )
+
+
+def _order(epoch: int, seed: int, samples: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(samples, generator=generator)
+
+
+def _save(
+    state: Path, parameters: Sequence[nn.Parameter], optimizer: Any, scheduler: Any, history: list[Any]
+) -> None:
+    work = state.with_suffix(".tmp")
+    torch.save(
+        {
+            "parameters": [parameter.detach().cpu() for parameter in parameters],
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+            "history": history,
+        },
+        work,
+    )
+    os.replace(work, state)
+
+
+def _restore(state: Path, parameters: Sequence[nn.Parameter], optimizer: Any, scheduler: Any) -> list[Any]:
+    saved = torch.load(state, weights_only=True)
+    with torch.no_grad():
+        for parameter, value in zip(parameters, saved["parameters"], strict=True):
+            parameter.copy_(value)
+    optimizer.load_state_dict(saved["optimizer"])
+    scheduler.load_state_dict(saved["scheduler"])
+    return saved["history"]
