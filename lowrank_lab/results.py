@@ -27,14 +27,7 @@ from lowrank_lab.store import Artifact, fingerprint, write_json
 log = logging.getLogger(__name__)
 
 FINISHED = ("done", "skipped")
-COMPRESSION_STAGES = (
-    "calibration tokens",
-    "calibration",
-    "gradients",
-    "decomposition",
-    "allocation",
-    "factorization",
-)
+NOT_COMPRESSION = ("model conversion", "model loading", "evaluation tokens")  # nor what begins with eval.
 
 
 class Record:
@@ -70,10 +63,11 @@ class Record:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage that leaves no artifact."""
-        start = time.perf_counter()
+        """Time a stage that leaves no artifact, without the stages within it."""
+        start, before = time.perf_counter(), len(self.data["stages"])
         yield
-        self._add_stage(name, time.perf_counter() - start)
+        within = sum(stage["seconds"] for stage in self.data["stages"][before:])
+        self._add_stage(name, max(0.0, time.perf_counter() - start - within))
 
     def artifact(self, name: str, artifact: Artifact) -> Artifact:
         """Note a stage's artifact. ``seconds`` is what this job spent, ``made_in`` what making it took."""
@@ -185,7 +179,7 @@ def frame(records: list[dict[str, Any]]) -> pd.DataFrame:
             "parameters": sizes.get("parameters"),
             "bytes": sizes.get("bytes"),
             # As if this cell ran alone: artifacts shared with other cells count with what making them took.
-            "compression_seconds": _seconds(s for s in stages if s["stage"] in COMPRESSION_STAGES),
+            "compression_seconds": _seconds(s for s in stages if _compresses(s["stage"])),
             "evaluation_seconds": _seconds(s for s in stages if s["stage"].startswith("eval.")),
             "key": record["key"],
         }
@@ -193,6 +187,10 @@ def frame(records: list[dict[str, Any]]) -> pd.DataFrame:
             facts = {column: metric.get(column) for column in ("metric", "value", "protocol")}
             rows.append({**row, "evaluator": name, **facts})
     return pd.DataFrame(rows)
+
+
+def _compresses(stage: str) -> bool:
+    return stage not in NOT_COMPRESSION and not stage.startswith("eval.")
 
 
 def _seconds(stages: Iterable[dict[str, Any]]) -> float:

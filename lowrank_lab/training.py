@@ -1,7 +1,7 @@
 """A small training loop that can be stopped and goes on: for learned ranks and for fine-tuning.
 
-Nothing here is special: AdamW, a schedule from transformers, batches in an order that the seed settles. It exists so
-that both trainings resume in the same way, to the same numbers.
+Nothing here is special: AdamW, a schedule from transformers, batches in an order that the seed settles. It exists
+so that both trainings resume in the same way, to the same numbers.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train ``parameters`` in place; returns what each step reported.
 
-    ``loss_of`` gives the loss of some sequences (batch, length), a mean over them. ``ids`` (samples, length) are gone
-    through in a new order each epoch. ``after_step`` adds facts to the history, as plain data. The state is kept in
-    ``folder/<name>.state`` about once a minute and at the end; called again, the loop goes on from there, and ends
-    with the same numbers. Raises FloatingPointError where a loss is not finite.
+    ``loss_of`` gives the loss of some sequences (batch, length), a mean over them. ``ids`` (samples, length) are
+    gone through in a new order each epoch. ``after_step`` adds facts to the history, as plain data. The state is
+    kept in ``folder/<name>.state`` about once a minute and at the end; called again, the loop goes on from there,
+    and ends with the same numbers. Raises FloatingPointError where a loss is not finite.
     """
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
     scheduler = get_scheduler(recipe.schedule, optimizer, recipe.warmup, recipe.steps)

@@ -7,6 +7,7 @@ sequences, and whatever the caller keeps of the current block.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -41,20 +42,43 @@ def block_file(index: int) -> str:
 
 
 def walk(
-    model: nn.Module, spec: ArchSpec, batches: Iterable[Tensor], device: torch.device
+    model: nn.Module,
+    spec: ArchSpec,
+    batches: Iterable[Tensor],
+    device: torch.device,
+    hidden: list[Tensor] | None = None,
 ) -> Iterator[tuple[int, nn.Module, Callable[..., None]]]:
     """Carry ``batches`` of token ids (batch, length), all of one length, through the blocks of ``model``.
 
     Yields ``(index, block, run)`` for each block in turn, with the block on ``device``. The caller must call
     ``run()`` exactly once: it passes every batch through the block and so moves the hidden states one on. Before
-    that, ``run(advance=False)`` passes them through it for what hooks see, and leaves them where they are.
+    that, ``run(advance=False)`` passes them through it for what hooks see, and leaves them where they are. A list
+    given as ``hidden`` holds at each stop the states that enter the block, one tensor a batch.
     """
-    hidden, calls = _embed(model, spec, batches)
+    hidden = [] if hidden is None else hidden
+    hidden[:], calls = _embed(model, spec, batches)
     for index, block in enumerate(blocks_of(model, spec)):
         home = next(block.parameters()).device
         block.to(device)
         yield index, block, partial(_advance, block, index, hidden, calls, device)
         block.to(home)
+
+
+@contextmanager
+def entering_at(model: nn.Module, spec: ArchSpec, index: int, states: Tensor) -> Iterator[None]:
+    """Within it, the model's forward skips the blocks before ``index`` and enters that one with ``states``.
+
+    ``states`` are the hidden states (batch, length, width) that block ``index`` is given for the same token ids.
+    Embedding, masks, the last norm and lm_head are the model's own, whatever the architecture.
+    """
+    skipped = blocks_of(model, spec)[:index]
+    try:
+        for block in skipped:
+            block.forward = lambda *_args, **_kwargs: states
+        yield
+    finally:
+        for block in skipped:
+            block.__dict__.pop("forward", None)
 
 
 @torch.no_grad()

@@ -1,0 +1,95 @@
+"""Sites whose singular directions are scaled one by one, so that the loss can be differentiated by what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_lab.lowrank.factorized import dense_weight, install, plain_linear, site_weight
+from lowrank_lab.lowrank.ranks import Site, Sites
+from lowrank_lab.lowrank.spectra import by_block, load_spectrum
+from lowrank_lab.models.arch import ArchSpec
+from lowrank_lab.models.walk import blocks_of
+from lowrank_lab.storage.absorb import Absorb
+
+# From how many directions there are to the factor of each, (count,).
+Mask = Callable[[int], Tensor]
+
+
+class MaskedLatent(nn.Module):
+    """A right factor whose latent values are each multiplied by the mask."""
+
+    def __init__(self, linear: nn.Linear, mask: Mask) -> None:
+        super().__init__()
+        self.linear = linear
+        self.mask = mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        latent = self.linear(x)
+        return latent * self.mask(latent.shape[-1]).to(latent)
+
+
+class TruncatedActivation(nn.Module):
+    """W x of all tokens of a batch as one matrix, with its singular values multiplied by the mask (Dobi-SVD)."""
+
+    def __init__(self, linear: nn.Linear, mask: Mask) -> None:
+        super().__init__()
+        self.linear = linear
+        self.mask = mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        from lowrank_lab.lowrank.truncation import smooth_truncation
+
+        activation = self.linear(x)
+        rows = activation.flatten(0, -2).float()
+        truncated = smooth_truncation(rows, self.mask(min(rows.shape)).to(rows))
+        return truncated.to(activation).view_as(activation)
+
+
+class Rows(nn.Module):
+    """The outputs of one member out of those of its site, with its bias."""
+
+    def __init__(self, rows: slice, bias: Tensor | None) -> None:
+        super().__init__()
+        self.rows = rows
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[..., self.rows]
+        return x if self.bias is None else x + self.bias
+
+
+def mask_directions(
+    model: nn.Module,
+    spec: ArchSpec,
+    sites: Sites,
+    spectra: Path,
+    ranks: Mapping[str, int],
+    masks: Mapping[str, Mask],
+    device: torch.device,
+) -> None:
+    """Replace every site, in place, by its factors at the rank of ``ranks`` with ``masks`` on their directions."""
+    for block, name, site in _each(model, spec, sites):
+        weight = site_weight(block, site)
+        factors = load_spectrum(spectra, site, device).factors(weight.to(device, torch.float64), ranks[name])
+        left, right = (factor.to(weight) for factor in Absorb(0.5).split(*factors))
+        masked = MaskedLatent(plain_linear(right, None), masks[name])
+        install(block, site, masked, lambda rows, bias, left=left: plain_linear(left[rows], bias))
+
+
+def mask_activations(model: nn.Module, spec: ArchSpec, sites: Sites, masks: Mapping[str, Mask]) -> None:
+    """Replace every site, in place, by one whose outputs are truncated batch by batch under ``masks``."""
+    for block, name, site in _each(model, spec, sites):
+        truncated = TruncatedActivation(plain_linear(site_weight(block, site), None), masks[name])
+        install(block, site, truncated, Rows)
+
+
+def _each(model: nn.Module, spec: ArchSpec, sites: Sites) -> Iterator[tuple[nn.Module, str, Site]]:
+    blocks = blocks_of(model, spec)
+    for block, here in zip(blocks, by_block(sites, len(blocks)), strict=True):
+        for name, site in here.items():
+            assert dense_weight(block.get_submodule(site.members[0])).shape[0] == site.outs[0]
+            yield block, name, site
