@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 
-from lowrank_lab.allocation.global_tail import buy_segments, water_fill
+from lowrank_lab.allocation.global_tail import GlobalTail, buy_segments, water_fill
+from lowrank_lab.allocation.loss_based import loss_based
+from lowrank_lab.allocation.sensitivity import candidate_ranks
+from lowrank_lab.allocation.strs import Step, index_within_budget, index_within_perplexity, plan, spend_the_rest
 from lowrank_lab.allocation.uniform import uniform
-from lowrank_lab.errors import SkippedCell
-from lowrank_lab.lowrank.ranks import budget, total_cost
+from lowrank_lab.errors import SkippedCell, UserError
+from lowrank_lab.lowrank.ranks import Site, budget, fit, total_cost
 from tests.sites import sites
 
 SHAPES = {"q": (24, 24), "k": (8, 24), "up": (60, 24), "down": (24, 60)}
@@ -102,3 +106,127 @@ def test_too_small_a_ratio_is_skipped():
 
 def test_ratio_one_is_dense():
     assert set(filled(SHAPES, 1.0, tails_of(SHAPES)).values()) == {None}
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("seed", range(10))
+def test_fit_spends_the_budget_within_one_rank_and_keeps_proportions(ratio, seed):
+    here = sites({f"{name}{i}": shape for i in range(4) for name, shape in SHAPES.items()})
+    generator = np.random.default_rng(seed)
+    wanted = {name: float(generator.uniform(0.1, 10)) for name in here}
+    limit = budget(here, ratio)
+    ranks = fit(here, wanted, limit)
+    assert all(1 <= ranks[name] <= site.last for name, site in here.items())
+    left = limit - total_cost(here, ranks)
+    growable = [here[name].per_rank for name in here if ranks[name] < here[name].last]
+    assert 0 <= left < min(growable, default=limit)
+    # Between the ends the ranks are in the proportions asked for, but that rounding takes up to one rank, and gives
+    # up to one to each and another to those that are cheap enough for what is still left.
+    inner = [name for name in here if 1 < ranks[name] < here[name].last]
+    low = max((ranks[name] - 2) / wanted[name] for name in inner)
+    high = min((ranks[name] + 1) / wanted[name] for name in inner)
+    assert low <= high
+
+
+def test_fit_at_ratio_one_is_dense_and_too_small_a_budget_is_skipped():
+    here = sites(SHAPES)
+    wanted = dict.fromkeys(here, 1.0)
+    assert set(fit(here, wanted, budget(here, 1.0)).values()) == {None}
+    with pytest.raises(SkippedCell, match="less than rank 1"):
+        fit(here, wanted, 10)
+
+
+def layers(count: int) -> dict[str, Site]:
+    """Sites of several blocks, two types of matrix in each."""
+    return {
+        f"layers.{block}.{name}": Site(block, (name,), (out,), inp, out * inp, out + inp)
+        for block in range(count)
+        for name, (out, inp) in {"q": (24, 24), "up": (60, 24)}.items()
+    }
+
+
+def test_loss_based_is_the_papers_rule():
+    here = layers(3)
+    losses = {name: 10.0 + 40 * site.block for name, site in here.items()}
+    ratio = 0.5
+    ranks = loss_based(here, ratio, losses)
+    limit = budget(here, ratio)
+    assert limit - max(site.per_rank for site in here.values()) < total_cost(here, ranks) <= limit
+    shares = [1 / math.log(10 + 40 * block) for block in range(3)]
+    for name, site in here.items():  # removed = n · 0.5 · share / Σ shares, rounded to a rank
+        kept = 1 - 3 * (1 - ratio) * shares[site.block] / sum(shares)
+        assert abs(ranks[name] - kept * site.dense / site.per_rank) <= 1.5
+    assert ranks["layers.0.up"] < ranks["layers.1.up"] < ranks["layers.2.up"]
+
+
+def test_loss_based_with_equal_losses_is_uniform_within_one_rank():
+    here = layers(3)
+    even = uniform(here, 0.5)
+    for name, rank in loss_based(here, 0.5, dict.fromkeys(here, 7.0)).items():
+        assert 0 <= rank - even[name] <= 1
+
+
+def test_loss_based_needs_losses_whose_logarithm_is_positive():
+    with pytest.raises(SkippedCell, match=r"losses above 1.*layers\.0\.q"):
+        loss_based(layers(2), 0.5, {**dict.fromkeys(layers(2), 7.0), "layers.0.q": 0.9})
+
+
+def random_steps(here: dict[str, Site], seed: int) -> list[Step]:
+    """Sensitivities that mostly rise as the rank falls, with noise as measured ones have it."""
+    generator = np.random.default_rng(seed)
+    steps = [
+        Step(name, rank, float(generator.uniform(1, 5) / rank + generator.normal(0, 0.02)))
+        for name, site in here.items()
+        for rank in candidate_ranks(site, [r / 10 for r in range(1, 10)])
+    ]
+    return sorted(steps, key=lambda step: step.sensitivity)
+
+
+@pytest.mark.parametrize("ratio", [0.15, 0.4, 0.7, 0.95])
+@pytest.mark.parametrize("seed", range(10))
+def test_strs_converges_to_the_first_plan_within_the_budget(ratio, seed):
+    here = layers(4)
+    steps = random_steps(here, seed)
+    limit = budget(here, ratio)
+    index = index_within_budget(here, steps, limit)
+    costs = [total_cost(here, plan(here, steps, i)) for i in range(len(steps))]
+    assert index == next(i for i, cost in enumerate(costs) if cost <= limit)
+    ranks = spend_the_rest(here, steps, index, limit)
+    assert limit - here[steps[index].site].per_rank < total_cost(here, ranks) <= limit
+    for name, rank in plan(here, steps, index).items():  # at least what the converged index says
+        assert ranks[name] == rank or name == steps[index].site
+
+
+def test_strs_truncates_the_least_sensitive_first():
+    here = sites({"soft": (24, 24), "hard": (24, 24)})
+    steps = [Step("soft", 6, 1.0), Step("soft", 3, 1.1), Step("hard", 6, 5.0), Step("hard", 3, 9.0)]
+    assert plan(here, steps, 1) == {"soft": 3, "hard": None}
+    assert spend_the_rest(here, steps, 1, budget(here, 0.65))["hard"] is None
+
+
+def test_strs_below_its_lowest_candidates_is_skipped_with_what_it_reaches():
+    here = layers(2)
+    steps = random_steps(here, 0)
+    with pytest.raises(SkippedCell, match=r"reach down to ratio 0\.\d+"):
+        index_within_budget(here, steps, budget(here, 0.05))
+
+
+@pytest.mark.parametrize("target", [0.5, 3.0, 7.5, 99.0])
+def test_strs_finds_the_last_plan_within_a_perplexity(target):
+    perplexities = [1.0, 2.0, 3.0, 5.0, 8.0, 13.0]
+    within = index_within_perplexity(5, target, lambda i: perplexities[i])
+    assert within == max((i for i, p in enumerate(perplexities) if p <= target), default=-1)
+    assert index_within_perplexity(2, 99.0, lambda i: perplexities[i]) == 2
+
+
+def test_global_tail_weights_move_rank():
+    here = layers(3)
+    tails = tails_of({name: (site.out, site.inp) for name, site in here.items()})
+    plain = GlobalTail({})._weighted(tails)
+    heavy = GlobalTail({"*.up": 50.0})._weighted(tails)
+    limit = budget(here, 0.5)
+    without, with_weights = water_fill(here, plain, limit), water_fill(here, heavy, limit)
+    spent = lambda ranks: sum(here[name].cost(rank) for name, rank in ranks.items() if name.endswith("up"))
+    assert spent(with_weights) > spent(without)
+    with pytest.raises(UserError, match=r"no linear matches \*\.nothing"):
+        GlobalTail({"*.nothing": 2.0})._weighted(tails)

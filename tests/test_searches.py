@@ -1,0 +1,300 @@
+"""Allocations that run the model: sensitivities, gradients of singular values, learned ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lowrank_lab.allocation.differentiable import Differentiable
+from lowrank_lab.allocation.rank_training import LearnedRank, train_ranks
+from lowrank_lab.allocation.sensitivity import candidate_ranks, measure
+from lowrank_lab.allocation.sigma_gradient import score_tails
+from lowrank_lab.allocation.sigma_statistics import load_sigma_gradients, make_sigma_gradients
+from lowrank_lab.lowrank.factorized import site_weight
+from lowrank_lab.lowrank.masked import mask_directions
+from lowrank_lab.lowrank.ranks import Site, budget, total_cost
+from lowrank_lab.lowrank.spectra import compress, load_spectrum, make_spectra
+from lowrank_lab.metric.identity import Identity
+from lowrank_lab.models import tiny
+from lowrank_lab.models.arch import ARCHITECTURES, ArchSpec
+from lowrank_lab.models.walk import blocks_of
+from lowrank_lab.storage.absorb import Absorb
+from tests.sites import sites_in
+
+CPU = torch.device("cpu")
+
+
+class Small:
+    """A random model with spectra under the identity, sharpened so that its loss depends on its weights."""
+
+    def __init__(self, folder: Path, family: str = "llama", layers: int = 4, **sites: Any) -> None:
+        self.family, self.layers, self.spectra = family, layers, folder
+        self.spec: ArchSpec = ARCHITECTURES[family]
+        self.sites: dict[str, Site] = sites_in(self.model(), self.spec, **sites)
+        self.ids = torch.randint(0, 260, (4, 24), generator=torch.Generator().manual_seed(1))
+        make_spectra(folder, self.model(), self.spec, self.sites, Identity(), None, None, CPU)
+
+    def model(self) -> nn.Module:
+        settings = {**tiny.CONFIGS[self.family], "num_hidden_layers": self.layers}
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(self.family, **settings)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_(4)
+        return model
+
+    def bench(self, ratio: float) -> Any:
+        """As much of a bench as a training needs."""
+        return SimpleNamespace(
+            device=CPU,
+            sites=self.sites,
+            spec=self.spec,
+            spectra=self.spectra,
+            ratio=ratio,
+            take_model=self.model,
+        )
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    return Small(tmp_path_factory.mktemp("spectra"))
+
+
+def nll(model: nn.Module, ids: torch.Tensor) -> float:
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits[:, :-1]
+    return cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+
+
+def truncated_alone(small: Small, name: str, rank: int) -> nn.Module:
+    """The definition: the dense model with one site replaced."""
+    model = small.model()
+    ranks = {other: rank if other == name else None for other in small.sites}
+    compress(model, small.spec, small.sites, ranks, small.spectra, Absorb(0.5), CPU)
+    return model
+
+
+RATIOS = [0.2, 0.5, 0.8]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt"])
+def test_fast_sensitivities_are_those_of_the_definition(tmp_path, family):
+    spectra, found = tmp_path / "spectra", tmp_path / "found"
+    spectra.mkdir()
+    found.mkdir()
+    here = Small(spectra, family, joint=["qkv"])
+    dense = nll(here.model(), here.ids)
+    batches = here.ids.split(3)  # of two sizes
+    model = here.model()
+    measure(found, model, here.spec, here.sites, here.spectra, batches, RATIOS, CPU)
+    assert nll(model, here.ids) == dense, "the model is not as it was"
+    differences = 0
+    for block in range(len(blocks_of(model, here.spec))):
+        for name, by_rank in json.loads((found / f"block_{block:03d}.json").read_text()).items():
+            assert [int(rank) for rank in by_rank] == candidate_ranks(here.sites[name], RATIOS)
+            for rank, fast in by_rank.items():
+                plain = nll(truncated_alone(here, name, int(rank)), here.ids)
+                assert math.exp(fast) == pytest.approx(math.exp(plain), rel=1e-4)
+                differences += abs(plain - dense) > 1e-4
+    assert differences > 20, "truncation changes nothing here, so the test would not see an error"
+
+
+def test_fast_sensitivities_need_at_most_55_percent_of_the_forward_work(tmp_path):
+    spectra, found = tmp_path / "spectra", tmp_path / "found"
+    spectra.mkdir()
+    found.mkdir()
+    here = Small(spectra, layers=30)
+    ids = here.ids[:1]
+    with FlopCounterMode(display=False) as fast:
+        measure(found, here.model(), here.spec, here.sites, here.spectra, [ids], [0.5], CPU)
+    plain = 0
+    for name, site in here.sites.items():
+        if site.block % 10 == 0:  # every block costs the same in a whole forward
+            model = truncated_alone(here, name, candidate_ranks(site, [0.5])[0])
+            with FlopCounterMode(display=False) as counter:
+                nll(model, ids)
+            plain += 10 * counter.get_total_flops()
+    ratio = fast.get_total_flops() / plain
+    assert 0.4 < ratio <= 0.55
+
+
+def test_sensitivities_go_on_after_an_interruption(small, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    arguments = (small.spec, small.sites, small.spectra, [small.ids], RATIOS, CPU)
+    measure(whole, small.model(), *arguments)
+    (cut / "block_000.json").write_text((whole / "block_000.json").read_text())
+    (cut / "block_002.json").write_text((whole / "block_002.json").read_text())
+    from lowrank_lab.allocation import sensitivity
+
+    measured = []
+    of_site = sensitivity._of_site
+    monkeypatch.setattr(sensitivity, "_of_site", lambda *a: (measured.append(a[2].block), of_site(*a))[1])
+    measure(cut, small.model(), *arguments)
+    assert set(measured) == {1, 3}
+    for block in range(4):
+        file = f"block_{block:03d}.json"
+        assert json.loads((cut / file).read_text()) == json.loads((whole / file).read_text())
+
+
+def test_sigma_gradients_are_those_of_finite_differences(tmp_path):
+    spectra, found = tmp_path / "spectra", tmp_path / "found"
+    spectra.mkdir()
+    found.mkdir()
+    here = Small(spectra, layers=2, joint=["qkv"])
+    make_sigma_gradients(found, here.model(), here.spec, here.sites, here.spectra, here.ids, CPU)
+    sigma, mean_abs, mean_square = load_sigma_gradients(found, here.sites)
+    for name in list(here.sites)[::2]:
+        site = here.sites[name]
+        for direction in (0, site.full // 2):
+            slopes = []
+            for sequence in here.ids.split(1):
+                losses = []
+                for step in (-1e-3, 1e-3):
+                    model = here.model().double()
+                    block = blocks_of(model, here.spec)[site.block]
+                    weight = site_weight(block, site)
+                    spectrum = load_spectrum(here.spectra, site, CPU)
+                    left, right, s = spectrum.factors(weight, site.full)
+                    change = torch.outer(left[:, direction], right[direction]) * (step / s[direction])
+                    with torch.no_grad():
+                        for member, part in zip(site.members, change.split(site.outs), strict=True):
+                            block.get_submodule(member).weight.add_(part)
+                    losses.append(nll(model, sequence))
+                slopes.append((losses[1] - losses[0]) / 2e-3)
+            expected = torch.tensor(slopes, dtype=torch.float64)
+            scale = float(mean_abs[name].max())
+            assert mean_abs[name][direction] == pytest.approx(
+                float(expected.abs().mean()), rel=1e-2, abs=1e-3 * scale
+            )
+            assert mean_square[name][direction] == pytest.approx(
+                float(expected.square().mean()), rel=2e-2, abs=1e-5 * scale**2
+            )
+    tails = score_tails(here.sites, sigma, mean_square)
+    assert all(len(tail) == here.sites[name].full + 1 and tail[-1] == 0 for name, tail in tails.items())
+
+
+SETTINGS: dict[str, Any] = {
+    "forward": "pooled",
+    "beta": 0.5,
+    "gamma": 5.0,
+    "steps": 12,
+    "batch_size": 2,
+    "learning_rate": 0.1,
+}
+
+
+def test_what_is_trained_is_what_is_deployed(small):
+    """A sharp mask at whole ranks gives the logits of the compressed model."""
+    ranks = {name: 1 + site.last // 2 for name, site in small.sites.items()}
+    learned = {name: LearnedRank(site, 0.5, 100.0, CPU) for name, site in small.sites.items()}
+    for name, rank in learned.items():
+        share = (ranks[name] - 1) / (rank.last - 1)
+        rank.parameter.data.fill_(math.log(share / (1 - share)))
+        assert rank.k.item() == pytest.approx(ranks[name], abs=1e-3)
+    masked, deployed = small.model(), small.model()
+    last = {name: site.last for name, site in small.sites.items()}
+    masks = {name: rank.mask for name, rank in learned.items()}
+    mask_directions(masked, small.spec, small.sites, small.spectra, last, masks, CPU)
+    compress(deployed, small.spec, small.sites, ranks, small.spectra, Absorb(0.5), CPU)
+    with torch.no_grad():
+        torch.testing.assert_close(masked(small.ids).logits, deployed(small.ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_learned_rank_can_not_leave_its_range(small):
+    site = next(iter(small.sites.values()))
+    rank = LearnedRank(site, 0.5, 1.0, CPU)
+    for value in (-1e4, 1e4):
+        rank.parameter.data.fill_(value)
+        assert 1 <= rank.k.item() <= site.last
+        assert torch.isfinite(rank.mask(site.last)).all()
+
+
+@pytest.mark.parametrize("forward", ["pooled", "per_batch"])
+@pytest.mark.parametrize("ratio", [0.3, 0.7])
+def test_learned_ranks_lower_the_loss_at_the_same_budget(small, tmp_path, ratio, forward):
+    settings = Differentiable(**{**SETTINGS, "forward": forward})
+    train_ranks(tmp_path, small.bench(ratio), small.ids, settings, seed=0)
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert history["sites"] == list(small.sites)
+    assert len(history["steps"]) == 12
+    assert all(len(step["k"]) == len(small.sites) for step in history["steps"])
+    losses = [step["loss"] for step in history["steps"]]
+    assert min(losses[6:]) < losses[0]
+    learned = json.loads((tmp_path / "ranks.json").read_text())
+    ks = {name: (learned[name], site) for name, site in small.sites.items()}
+    assert all(1 <= k <= site.last for k, site in ks.values())
+    assert not (tmp_path / "ranks.state").exists()
+
+
+def test_rank_training_resumes_to_the_same_numbers(small, tmp_path, monkeypatch):
+    from lowrank_lab import training
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    settings = Differentiable(**SETTINGS)
+    train_ranks(whole, small.bench(0.5), small.ids, settings, seed=0)
+    monkeypatch.setattr(training, "SAVE_SECONDS", -1.0)  # after every step
+    steps = []
+
+    def stop(*arguments: Any) -> Any:
+        steps.append(1)
+        if len(steps) > 7:
+            raise KeyboardInterrupt
+        return rows(*arguments)
+
+    rows = training._rows
+    monkeypatch.setattr(training, "_rows", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_ranks(cut, small.bench(0.5), small.ids, settings, seed=0)
+    assert (cut / "ranks.state").exists()
+    steps[:] = [0] * -100
+    monkeypatch.setattr(training, "_rows", lambda *a: (steps.append(1), rows(*a))[1])
+    steps.clear()
+    train_ranks(cut, small.bench(0.5), small.ids, settings, seed=0)
+    assert len(steps) == 12 - 7
+    assert json.loads((cut / "ranks.json").read_text()) == json.loads((whole / "ranks.json").read_text())
+
+
+def test_a_pooled_step_costs_at_most_two_training_steps(small):
+    """Forward and backward work against that of training all weights on the same tokens, counted."""
+    dense = small.model()
+    with FlopCounterMode(display=False) as normal:
+        logits = dense(small.ids).logits[:, :-1]
+        cross_entropy(logits.flatten(0, 1), small.ids[:, 1:].flatten()).backward()
+    learned = {name: LearnedRank(site, 0.5, 1.0, CPU) for name, site in small.sites.items()}
+    pooled = small.model().requires_grad_(False)
+    full = {name: site.full for name, site in small.sites.items()}  # the most that any storage can ask for
+    masks = {name: rank.mask for name, rank in learned.items()}
+    mask_directions(pooled, small.spec, small.sites, small.spectra, full, masks, CPU)
+    with FlopCounterMode(display=False) as counter:
+        logits = pooled(small.ids).logits[:, :-1]
+        cross_entropy(logits.flatten(0, 1), small.ids[:, 1:].flatten()).backward()
+    assert counter.get_total_flops() <= 2 * normal.get_total_flops()
+
+
+def test_the_budget_of_learned_ranks_is_exact_after_rounding(lab):
+    for storage in ("uv", "remap"):
+        overrides = ["method=dobi_noremap", f"storage={storage}", "allocation.steps=3", "ratio=0.55"]
+        record = lab.run(*overrides, "calibration.samples=4")
+        [cell] = lab.cells(*overrides, "calibration.samples=4")
+        from lowrank_lab.bench import Bench
+
+        sites = Bench(cell, SimpleNamespace(artifact=lambda _n, made: made), CPU).sites
+        ranks = record["compression"]["ranks"]
+        left = budget(sites, 0.55) - total_cost(sites, ranks)
+        assert 0 <= left < min(site.per_rank for site in sites.values())
+        assert record["sizes"]["ratio_reached"] <= 0.55
