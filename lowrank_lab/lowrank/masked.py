@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from lowrank_lab.lowrank.factorized import dense_weight, install, plain_linear, site_weight
 from lowrank_lab.lowrank.ranks import Site, Sites
 from lowrank_lab.lowrank.spectra import by_block, load_spectrum
+from lowrank_lab.lowrank.truncation import smooth_truncation
 from lowrank_lab.models.arch import ArchSpec
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.storage.absorb import Absorb
@@ -41,8 +43,6 @@ class TruncatedActivation(nn.Module):
         self.mask = mask
 
     def forward(self, x: Tensor) -> Tensor:
-        from lowrank_lab.lowrank.truncation import smooth_truncation
-
         activation = self.linear(x)
         rows = activation.flatten(0, -2).float()
         truncated = smooth_truncation(rows, self.mask(min(rows.shape)).to(rows))
@@ -77,7 +77,7 @@ def mask_directions(
         factors = load_spectrum(spectra, site, device).factors(weight.to(device, torch.float64), ranks[name])
         left, right = (factor.to(weight) for factor in Absorb(0.5).split(*factors))
         masked = MaskedLatent(plain_linear(right, None), masks[name])
-        install(block, site, masked, lambda rows, bias, left=left: plain_linear(left[rows], bias))
+        install(block, site, masked, partial(_rows_of, left))
 
 
 def mask_activations(model: nn.Module, spec: ArchSpec, sites: Sites, masks: Mapping[str, Mask]) -> None:
@@ -85,6 +85,10 @@ def mask_activations(model: nn.Module, spec: ArchSpec, sites: Sites, masks: Mapp
     for block, name, site in _each(model, spec, sites):
         truncated = TruncatedActivation(plain_linear(site_weight(block, site), None), masks[name])
         install(block, site, truncated, Rows)
+
+
+def _rows_of(left: Tensor, rows: slice, bias: Tensor | None) -> nn.Module:
+    return plain_linear(left[rows], bias)
 
 
 def _each(model: nn.Module, spec: ArchSpec, sites: Sites) -> Iterator[tuple[nn.Module, str, Site]]:
