@@ -1,0 +1,91 @@
+"""SVD-LLM's layer-wise closed-form update: the left factors, fitted to what the compressed model feeds them."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowrank_lab.lowrank.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lowrank_lab.bench import Bench
+
+# Below this fraction of the largest, a direction of the latent is rounding of how C' was summed, in float32.
+RESOLUTION = 1e-6
+
+
+class SequentialUpdate:
+    """Refit left to W x' with right kept, block after block, where x' comes from the blocks compressed before.
+
+    SVD-LLM (Wang et al., arXiv 2403.07378, v1) §3.2: U' = W X' Dᵀ (D Dᵀ)⁻¹ with D = V Σ^½ X'. As in its code, the
+    inputs of all linears of a block are those of the dense block on the compressed prefix, and W x' is the target
+    for these inputs x' themselves, not the dense model's output. A metric on the output side (fisher_kron) changes
+    nothing: the best left for a given right is the same under every R.
+
+    Later blocks see the refined factors as they are here, before the storage rounds them (remap).
+    """
+
+    needs_calibration = True
+
+    def __call__(self, bench: Bench, ranks: Ranks, folder: Path) -> None:
+        """Raises FloatingPointError, naming the site, where its input or a factor is not finite."""
+        from lowrank_lab import progress
+        from lowrank_lab.calibration.statistics import gather
+        from lowrank_lab.lowrank.factorized import factorize, site_weight
+        from lowrank_lab.lowrank.spectra import by_block, check_finite, load_factors, load_spectrum, save_factors
+        from lowrank_lab.models.walk import block_file, blocks_of, walk
+
+        spec, device, spectra = bench.spec, bench.device, bench.spectra
+        batches = bench.calibration_ids.split(bench.cell.cfg.calibration.batch_size)
+        model = bench.take_model()
+        sites = by_block(bench.sites, len(blocks_of(model, spec)))
+        blocks = walk(model, spec, batches, device)
+        for index, block, run in progress.track(blocks, "update", "block", len(sites)):
+            here = {name: (site, k) for name, site in sites[index].items() if (k := ranks[name]) is not None}
+            if not (folder / block_file(index)).exists():
+                input_of = {linear: group[0] for group in spec.inputs for linear in group}
+                linears = dict.fromkeys(input_of[site.members[0]] for site, _ in here.values())
+                inputs = gather(block, linears, partial(run, advance=False), device)
+                factors = {}
+                for name, (site, rank) in here.items():
+                    weight = site_weight(block, site).to(device).double()
+                    left, right, _ = load_spectrum(spectra, site, device).factors(weight, rank)
+                    c = inputs[input_of[site.members[0]]].second_moment()
+                    if not c.isfinite().all():
+                        raise FloatingPointError(
+                            f"{name}: its input is not finite once earlier blocks are compressed"
+                        )
+                    left = refit_left(weight, left, right, c)
+                    check_finite(name, left, right)
+                    factors[site.key] = left, right
+                save_factors(folder, index, factors)
+            # From the file also where it was just written, so that a run that was interrupted ends in the same
+            # numbers as one that was not.
+            for site, _ in here.values():
+                factorize(block, site, *load_factors(folder, site))
+            run()
+
+
+def refit_left(weight: Tensor, left: Tensor, right: Tensor, second_moment: Tensor) -> Tensor:
+    """The left' that minimises ‖(W − left' · right) C^½‖_F, and of all these the one nearest to ``left``.
+
+    ``weight`` W (out, in), ``left`` (out, k), ``right`` (k, in), ``second_moment`` C (in, in), all float64; returns
+    (out, k), float64. Where G = right C rightᵀ is regular this is W C rightᵀ G⁻¹, whatever ``left`` is. Directions
+    of the latent in which C has nothing to say (few tokens, dead channels) keep what ``left`` has there.
+    """
+    import torch
+
+    right_c = right @ second_moment
+    # Each latent value is measured by the size it would have if its inputs were independent: rounding in a sum of
+    # x xᵀ is relative to the two channels of each entry, so on this scale it is the same for all of them, however
+    # fast the singular values in right fall and however large single channels are.
+    scale = (right.square() @ second_moment.diagonal()).sqrt()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale)).unsqueeze(-1)
+    values, vectors = torch.linalg.eigh((right_c / scale) @ (right / scale).T)
+    kept = values > RESOLUTION * values[-1]
+    directions = vectors[:, kept] / scale  # Z with Zᵀ G Z diagonal
+    residual = (weight - left @ right) @ (right_c.T @ directions)
+    return left + (residual / values[kept]) @ directions.T
