@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
     from lowrank_lab.bench import Bench
 
-# Below this fraction of the largest, a direction of the latent is rounding of how C' was summed, in float32.
+# Fractions of the largest below which a direction is rounding: of C', summed in float32, and of a float64 factor.
 RESOLUTION = 1e-6
+NOISE = 1e-12
 
 
 class SequentialUpdate:
@@ -73,19 +74,23 @@ def refit_left(weight: Tensor, left: Tensor, right: Tensor, second_moment: Tenso
     """The left' that minimises ‖(W − left' · right) C^½‖_F, and of all these the one nearest to ``left``.
 
     ``weight`` W (out, in), ``left`` (out, k), ``right`` (k, in), ``second_moment`` C (in, in), all float64; returns
-    (out, k), float64. Where G = right C rightᵀ is regular this is W C rightᵀ G⁻¹, whatever ``left`` is. Directions
-    of the latent in which C has nothing to say (few tokens, dead channels) keep what ``left`` has there.
+    (out, k), float64. Where G = right C rightᵀ is regular this is W C rightᵀ G⁻¹, whatever ``left`` is. What C says
+    nothing about (few tokens, dead channels) stays as ``left`` has it.
     """
     import torch
 
-    right_c = right @ second_moment
-    # Each latent value is measured by the size it would have if its inputs were independent: rounding in a sum of
-    # x xᵀ is relative to the two channels of each entry, so on this scale it is the same for all of them, however
-    # fast the singular values in right fall and however large single channels are.
-    scale = (right.square() @ second_moment.diagonal()).sqrt()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale)).unsqueeze(-1)
-    values, vectors = torch.linalg.eigh((right_c / scale) @ (right / scale).T)
-    kept = values > RESOLUTION * values[-1]
-    directions = vectors[:, kept] / scale  # Z with Zᵀ G Z diagonal
-    residual = (weight - left @ right) @ (right_c.T @ directions)
-    return left + (residual / values[kept]) @ directions.T
+    # Rounding in a sum of x xᵀ is relative to the two channels of each entry. So G is set up for inputs of unit
+    # size, where it is the same everywhere, and in an orthonormal basis of what right passes on of them. In G as it
+    # is, one channel a thousand times larger than the others, as language models have, would hide the rest.
+    size = second_moment.diagonal().sqrt()
+    unit = torch.where(size > 0, size, torch.ones_like(size))
+    correlation = second_moment / unit / unit.unsqueeze(-1)
+    q, triangle = torch.linalg.qr((right * size).T)
+    u, sigma, vt = torch.linalg.svd(triangle)
+    passed = sigma > NOISE * sigma[0]
+    q, to_latent = q @ u[:, passed], vt[passed] / sigma[passed].unsqueeze(-1)  # right · size = vtᵀ σ (q u)ᵀ
+    values, vectors = torch.linalg.eigh(q.T @ correlation @ q)
+    kept = values > RESOLUTION * values[-1:]
+    vectors = vectors[:, kept]
+    residual = ((weight - left @ right) * unit) @ (correlation @ (q @ vectors))
+    return left + (residual / values[kept]) @ (vectors.T @ to_latent)
