@@ -248,7 +248,7 @@ def test_the_pooled_solution_is_never_worse(shape):
         assert float((error @ c * error).sum()) >= decompose(w, c, None).squared_error(rank)
 
 
-@pytest.mark.parametrize("shape", [(10, 3, 3), (10, 4, 2), (4, 3, 3)])
+@pytest.mark.parametrize("shape", [(10, 3, 3), (10, 4, 2), (4, 3, 3), (5, 5, 5), (12, 1, 1)])
 def test_a_step_is_the_decomposition_of_algorithm_2(shape):
     """[V_old, (1 − 1/i) V_i] decomposed in full; the signs of singular vectors make no difference."""
     p, k, of_sample = shape
@@ -257,6 +257,14 @@ def test_a_step_is_the_decomposition_of_algorithm_2(shape):
     signs = torch.tensor([-1.0] + [1.0] * (of_sample - 1), dtype=torch.float64)
     for merged in (merge(old, new, 3, k), merge(-old, new * signs, 3, k)):
         torch.testing.assert_close(merged @ merged.T, u @ u.T)
+
+
+def test_a_step_between_orthogonal_and_between_equal_subspaces():
+    q = torch.linalg.qr(random(9, 6))[0]
+    old, new = q[:, :3], torch.stack([q[:, 1], q[:, 4], q[:, 5]], 1)
+    for number in (2, 256):  # what is new all over comes second to what is old
+        merged = merge(old, new, number, 3)
+        torch.testing.assert_close(merged @ merged.T, old @ old.T)
 
 
 def test_leading_directions_of_columns_that_are_nearly_the_same():

@@ -124,8 +124,28 @@ def merge(old: Tensor, new: Tensor, number: int, rank: int) -> Tensor:
     """
     import torch
 
-    stacked = torch.cat([old, (1 - 1 / number) * new], 1)
-    return leading_directions(stacked, rank)
+    shrink = 1 - 1 / number
+    if old.shape[1] == new.shape[1] == rank:
+        return _between(old, new, shrink)
+    return leading_directions(torch.cat([old, shrink * new], 1), rank)
+
+
+def _between(old: Tensor, new: Tensor, shrink: float) -> Tensor:
+    """The first k left singular vectors, in some basis of their span, of [old, shrink · new], both (p, k).
+
+    For orthonormal ``old`` and ``new`` and shrink < 1, from a k wide eigendecomposition instead of a 2k wide one:
+    each principal pair (a, b) of the two subspaces, a · b = c, spans a plane of its own, in which the Gram matrix
+    [[1, s c], [s c, s²]] has one eigenvalue λ ≥ 1 and one below. The first k are those λ, their vectors
+    (λ − s²) a + s² c b, and the k of them are a · diag(λ − s²) + s² · new newᵀ a.
+    """
+    import torch
+
+    m = new.T @ old
+    cosines2, pairs = torch.linalg.eigh(m.T @ m)
+    s2 = shrink**2
+    # λ − s², at least 1 − s²: no pair vanishes.
+    of_old = (1 - s2 + ((1 - s2) ** 2 + 4 * s2 * cosines2.clamp(min=0)).sqrt()) / 2
+    return torch.linalg.qr((old @ pairs) * of_old + s2 * (new @ (m @ pairs)))[0]
 
 
 def right_singular_vectors(activations: Tensor, count: int) -> Tensor:
