@@ -8,7 +8,7 @@ input (q, k and v; gate and up) share one statistic.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -45,10 +45,14 @@ class Accumulator:
         self.abs_sum += magnitude.sum(0)
         self.abs_max = torch.maximum(self.abs_max, magnitude.amax(0))
 
+    def second_moment(self) -> Tensor:
+        """The mean of x xᵀ (width, width), float64."""
+        return (self.outer.triu() + self.outer.triu(1).T) / self.tokens
+
     def tensors(self) -> dict[str, Tensor]:
         """Means and maximum, float32 on the CPU, for the artifact."""
         return {
-            "second_moment": ((self.outer.triu() + self.outer.triu(1).T) / self.tokens).float().cpu(),
+            "second_moment": self.second_moment().float().cpu(),
             "abs_mean": (self.abs_sum / self.tokens).float().cpu(),
             "abs_max": self.abs_max.cpu(),
         }
@@ -64,15 +68,7 @@ def make_statistics(
     count = len(blocks_of(model, spec))
     blocks = walk(model, spec, batches, device)
     for index, block, run in progress.track(blocks, "calibration", "block", count):
-        accumulators: dict[str, Accumulator] = {}
-        hooks = []
-        for group in spec.inputs:
-            linear = block.get_submodule(group[0])
-            accumulators[group[0]] = accumulator = Accumulator(_input_width(linear), device)
-            hooks.append(linear.register_forward_pre_hook(lambda _, args, a=accumulator: a.add(args[0])))
-        run()
-        for hook in hooks:
-            hook.remove()
+        accumulators = gather(block, [group[0] for group in spec.inputs], run, device)
         tensors = {f"{name}.{key}": t for name, a in accumulators.items() for key, t in a.tensors().items()}
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
@@ -80,6 +76,22 @@ def make_statistics(
         tokens = {str(a.tokens) for a in accumulators.values()}
         assert len(tokens) == 1, f"block {index}: its linears saw different numbers of tokens: {tokens}"
         save_file(tensors, folder / block_file(index), metadata={"tokens": tokens.pop()})
+
+
+def gather(
+    block: nn.Module, linears: Iterable[str], run: Callable[[], None], device: torch.device
+) -> dict[str, Accumulator]:
+    """By name, the sums over the inputs of some dense ``linears`` of ``block`` while ``run()`` passes data on."""
+    accumulators: dict[str, Accumulator] = {}
+    hooks = []
+    for name in linears:
+        linear = block.get_submodule(name)
+        accumulators[name] = accumulator = Accumulator(_input_width(linear), device)
+        hooks.append(linear.register_forward_pre_hook(lambda _, args, a=accumulator: a.add(args[0])))
+    run()
+    for hook in hooks:
+        hook.remove()
+    return accumulators
 
 
 def load_statistics(folder: Path, index: int, group: tuple[str, ...], device: torch.device) -> InputStatistics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -156,12 +157,17 @@ def compress(
 
 
 def save_factors(folder: Path, index: int, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Write the ``left`` and ``right`` of the sites of a block, by their keys, in float32."""
+    """Write the ``left`` and ``right`` of the sites of a block, by their keys, in float32.
+
+    The file is whole or absent whenever the process ends: it is written aside and renamed.
+    """
     tensors = {}
     for key, (left, right) in factors.items():
         tensors[f"{key}.left"] = left.float().cpu().contiguous()
         tensors[f"{key}.right"] = right.float().cpu().contiguous()
-    save_file(tensors, folder / block_file(index))
+    work = folder / f".{block_file(index)}.tmp"
+    save_file(tensors, work)
+    os.replace(work, folder / block_file(index))
 
 
 def load_factors(folder: Path, site: Site) -> tuple[Tensor, Tensor]:
