@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank_lab.lowrank.solver import decompose
+from lowrank_lab.lowrank.solver import decompose, decompose_by_cholesky
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]
 KINDS = ["none", "diagonal", "full", "singular"]
@@ -96,6 +96,42 @@ def test_second_moment_equals_the_cholesky_route(shape):
         left, right, singular_values = spectrum.factors(w, rank)
         torch.testing.assert_close(left @ right, expected, rtol=1e-8, atol=1e-9)
         torch.testing.assert_close(singular_values, sigma[:rank], rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_second_moment_equals_the_eigen_route(shape):
+    """SVD-LLM v2: whiten with M = U_s S_s^½ of C = U_s S_s U_sᵀ, truncate the SVD of W M, multiply by M⁻¹."""
+    w, x = weight(*shape), weight(shape[1], 3 * shape[1], seed=1)
+    c = x @ x.T
+    values, vectors = torch.linalg.eigh(c)
+    m = vectors * values.sqrt()
+    u, s, vh = torch.linalg.svd(w @ m, full_matrices=False)
+    for rank in (1, 3, min(shape)):
+        theirs = (u[:, :rank] * s[:rank]) @ vh[:rank] @ torch.linalg.inv(m)
+        left, right, _ = decompose(w, c, None).factors(w, rank)
+        torch.testing.assert_close(left @ right, theirs, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_cholesky_option_is_the_same_metric(shape):
+    w, x = weight(*shape), weight(shape[1], 3 * shape[1], seed=1)
+    ours, theirs = decompose(w, x @ x.T, None), decompose_by_cholesky(w, x @ x.T)
+    torch.testing.assert_close(ours.eigenvalues, theirs.eigenvalues, rtol=1e-7, atol=1e-7)
+    for rank in (1, 3, min(shape)):
+        (left, right, _), (left2, right2, _) = ours.factors(w, rank), theirs.factors(w, rank)
+        torch.testing.assert_close(left @ right, left2 @ right2, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_cholesky_option_survives_a_singular_metric_and_is_no_better(shape):
+    w, x = weight(*shape), weight(shape[1], 2, seed=1)
+    c = x @ x.T
+    rest = {}
+    for name, spectrum in (("eigen", decompose(w, c, None)), ("cholesky", decompose_by_cholesky(w, c))):
+        left, right, _ = spectrum.factors(w, 3)
+        assert torch.isfinite(left @ right).all()
+        rest[name] = float(((w - left @ right) @ x).norm())
+    assert rest["eigen"] <= rest["cholesky"] * (1 + 1e-9) + 1e-9
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -70,7 +70,7 @@ def make_bench(
     spectra_of.mkdir()
     sites = sites_in(model, spec, joint)
     make_statistics(statistics, model, spec, ids.split(2), CPU)
-    make_spectra(spectra_of, model, spec, sites, SecondMoment(), statistics, None, CPU)
+    make_spectra(spectra_of, model, spec, sites, SecondMoment(cholesky=False), statistics, None, CPU)
     cell = SimpleNamespace(cfg=SimpleNamespace(calibration=SimpleNamespace(batch_size=2)))
     facts = {"spec": spec, "device": CPU, "spectra": spectra_of, "calibration_ids": ids, "sites": sites}
     return SimpleNamespace(**facts, cell=cell, model=model, take_model=dense, dense=dense)

@@ -80,6 +80,27 @@ def decompose(
     return _complete(spectrum, determined, weight)
 
 
+def decompose_by_cholesky(weight: Tensor, input_metric: Tensor) -> Spectrum:
+    """SVD-LLM's route (Wang et al., ICLR 2025): S Sᵀ = C, W S = U Σ Vᵀ, W'ₖ = Uₖ Σₖ Vₖᵀ S⁻¹.
+
+    ``weight`` (out, in), ``input_metric`` C (in, in), float64. For a regular C the W' are those of ``decompose``.
+    A C that is not positive definite is made so as the authors' code does: by adding to its diagonal what its
+    lowest eigenvalue lacks, and 1e-6. Raises FloatingPointError for non-finite input.
+    """
+    if not (torch.isfinite(weight).all() and torch.isfinite(input_metric).all()):
+        raise FloatingPointError("the weight or the input metric is not finite")
+    root, failed = torch.linalg.cholesky_ex(input_metric)
+    if failed:
+        lacking = 1e-6 - torch.linalg.eigvalsh(input_metric)[0]
+        identity = torch.eye(len(input_metric), dtype=weight.dtype, device=weight.device)
+        root = torch.linalg.cholesky(input_metric + lacking.clamp(min=0) * identity)
+    u, sigma, vt = torch.linalg.svd(weight @ root, full_matrices=False)
+    out, inp = weight.shape
+    # Where out > in, the left factor is W · basis: U = W (S V Σ⁻¹).
+    basis = u if out <= inp else root @ vt.T / sigma.clamp(min=sigma[0] * NOISE)
+    return Spectrum(sigma.square(), basis, None)
+
+
 def _decompose(
     weight: Tensor, input_metric: Tensor | None, output_metric: Tensor | None, scale: Tensor | None = None
 ) -> tuple[Spectrum, int]:

@@ -18,7 +18,7 @@ from lowrank_lab.calibration.gradients import load_gradients
 from lowrank_lab.calibration.statistics import load_statistics
 from lowrank_lab.lowrank.factorized import dense_weight, site_weight
 from lowrank_lab.lowrank.ranks import Site, Sites
-from lowrank_lab.lowrank.solver import Spectrum, decompose
+from lowrank_lab.lowrank.solver import Spectrum, decompose, decompose_by_cholesky
 from lowrank_lab.metric.base import Metric, OutputStatistics
 from lowrank_lab.models.arch import ArchSpec
 from lowrank_lab.models.walk import block_file, blocks_of
@@ -75,7 +75,10 @@ def make_spectra(
             c, r = metric(inputs, outputs)
             samples = inputs.tokens if inputs is not None and c is not None and c.ndim == 2 else None
             try:
-                spectrum = decompose(weight, c, r, samples)
+                if c is not None and getattr(metric, "cholesky", False):
+                    spectrum = decompose_by_cholesky(weight, c)
+                else:
+                    spectrum = decompose(weight, c, r, samples)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{name}: {error}") from None
             tensors[f"{site.key}.eigenvalues"] = spectrum.eigenvalues.cpu()

@@ -17,12 +17,12 @@ from lowrank_lab.store import fingerprint
 
 # What must agree for two perplexities to stand in one table, beside the model's content.
 PROTOCOL = ("dataset", "split", "join", "documents", "sha256", "window", "stride", "windows", "bos")
-ANSWERS = ("metric", "allocation", "storage")
+ANSWERS = ("metric", "grouping", "targets", "allocation", "refinement", "storage")
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"
 
 
 def comparison(records: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row a finished perplexity, sorted for reading: by group, then method, then falling ratio.
+    """One row a finished perplexity, ranked: by group, the dense model first, then by falling ratio and perplexity.
 
     ``group`` numbers the sets of rows that are comparable (same model content and protocol), ``identity`` is
     a hash of what they share, and ``variant`` says in what a row differs from its method as published or from
@@ -42,8 +42,8 @@ def comparison(records: list[dict[str, Any]]) -> pd.DataFrame:
     for _, group in rows.groupby("group"):
         rows.loc[group.index, "variant"] = group["key"].map(_variants([done[key] for key in group["key"]]))
     rows["_dense_first"] = rows["method"] != "dense"
-    order_of_rows = ["group", "_dense_first", "method", "variant", "ratio"]
-    rows = rows.sort_values(order_of_rows, ascending=[True, True, True, True, False], kind="stable")
+    order_of_rows = ["group", "_dense_first", "ratio", "value", "method", "variant"]
+    rows = rows.sort_values(order_of_rows, ascending=[True, True, False, True, True, True], kind="stable")
     return rows.drop(columns="_dense_first").reset_index(drop=True)
 
 
