@@ -1,7 +1,8 @@
 """Records: one JSON file a cell, the only thing that reports read.
 
 ``<root>/records/<key>.json`` is written when a cell is done, failed or skipped; ``<root>/grids/*.json`` say
-which cells somebody asked for, so that the missing ones can be told. No torch.
+which cells somebody asked for, so that the missing ones can be told. Models that are kept are beside them, in
+``<root>/checkpoints``. No torch.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lowrank_lab.store import Artifact, fingerprint, write_json
 log = logging.getLogger(__name__)
 
 FINISHED = ("done", "skipped")
+CHECKPOINTS = "checkpoints"  # the folder of the models that save=true keeps
 COMPRESSION_STAGES = (
     "calibration tokens",
     "calibration",
