@@ -57,6 +57,11 @@ class LowRankQuantizer(HfQuantizer):
             elif rank is not None:
                 empty = torch.empty(site.out, rank, device="meta"), torch.empty(rank, site.inp, device="meta")
                 factorize(block, site, *empty)
+            if rank is not None:
+                # GPT-2 sets initial weights of a block's linears from above, where it would miss theirs.
+                for member in site.members:
+                    parent: Any = block.get_submodule(member.rpartition(".")[0])
+                    parent._is_hf_initialized = True
         self._shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
         return model
 

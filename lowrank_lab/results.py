@@ -28,7 +28,8 @@ from lowrank_lab.store import Artifact, fingerprint, write_json
 log = logging.getLogger(__name__)
 
 FINISHED = ("done", "skipped")
-CHECKPOINTS = "checkpoints"  # the folder of the models that save=true keeps
+CHECKPOINTS = "checkpoints"  # the folder of the models that are kept
+CHECKPOINT_NAMES = ("checkpoint", "merged_checkpoint")  # in a record: which of them are this cell's
 COMPRESSION_STAGES = (
     "calibration tokens",
     "calibration",

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from lowrank_lab import config
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import UserError
-from lowrank_lab.results import CHECKPOINTS, Record, Results
+from lowrank_lab.results import CHECKPOINT_NAMES, CHECKPOINTS, Record, Results
 from lowrank_lab.store import Store
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,8 @@ def run(cfg: DictConfig, grid: str | None = None) -> dict[str, Any]:
 
     log.info("%s: starting", cell.label)
     recording = Record(cell, grid)
+    previous = results.find(cell.key) or {}
+    recording.data.update({what: previous[what] for what in CHECKPOINT_NAMES if what in previous})
     try:
         with results.recording(recording):
             from lowrank_lab.stages import compute
@@ -81,4 +83,4 @@ def summary(record: dict[str, Any]) -> str:
     if "reason" in record:
         return record["reason"]
     numbers = [f"{m['metric']} {m['value']:.4g}" for m in record["metrics"].values()]
-    return ", ".join([*numbers, *(record[what] for what in ("checkpoint", "merged_checkpoint") if what in record)])
+    return ", ".join([*numbers, *(record[what] for what in CHECKPOINT_NAMES if what in record)])
