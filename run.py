@@ -40,7 +40,8 @@ def job(cfg: DictConfig) -> None:
 def main() -> None:
     signal.signal(signal.SIGTERM, _stop)
     # argparse wants the overrides in one piece; people also write: run.py model=tiny -m ratio=0.8,0.6
-    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: "=" in word and not word.startswith("-"))
+    words = grid.spelled_out(sys.argv[1:])
+    sys.argv[1:] = sorted(words, key=lambda word: "=" in word and not word.startswith("-"))
     arguments = get_args_parser().parse_args()
     asks_for_work = not (
         arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
@@ -73,7 +74,7 @@ def _plan(arguments: argparse.Namespace) -> list[Cell]:
     cells = grid.plan(CONFIG_DIR, arguments.config_name or "config", overrides, arguments.multirun)
     results = Results(cells[0].cfg.results)
     os.environ[GRID_NAME] = results.note_grid(arguments.overrides, cells)
-    finished = {cell.label: record for cell in cells if (record := results.finished(cell.key)) is not None}
+    finished = {cell.label: record for cell in cells if (record := runner.finished(cell)) is not None}
     count = sum(cell.label in finished for cell in cells)
     print(f"{len(cells)} cells, {count} finished already", file=sys.stderr)
     if count < len(cells):

@@ -84,6 +84,8 @@ class Bench:
     @cached_property
     def sites(self) -> dict[str, Site]:
         """What is factored, by full name, in the order of the model. Raises UserError where there is nothing."""
+        if self.cell.source.saved is not None:
+            return self.cell.source.saved.sites
         cfg = self.cell.cfg
         shapes = linear_shapes(self.skeleton(), self.spec)
         answers = (config.build(node) for node in (cfg.grouping, cfg.targets, cfg.storage))

@@ -7,6 +7,7 @@ on plain SVD, ratio on the dense model) it is left out, so that equal cells are 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,7 @@ from lowrank_lab import config, versions
 from lowrank_lab.calibration.corpora import Corpus, Part
 from lowrank_lab.models.arch import spec_for
 from lowrank_lab.models.source import ModelSource, resolve
+from lowrank_lab.saved import Saved
 from lowrank_lab.store import Store, fingerprint
 
 
@@ -24,7 +26,8 @@ from lowrank_lab.store import Store, fingerprint
 class Cell:
     """A validated configuration with its model and data found.
 
-    ``metric``, ``allocation`` and ``refinement`` are None for the dense model, the last also for no refinement.
+    ``metric``, ``allocation`` and ``refinement`` are None for the dense model, and for a checkpoint that is
+    compressed already, whatever was asked for; the last also for no refinement.
     ``calibration_data`` is the content hash of the calibration text (None where nothing reads it),
     ``evaluation_data`` that of the text of each evaluator that reads one.
     """
@@ -42,9 +45,12 @@ class Cell:
     @classmethod
     def from_config(cls, cfg: DictConfig) -> Cell:
         """Check the configuration and find its model and data. Raises UserError for what a user can mend."""
+        cfg = config.with_save(cfg)
         config.validate(cfg)
         store = Store(cfg.artifacts)
         source = resolve(cfg.model.path, cfg.model.revision, store)
+        if source.saved is not None:
+            cfg = _evaluation_only(cfg, source.saved)
         metric = allocation = refinement = calibration_data = None
         if cfg.allocation is not None:
             if source.model_type is not None:
@@ -67,13 +73,18 @@ class Cell:
         return self.metric is not None
 
     @property
+    def compressed(self) -> bool:
+        """Whether the model that is evaluated is a compressed one."""
+        return self.compresses or self.source.saved is not None
+
+    @property
     def ratio(self) -> float:
-        """The ratio asked for; the dense model has 1 whatever was asked."""
-        return float(self.cfg.ratio) if self.compresses else 1.0
+        """The ratio asked for; the dense model has 1 whatever was asked, a checkpoint what was asked of it."""
+        return float(self.cfg.ratio) if self.compressed else 1.0
 
     @property
     def label(self) -> str:
-        what = f"{self.cfg.method.name} ratio={self.ratio:g}" if self.compresses else self.cfg.method.name
+        what = f"{self.cfg.method.name} ratio={self.ratio:g}" if self.compressed else self.cfg.method.name
         return f"{what} {self.source.name} {self.cfg.dataset.name}"
 
     @cached_property
@@ -193,6 +204,28 @@ class Cell:
             }
         )
 
+    @property
+    def asks_for_checkpoint(self) -> bool:
+        return bool(self.cfg.save.checkpoint or self.cfg.save.merge)
+
+    @property
+    def checkpoints(self) -> dict[str, str]:
+        """The checkpoints asked for, by their names in the record: ``checkpoint`` is compressed,
+        ``merged_checkpoint`` the same as dense weights.
+
+        Each is a folder in <results>/checkpoints. The dense model has none; a checkpoint can only be merged.
+        """
+        name = self.source.name
+        if self.compresses:
+            name = f"{self.cfg.method.name}-{self.ratio:g}-{name}"
+        readable = re.sub(r"[^\w.-]+", "_", f"{name}-{self.compressed_key[:8]}")
+        asked = {}
+        if self.cfg.save.checkpoint and self.compresses:
+            asked["checkpoint"] = readable
+        if self.cfg.save.merge and self.compressed:
+            asked["merged_checkpoint"] = f"{readable}-merged"
+        return asked
+
     def text_tokens_key(self, evaluator: str) -> str:
         """Identifies the tokens of the evaluation text."""
         return fingerprint(
@@ -216,6 +249,14 @@ class Cell:
                 "version": self.evaluators[evaluator].version,
             }
         )
+
+
+def _evaluation_only(cfg: DictConfig, saved: Saved) -> DictConfig:
+    """The configuration of a compressed checkpoint: nothing is compressed, and what was is reported."""
+    cfg = cfg.copy()
+    cfg.method.name, cfg.ratio = saved.method, saved.ratio
+    cfg.allocation = cfg.refinement = None
+    return cfg
 
 
 def corpus_part(dataset: DictConfig, which: str) -> tuple[Corpus, Part]:

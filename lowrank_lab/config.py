@@ -36,6 +36,14 @@ def for_key(node: Any, without: tuple[str, ...] = ()) -> Any:
     return float(node) if _is_number(node) else node
 
 
+def with_save(cfg: DictConfig) -> DictConfig:
+    """``cfg`` with ``save: true`` spelled out as ``save.checkpoint: true``; an experiment's YAML may say either."""
+    if isinstance(cfg.save, bool):
+        cfg = cfg.copy()
+        cfg.save = {"checkpoint": cfg.save, "merge": False}
+    return cfg
+
+
 def validate(cfg: DictConfig) -> None:
     """Check values that YAML cannot. Raises UserError with one line that says what would be right."""
     missing = sorted(OmegaConf.missing_keys(cfg))
@@ -51,6 +59,10 @@ def validate(cfg: DictConfig) -> None:
     _check("seed", cfg.seed, _is_count(cfg.seed, 0), "a whole number from 0")
     known_device = isinstance(cfg.device, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device)
     _check("device", cfg.device, bool(known_device), "auto, cpu, cuda or cuda:N")
+    _check("save", cfg.save, OmegaConf.is_dict(cfg.save), "true or false")
+    for name in ("checkpoint", "merge"):
+        good = isinstance(cfg.save.get(name), bool)
+        _check("save" if name == "checkpoint" else f"save.{name}", cfg.save.get(name), good, "true or false")
     for name in ("results", "artifacts"):
         _check(name, cfg[name], isinstance(cfg[name], str) and cfg[name].strip() != "", "a folder")
     _check("model.path", cfg.model.path, isinstance(cfg.model.path, str), "a hub name, a folder or package:NAME")

@@ -23,6 +23,7 @@ def plan(config_dir: Path, config_name: str, overrides: list[str], multirun: boo
     Raises UserError with one line for anything a user can mend: an unknown option or key, a value out of
     range, a model or data that is not there.
     """
+    overrides = spelled_out(overrides)
     try:
         with initialize_config_dir(str(config_dir), version_base="1.3"):
             base = compose(config_name, _without_sweeps(overrides) if multirun else overrides, True)
@@ -37,6 +38,15 @@ def plan(config_dir: Path, config_name: str, overrides: list[str], multirun: boo
         raise UserError(_one_line(error, config_dir)) from None
     finally:
         GlobalHydra.instance().clear()
+
+
+def spelled_out(words: list[str]) -> list[str]:
+    """A command line with ``save=true`` as ``save.checkpoint=true``.
+
+    Hydra cannot have both ``save=true`` and ``save.merge=true``: the first would replace the node that the second
+    is in, and as a group its options may not be called true and false.
+    """
+    return [f"save.checkpoint={word.removeprefix('save=')}" if word.startswith("save=") else word for word in words]
 
 
 def _without_sweeps(overrides: list[str]) -> list[str]:

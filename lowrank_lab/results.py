@@ -1,7 +1,8 @@
 """Records: one JSON file a cell, the only thing that reports read.
 
 ``<root>/records/<key>.json`` is written when a cell is done, failed or skipped; ``<root>/grids/*.json`` say
-which cells somebody asked for, so that the missing ones can be told. No torch.
+which cells somebody asked for, so that the missing ones can be told. Models that are kept are beside them, in
+``<root>/checkpoints``. No torch.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 
 FINISHED = ("done", "skipped")
 NOT_COMPRESSION = ("model conversion", "model loading", "evaluation tokens")  # nor what begins with eval.
+CHECKPOINTS = "checkpoints"  # the folder of the models that are kept
+CHECKPOINT_NAMES = ("checkpoint", "merged_checkpoint")  # in a record: which of them are this cell's
 
 
 class Record:

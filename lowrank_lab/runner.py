@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 from lowrank_lab import config
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import UserError
-from lowrank_lab.results import Record, Results
+from lowrank_lab.results import CHECKPOINT_NAMES, CHECKPOINTS, Record, Results
+from lowrank_lab.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +25,19 @@ def run(cfg: DictConfig, grid: str | None = None) -> dict[str, Any]:
     """
     cell = Cell.from_config(cfg)
     results = Results(cfg.results)
-    if (record := results.finished(cell.key)) is not None:
+    if (saved := cell.source.saved) is not None:
+        known = (cell.source.name, saved.method, saved.ratio)
+        log.info("%s is compressed already (%s, ratio %g): it is evaluated as it is", *known)
+    elif cell.asks_for_checkpoint and not cell.compresses:
+        log.info("%s: nothing is compressed, so there is no checkpoint to save", cell.label)
+    if (record := finished(cell)) is not None:
         log.info("%s: %s already (%s)", cell.label, record["status"], summary(record))
         return record
 
     log.info("%s: starting", cell.label)
     recording = Record(cell, grid)
+    previous = results.find(cell.key) or {}
+    recording.data.update({what: previous[what] for what in CHECKPOINT_NAMES if what in previous})
     try:
         with results.recording(recording):
             from lowrank_lab.stages import compute
@@ -49,13 +57,30 @@ def run(cfg: DictConfig, grid: str | None = None) -> dict[str, Any]:
     return record
 
 
+def finished(cell: Cell) -> dict[str, Any] | None:
+    """The record of a cell that needs no more work, or None. No torch.
+
+    A cell that is done but lacks a checkpoint that is asked for is run again: its numbers are artifacts.
+    """
+    results = Results(cell.cfg.results)
+    record = results.finished(cell.key)
+    if record is None or record["status"] != "done":
+        return record
+    store = Store(results.root)
+    for what, name in cell.checkpoints.items():
+        if what not in record or store.get(CHECKPOINTS, name) is None:
+            return None
+    return record
+
+
 def _disk_full(error: BaseException) -> bool:
     # safetensors reports the system's error in its text alone.
     return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "os error 28" in str(error)
 
 
 def summary(record: dict[str, Any]) -> str:
-    """A record's numbers, or why it has none, in a few words."""
+    """A record's numbers, or why it has none, in a few words; and which checkpoints were kept."""
     if "reason" in record:
         return record["reason"]
-    return ", ".join(f"{m['metric']} {m['value']:.4g}" for m in record["metrics"].values())
+    numbers = [f"{m['metric']} {m['value']:.4g}" for m in record["metrics"].values()]
+    return ", ".join([*numbers, *(record[what] for what in CHECKPOINT_NAMES if what in record)])

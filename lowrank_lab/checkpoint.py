@@ -1,0 +1,156 @@
+"""Checkpoints of compressed models, which transformers loads like those of any other quantization method.
+
+config.json lists the sites under ``quantization_config`` (saved.py). Before the weights are read, each member of
+a site is replaced by empty factors, and ``from_pretrained`` fills them by their names. Importing this module
+registers the method; ``import lowrank_lab`` sees to it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lowrank_lab.errors import UserError
+from lowrank_lab.lowrank.factorized import FactorizedLinear, factorize, factors_of
+from lowrank_lab.lowrank.mixed import MixedLinear, install_empty
+from lowrank_lab.lowrank.ranks import Ranks, Sites
+from lowrank_lab.models.arch import ArchSpec, spec_for
+from lowrank_lab.saved import QUANT_METHOD, Saved
+
+HALVES = {nn.Linear: "factors", MixedLinear: "remap"}  # what the factors of each kind are made of
+
+
+@register_quantization_config(QUANT_METHOD)
+class LowRankConfig(QuantizationConfigMixin):
+    """``quantization_config`` of config.json. Raises UserError for one that this version cannot read."""
+
+    quant_method = QUANT_METHOD
+
+    def __init__(self, **content: Any) -> None:
+        self.saved = Saved.from_dict(content)
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.saved.to_dict()
+
+
+@register_quantizer(QUANT_METHOD)
+class LowRankQuantizer(HfQuantizer):
+    """Puts empty factors into a model before ``from_pretrained`` reads its weights.
+
+    Tensors take the dtype that is asked for, as in any model, but those of MixedLinear keep their own.
+    """
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+        saved = self.quantization_config.saved
+        for block, name in _blocks(model, saved.sites):
+            site, rank = saved.sites[name], saved.ranks[name]
+            if rank is not None and saved.kind == "remap":
+                install_empty(block, site, rank)
+            elif rank is not None:
+                empty = torch.empty(site.out, rank, device="meta"), torch.empty(rank, site.inp, device="meta")
+                factorize(block, site, *empty)
+            if rank is not None:
+                # GPT-2 sets initial weights of a block's linears from above, where it would miss theirs.
+                for member in site.members:
+                    parent: Any = block.get_submodule(member.rpartition(".")[0])
+                    parent._is_hf_initialized = True
+        self._shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        # transformers leaves the shapes of quantized tensors to the quantizer.
+        for name, tensor in model.named_parameters():
+            if tensor.shape != self._shapes.get(name, tensor.shape):
+                raise UserError(
+                    f"the checkpoint is damaged: {name} is {tuple(tensor.shape)}, not {tuple(self._shapes[name])}"
+                )
+        for module in model.modules():
+            if isinstance(module, MixedLinear):
+                module.requires_grad_(False)
+        return model
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        return merge(model, self.quantization_config.saved)
+
+    def is_serializable(self, **_: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return self.quantization_config.saved.kind == "factors"
+
+
+def describe(model: nn.Module, spec: ArchSpec, sites: Sites, ranks: Ranks, method: str, ratio: float) -> Saved:
+    """How ``model`` was compressed. Raises UserError for a storage that checkpoints cannot hold."""
+    found = set()
+    for name, site in sites.items():
+        if ranks[name] is None:
+            continue
+        block = model.get_submodule(f"{spec.blocks}.{site.block}")
+        for member in site.members:
+            module: Any = block.get_submodule(member)
+            found.add(HALVES.get(type(module.left)) if isinstance(module, FactorizedLinear) else None)
+    kind = found.pop() if len(found) == 1 else "factors" if not found else None
+    if kind is None:
+        raise UserError("save=true: a checkpoint cannot hold this storage; use storage=uv, u, v or remap")
+    return Saved(method, ratio, kind, dict(sites), dict(ranks))
+
+
+def save(folder: Path, model: Any, tokenizer: Any, use_cache: bool, saved: Saved | None) -> None:
+    """Write ``model`` and all that belongs to it: safetensors, config.json, generation config, tokenizer.
+
+    ``saved`` says how it was compressed (None: it is dense), ``use_cache`` what its config said before it was
+    loaded here. Tied tensors are stored once.
+    """
+    # The older names of some architectures' tensors are for their dense models; factors keep those of the modules.
+    model.save_pretrained(folder, save_original_format=saved is None)
+    tokenizer.save_pretrained(folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["use_cache"] = use_cache
+    if saved is not None:
+        config["quantization_config"] = saved.to_dict()
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def merge(model: Any, saved: Saved) -> Any:
+    """Put dense linears in the place of all factors of ``model``, in its dtype; the product is made in float32."""
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)  # it knows whether a linear is a Linear or a Conv1D
+    dtype = model.get_input_embeddings().weight.dtype
+    dense_blocks = _blocks(skeleton, saved.sites)
+    for (block, name), (dense_block, _) in zip(_blocks(model, saved.sites), dense_blocks, strict=True):
+        site = saved.sites[name]
+        factors = factors_of(block, site)
+        if factors is None:
+            continue
+        left, right = factors
+        rows = (left.float() @ right.float()).to(dtype).split(site.outs)
+        for member, weight in zip(site.members, rows, strict=True):
+            linear: Any = dense_block.get_submodule(member)
+            weight = weight.T if isinstance(linear, Conv1D) else weight
+            linear.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
+            bias = getattr(block.get_submodule(member).left, "bias", None)
+            if bias is not None:
+                linear.bias = nn.Parameter(bias.detach())
+            block.set_submodule(member, linear)
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    return model
+
+
+def _blocks(model: Any, sites: Sites) -> list[tuple[nn.Module, str]]:
+    """The block of each site, with the site's name; ``model`` may also be a bare one, without lm_head."""
+    path = spec_for(model.config.model_type).blocks
+    if model.base_model is model:
+        path = path.removeprefix(f"{model.base_model_prefix}.")
+    blocks = model.get_submodule(path)
+    return [(blocks[site.block], name) for name, site in sites.items()]

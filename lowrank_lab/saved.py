@@ -1,0 +1,84 @@
+"""What a compressed checkpoint says of itself, under ``quantization_config`` in its config.json. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lowrank_lab.errors import UserError
+from lowrank_lab.lowrank.ranks import Ranks, Site
+
+QUANT_METHOD = "lowrank_lab"  # the name under which transformers knows these checkpoints
+VERSION = 1  # raise when a checkpoint of the present kind could no longer be read
+KINDS = ("factors", "remap")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How a model was compressed: enough to rebuild its modules, and to count its sizes.
+
+    method, ratio   the method's name and the ratio that was asked of it
+    kind            ``factors``: two linears in the model's dtype; ``remap``: two MixedLinear
+    sites, ranks    by full name, as everywhere; a rank of None is a site that stayed dense
+    """
+
+    method: str
+    ratio: float
+    kind: str
+    sites: dict[str, Site]
+    ranks: Ranks
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data for JSON."""
+        sites = [
+            {
+                "name": name,
+                "block": site.block,
+                "members": list(site.members),
+                "outs": list(site.outs),
+                "inp": site.inp,
+                "dense": site.dense,
+                "per_rank": site.per_rank,
+                "rank": self.ranks[name],
+            }
+            for name, site in self.sites.items()
+        ]
+        return {
+            "quant_method": QUANT_METHOD,
+            "version": VERSION,
+            "method": self.method,
+            "ratio": self.ratio,
+            "storage": self.kind,
+            "sites": sites,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Saved:
+        """What ``to_dict`` gave. Raises UserError for another version and for what is not whole."""
+        if data.get("version") != VERSION or data.get("storage") not in KINDS:
+            raise UserError(
+                f"a lowrank_lab checkpoint of version {data.get('version')} and storage {data.get('storage')}; "
+                f"this lowrank_lab reads version {VERSION} ({', '.join(KINDS)}): use the one that wrote it"
+            )
+        try:
+            sites, ranks = {}, {}
+            for entry in data["sites"]:
+                outs = tuple(int(out) for out in entry["outs"])
+                cost = (int(entry["dense"]), int(entry["per_rank"]))
+                site = Site(int(entry["block"]), tuple(entry["members"]), outs, int(entry["inp"]), *cost)
+                sites[str(entry["name"])] = site
+                ranks[str(entry["name"])] = None if entry["rank"] is None else int(entry["rank"])
+            return cls(str(data["method"]), float(data["ratio"]), data["storage"], sites, ranks)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"a lowrank_lab checkpoint whose quantization_config is damaged ({type(error).__name__}: {error})"
+            ) from None
+
+
+def saved_in(config: Mapping[str, Any]) -> Saved | None:
+    """How the model of a config.json was compressed by lowrank_lab; None where it was not. May raise UserError."""
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, Mapping) or quantization.get("quant_method") != QUANT_METHOD:
+        return None
+    return Saved.from_dict(quantization)
