@@ -28,7 +28,7 @@ from lowrank_lab.store import Artifact, fingerprint, write_json
 log = logging.getLogger(__name__)
 
 FINISHED = ("done", "skipped")
-NOT_COMPRESSION = ("model conversion", "model loading", "evaluation tokens")  # nor what begins with eval.
+NOT_COMPRESSION = ("model conversion", "model loading", "evaluation tokens", "checkpoint", "merged checkpoint")
 CHECKPOINTS = "checkpoints"  # the folder of the models that are kept
 CHECKPOINT_NAMES = ("checkpoint", "merged_checkpoint")  # in a record: which of them are this cell's
 
