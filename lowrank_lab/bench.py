@@ -201,8 +201,9 @@ class Bench:
     def skeleton(self) -> nn.Module:
         """The model without weights, for shapes: ranks are settled before any weight is read."""
         trust = self.cell.cfg.model.trust_remote_code
+        model_config = self.model_config  # not in the context below: a tiny model may have to be made for it
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.model_config, trust_remote_code=trust)
+            return AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust)
 
     def make_text_tokens(self) -> Path:
         """The artifact of the evaluation text's tokens."""

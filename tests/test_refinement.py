@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,15 @@ from .conftest import Lab
 CPU = torch.device("cpu")
 LORA = (
     "method=svdllm_lora",
+    "calibration.samples=3",
     "refinement.samples=8",
     "refinement.seqlen=16",
     "refinement.batch_size=4",
     "refinement.warmup=0",
     "refinement.learning_rate=0.003",
 )
+
+WSVD = ("method=wsvd", "calibration.samples=3")
 
 
 def bench_of(lab: Lab, *overrides: str) -> Bench:
@@ -68,11 +72,11 @@ def all_factors(bench: Bench, model: Any) -> dict[str, tuple[torch.Tensor, torch
 
 
 @pytest.mark.parametrize("family", sorted(ARCHITECTURES))
-@pytest.mark.parametrize("method", [LORA, ("method=wsvd", "refinement.steps=2")], ids=["lora", "wsvd"])
+@pytest.mark.parametrize("method", [LORA, (*WSVD, "refinement.steps=2")], ids=["lora", "wsvd"])
 def test_every_family_runs_end_to_end(lab, method, family):
     joint = ("grouping=qkv",) if "qkv" in family or family == "llama" else ()
     short = ("refinement.epochs=1",) if method is LORA else ()
-    record = lab.run(*method, *short, *joint, f"model.path=tiny:{family}", "ratio=0.5", "calibration.samples=3")
+    record = lab.run(*method, *short, *joint, f"model.path=tiny:{family}", "ratio=0.5")
     assert record["status"] == "done"
     assert record["sizes"]["ratio_reached"] <= 0.5
     assert record["compression"]["squared_error"] is None
@@ -127,11 +131,17 @@ def test_merged_is_what_was_trained(lab):
         torch.testing.assert_close(model(ids).logits, trained, rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> Path:
+    """The outcome of a fine-tuning that nothing disturbed."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    refined(Lab(root / "results", data_root), root / "whole", *LORA)
+    return root / "whole"
+
+
 @pytest.mark.parametrize("stop_at", [3, 8], ids=["left", "right"])
-def test_an_interrupted_fine_tuning_ends_as_an_undisturbed_one(lab, tmp_path, monkeypatch, stop_at):
+def test_an_interrupted_fine_tuning_ends_as_an_undisturbed_one(lab, whole, tmp_path, monkeypatch, stop_at):
     """With dropout; 6 steps a phase, of which none is made twice."""
-    whole = tmp_path / "whole"
-    refined(lab, whole, *LORA)
     monkeypatch.setattr(training, "SAVE_SECONDS", -1.0)
     seen: list[int] = []
     rows = training._rows
@@ -161,7 +171,7 @@ def test_an_interrupted_fine_tuning_ends_as_an_undisturbed_one(lab, tmp_path, mo
 def test_the_training_text_is_part_of_what_was_made(lab, data_root):
     base, other, same = (
         lab.cells(*LORA, *more)[0].factors_key
-        for more in ((), ("refinement.samples=9",), ("refinement.dataset.name=renamed", "calibration.batch_size=2"))
+        for more in ((), ("refinement.samples=9",), ("refinement/dataset=wikitext2", "calibration.batch_size=2"))
     )
     assert base != other
     assert base == same
@@ -170,14 +180,14 @@ def test_the_training_text_is_part_of_what_was_made(lab, data_root):
 
 def test_instructions_can_be_trained_on(lab, data_root, tmp_path):
     with pytest.raises(UserError, match=r"no file .*alpaca-cleaned/train\.jsonl"):
-        lab.cells(*LORA, "+calibration@refinement=alpaca")
+        lab.cells(*LORA, "refinement/dataset=alpaca")
     root = tmp_path / "data"
     (root / "yahma" / "alpaca-cleaned").mkdir(parents=True)
     (root / "wikitext").symlink_to(data_root / "wikitext")
     rows = [{"instruction": "Add.", "input": text, "output": "Three."} for text in ("1 and 2", "")]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (root / "yahma" / "alpaca-cleaned" / "train.jsonl").write_text(lines)
-    options = (*LORA, "+calibration@refinement=alpaca", f"data_root={root}")
+    options = (*LORA, "refinement/dataset=alpaca", f"data_root={root}")
     [cell] = lab.cells(*options)
     with_input, without = config.build(cell.cfg.refinement.dataset.corpus).documents("train", str(root))
     assert with_input.endswith("request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\nThree.")
@@ -195,7 +205,8 @@ def test_instructions_can_be_trained_on(lab, data_root, tmp_path):
         ("refinement.learning_rate=-1", "refinement: learning_rate=-1 is not valid"),
         ("refinement.dropout=1", "refinement: dropout=1 is not valid"),
         ("refinement.seqlen=1", "refinement.seqlen=1 is not valid"),
-        ("refinement.dataset.calibration.split=dev", "dev.jsonl"),
+        ("refinement/dataset=ptb", "ptb_text_only/penn_treebank/train.jsonl"),
+        ("refinement/dataset=no", "refinement/dataset=no: no such option; choose one of alpaca, c4"),
         ("method=wsvd refinement.floor=0", "refinement: floor=0 is not valid"),
         ("method=wsvd refinement.steps=0.5", "refinement: steps=0.5 is not valid"),
     ],
@@ -221,7 +232,7 @@ def test_the_weighted_error_is_the_measured_one_and_falls(lab, tmp_path, groupin
     after: dict[float, dict[str, float]] = {}
     for ratio in (0.3, 0.6):
         folder = tmp_path / str(ratio)
-        options = ("method=wsvd", f"grouping={grouping}", f"ratio={ratio}")
+        options = (*WSVD, f"grouping={grouping}", f"ratio={ratio}")
         bench, _ = refined(lab, folder, *options)
         facts = json.loads((folder / "facts.json").read_text())["weighted_error"]
         assert facts.keys() == bench.sites.keys()
@@ -241,7 +252,7 @@ def test_the_weighted_error_is_the_measured_one_and_falls(lab, tmp_path, groupin
 
 def test_weighted_descent_goes_on_where_it_was_stopped(lab, tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    refined(lab, whole, "method=wsvd")
+    refined(lab, whole, *WSVD)
     save = weighted_error.save_factors
 
     def once(folder: Path, index: int, factors: Any) -> None:
@@ -252,9 +263,9 @@ def test_weighted_descent_goes_on_where_it_was_stopped(lab, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(weighted_error, "save_factors", once)
         with pytest.raises(KeyboardInterrupt):
-            refined(lab, stopped, "method=wsvd")
+            refined(lab, stopped, *WSVD)
     first = (stopped / "block_000.safetensors").stat().st_mtime_ns
-    refined(lab, stopped, "method=wsvd")
+    refined(lab, stopped, *WSVD)
     assert (stopped / "block_000.safetensors").stat().st_mtime_ns == first
     assert {f.name: f.read_bytes() for f in whole.iterdir()} == {f.name: f.read_bytes() for f in stopped.iterdir()}
 
@@ -288,7 +299,7 @@ def test_under_a_separable_importance_the_closed_form_is_reached(problem):
     scaled = rows.sqrt().unsqueeze(1) * weight * columns.sqrt()
     best = torch.linalg.svdvals(scaled)[7:].square().sum() / scaled.square().sum()
     separable = torch.outer(rows, columns)
-    found = weighted_error.descend(weight, separable, *truncated(weight, 7), 400)
+    found = weighted_error.descend(weight, separable, *truncated(weight, 7), 100)
     assert weighted_error.weighted_error(weight, separable, *found) == pytest.approx(float(best), rel=1e-2)
 
 
@@ -299,5 +310,5 @@ def test_every_step_lowers_the_weighted_error(problem):
     for _ in range(15):
         factors = weighted_error.descend(weight, importance, *factors, 1)
         errors.append(weighted_error.weighted_error(weight, importance, *factors))
-    assert all(later < earlier for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(errors))
     assert errors[-1] < 0.5 * errors[0]

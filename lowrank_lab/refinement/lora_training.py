@@ -121,6 +121,7 @@ def merge(model: nn.Module, layers: dict[str, LoraLayer]) -> None:
     for name, layer in layers.items():
         layer.merge()
         model.set_submodule(name, layer.get_base_layer())
+    del model.peft_config  # peft's note of what it injected, which is gone
     model.requires_grad_(False)
 
 
