@@ -97,24 +97,7 @@ class Bench:
     def calibration_ids(self) -> torch.Tensor:
         """The calibration tokens (samples, seqlen); warns where they are few for the widest input."""
         calibration = self.cell.cfg.calibration
-        corpus, part = corpus_part(calibration.dataset, "calibration")
-        made = self.cell.store.get_or_make(
-            "tokens",
-            self.cell.calibration_tokens_key,
-            lambda folder: make_calibration_tokens(
-                folder,
-                self.tokenizer,
-                corpus,
-                part,
-                self.cell.cfg.data_root,
-                samples=calibration.samples,
-                seqlen=calibration.seqlen,
-                seed=calibration.seed,
-                sampling=calibration.sampling,
-                bos_id=self.bos_id() if calibration.bos == "window" else None,
-            ),
-        )
-        ids, facts = load_tokens(self.record.artifact("calibration tokens", made).path)
+        ids, facts = self._windows("calibration tokens", calibration, self.cell.calibration_tokens_key)
         widest = max(site.inp for site in self.sites.values())
         warning = None
         if ids.size < 4 * widest:
@@ -125,6 +108,35 @@ class Bench:
             log.warning(warning)
         self.record.data["calibration"] = {"dataset": calibration.dataset.name, **facts, "warning": warning}
         return torch.from_numpy(ids)
+
+    @cached_property
+    def training_ids(self) -> torch.Tensor:
+        """The tokens (samples, seqlen) of the text that the refinement trains on."""
+        key = self.cell.training_tokens_key
+        assert key is not None, "the refinement has no data set of its own"
+        ids, _ = self._windows("training tokens", self.cell.cfg.refinement, key)
+        return torch.from_numpy(ids)
+
+    def _windows(self, stage: str, sampling: Any, key: str) -> tuple[np.ndarray, dict[str, Any]]:
+        """Windows of the calibration part of ``sampling.dataset``, and the facts about them."""
+        corpus, part = corpus_part(sampling.dataset, "calibration")
+        made = self.cell.store.get_or_make(
+            "tokens",
+            key,
+            lambda folder: make_calibration_tokens(
+                folder,
+                self.tokenizer,
+                corpus,
+                part,
+                self.cell.cfg.data_root,
+                samples=sampling.samples,
+                seqlen=sampling.seqlen,
+                seed=sampling.seed,
+                sampling=sampling.sampling,
+                bos_id=self.bos_id() if sampling.bos == "window" else None,
+            ),
+        )
+        return load_tokens(self.record.artifact(stage, made).path)
 
     @cached_property
     def statistics(self) -> Path | None:
@@ -191,8 +203,9 @@ class Bench:
     def skeleton(self) -> nn.Module:
         """The model without weights, for shapes: ranks are settled before any weight is read."""
         trust = self.cell.cfg.model.trust_remote_code
+        model_config = self.model_config  # not in the context below: a tiny model may have to be made for it
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.model_config, trust_remote_code=trust)
+            return AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust)
 
     def make_text_tokens(self) -> Path:
         """The artifact of the evaluation text's tokens."""

@@ -29,7 +29,8 @@ class Cell:
     ``metric``, ``allocation`` and ``refinement`` are None for the dense model, and for a checkpoint that is
     compressed already, whatever was asked for; the last also for no refinement.
     ``calibration_data`` is the content hash of the calibration text (None where nothing reads it),
-    ``evaluation_data`` that of the text of each evaluator that reads one.
+    ``evaluation_data`` that of the text of each evaluator that reads one, ``training_data`` that of the text that
+    the refinement trains on (None where it has no data set of its own).
     """
 
     cfg: DictConfig
@@ -41,6 +42,7 @@ class Cell:
     calibration_data: str | None
     evaluators: dict[str, Any]
     evaluation_data: dict[str, str | None]
+    training_data: str | None
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> Cell:
@@ -51,7 +53,7 @@ class Cell:
         source = resolve(cfg.model.path, cfg.model.revision, store)
         if source.saved is not None:
             cfg = _evaluation_only(cfg, source.saved)
-        metric = allocation = refinement = calibration_data = None
+        metric = allocation = refinement = calibration_data = training_data = None
         if cfg.allocation is not None:
             if source.model_type is not None:
                 spec_for(source.model_type)
@@ -60,13 +62,15 @@ class Cell:
             refinement = config.build(cfg.refinement) if cfg.refinement is not None else None
             if _calibrates(metric, allocation, refinement):
                 calibration_data = _content(cfg.calibration.dataset, "calibration", cfg.data_root, store)
+            if refinement is not None and "dataset" in cfg.refinement:
+                training_data = _content(cfg.refinement.dataset, "calibration", cfg.data_root, store)
         evaluators = {name: config.build(node) for name, node in cfg.eval.items()}
         evaluation_data = {
             name: _content(cfg.dataset, "eval", cfg.data_root, store) if evaluator.reads_text else None
             for name, evaluator in evaluators.items()
         }
         answers = (metric, allocation, refinement)
-        return cls(cfg, store, source, *answers, calibration_data, evaluators, evaluation_data)
+        return cls(cfg, store, source, *answers, calibration_data, evaluators, evaluation_data, training_data)
 
     @property
     def compresses(self) -> bool:
@@ -115,12 +119,20 @@ class Cell:
 
     @property
     def calibration_tokens_key(self) -> str:
+        return self._windows_key(self.cfg.calibration, self.calibration_data)
+
+    @property
+    def training_tokens_key(self) -> str | None:
+        """Identifies the windows that the refinement trains on; None where it has no data set of its own."""
+        return self._windows_key(self.cfg.refinement, self.training_data) if self.training_data else None
+
+    def _windows_key(self, sampling: DictConfig, data: str | None) -> str:
         return fingerprint(
             {
                 "tokenizer": self.model_key,
-                "data": self.calibration_data,
-                "part": config.for_key(self.cfg.calibration.dataset.calibration),
-                "sampling": config.for_key(self.cfg.calibration, without=("dataset", "batch_size")),
+                "data": data,
+                "part": config.for_key(sampling.dataset.calibration),
+                "sampling": {name: config.for_key(sampling[name]) for name in config.SAMPLING},
                 "version": versions.TOKENS,
             }
         )
@@ -183,7 +195,8 @@ class Cell:
             {
                 "ranks": self.allocation_key,
                 "ratio": self.ratio,
-                "refinement": config.for_key(self.cfg.refinement),
+                "refinement": config.for_key(self.cfg.refinement, without=("dataset",)),
+                "text": self.training_tokens_key,
                 "tokens": self.calibration_tokens_key if self.refinement.needs_calibration else None,
                 "version": versions.COMPRESSION,
             }

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from lowrank_lab.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
+SAMPLING = ("samples", "seqlen", "seed", "sampling", "bos")  # how windows are drawn from a text
 
 
 def build(node: Any) -> Any:
@@ -67,24 +68,37 @@ def validate(cfg: DictConfig) -> None:
         _check(name, cfg[name], isinstance(cfg[name], str) and cfg[name].strip() != "", "a folder")
     _check("model.path", cfg.model.path, isinstance(cfg.model.path, str), "a hub name, a folder or package:NAME")
     _check("data_root", cfg.data_root, isinstance(cfg.data_root, str | None), "a folder, or null for the hub")
-    calibration = cfg.calibration
-    for name, smallest in (("samples", 1), ("seqlen", 2), ("batch_size", 1), ("seed", 0)):
-        good = _is_count(calibration[name], smallest)
-        _check(f"calibration.{name}", calibration[name], good, f"a whole number from {smallest}")
-    _one_of("calibration.sampling", calibration.sampling, ("random", "disjoint"))
-    _one_of("calibration.bos", calibration.bos, ("text", "window"))
-    _check("calibration.dataset", calibration.dataset, calibration.dataset is not None, "a data set")
-    for name, dataset in (("dataset", cfg.dataset), ("calibration.dataset", calibration.dataset)):
-        for part in ("eval", "calibration"):
-            limit = dataset[part].max_documents
-            good = limit is None or _is_count(limit, 1)
-            _check(f"{name}.{part}.max_documents", limit, good, "null or a whole number from 1")
+    _check_windows("calibration", cfg.calibration)
+    batch_size = cfg.calibration.batch_size
+    _check("calibration.batch_size", batch_size, _is_count(batch_size, 1), "a whole number from 1")
+    _check_part("dataset", cfg.dataset, "eval")
+    _check_part("calibration.dataset", cfg.calibration.dataset, "calibration")
+    if cfg.get("refinement") is not None and "dataset" in cfg.refinement:
+        _check_windows("refinement", cfg.refinement)
+        _check_part("refinement.dataset", cfg.refinement.dataset, "calibration")
     built = {name: cfg[name] for name in (*answers, "allocation", "refinement", "tracker")}
     for name, node in {**built, **{f"eval.{name}": node for name, node in cfg.eval.items()}}.items():
         try:
             build(node) if node is not None else None
         except Exception as error:  # instantiate wraps whatever the class raised for a bad value
             raise UserError(f"{name}: {error.__cause__ or error}".splitlines()[0]) from None
+
+
+def _check_windows(name: str, sampling: DictConfig) -> None:
+    for setting, smallest in (("samples", 1), ("seqlen", 2), ("seed", 0)):
+        good = _is_count(sampling[setting], smallest)
+        _check(f"{name}.{setting}", sampling[setting], good, f"a whole number from {smallest}")
+    _one_of(f"{name}.sampling", sampling.sampling, ("random", "disjoint"))
+    _one_of(f"{name}.bos", sampling.bos, ("text", "window"))
+    _check(f"{name}.dataset", sampling.dataset, sampling.dataset is not None, "a data set")
+
+
+def _check_part(name: str, dataset: DictConfig, part: str) -> None:
+    if dataset[part] is None:
+        raise UserError(f"{name}={dataset.name} is not valid; this data set has no {part} part, choose another")
+    limit = dataset[part].max_documents
+    good = limit is None or _is_count(limit, 1)
+    _check(f"{name}.{part}.max_documents", limit, good, "null or a whole number from 1")
 
 
 def _check(name: str, value: Any, good: bool, wanted: str) -> None:

@@ -81,6 +81,8 @@ def _compress(cell: Cell, record: Record, bench: Bench, ranks: Ranks) -> float |
     refine = partial(cell.refinement, bench, ranks)
     made = cell.store.get_or_make("factors", cell.factors_key, refine, resumable=True)
     factors = record.artifact("refinement", made).path
+    if (facts := factors / "facts.json").exists():
+        record.data["refinement"] = json.loads(facts.read_text())
     with record.stage("factorization"):
         install_factors(bench.model, bench.spec, bench.sites, ranks, factors, storage, bench.device)
     return None
@@ -101,6 +103,8 @@ def _check_lengths(cell: Cell, model_config: Any) -> None:
     lengths = {f"eval.{name}.seqlen": getattr(e, "seqlen", 0) for name, e in cell.evaluators.items()}
     if cell.calibration_data is not None:
         lengths["calibration.seqlen"] = cell.cfg.calibration.seqlen
+    if cell.training_data is not None:
+        lengths["refinement.seqlen"] = cell.cfg.refinement.seqlen
     for name, length in lengths.items():
         if positions is not None and length > positions:
             raise SkippedCell(f"{name}={length} is longer than the {positions} positions of {cell.source.name}")

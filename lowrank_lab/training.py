@@ -34,6 +34,7 @@ class Recipe:
     schedule: str = "linear"  # a name of transformers.get_scheduler
     warmup: int = 0
     seed: int = 0
+    max_norm: float | None = None  # of the gradient of all parameters together
 
 
 def train(
@@ -50,7 +51,8 @@ def train(
     ``loss_of`` gives the loss of some sequences (batch, length), a mean over them. ``ids`` (samples, length) are
     gone through in a new order each epoch. ``after_step`` adds facts to the history, as plain data. The state is
     kept in ``folder/<name>.state`` about once a minute and at the end; called again, the loop goes on from there,
-    and ends with the same numbers. Raises FloatingPointError where a loss is not finite.
+    and ends with the same numbers, dropout included: each step seeds torch's generators. Raises FloatingPointError
+    where a loss is not finite.
     """
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
     scheduler = get_scheduler(recipe.schedule, optimizer, recipe.warmup, recipe.steps)
@@ -62,6 +64,7 @@ def train(
     steps = range(len(history), recipe.steps)
     for step in progress.track(steps, name, "step"):
         rows = _rows(step, recipe, len(ids))
+        torch.manual_seed(recipe.seed * 1_000_003 + step)
         loss = 0.0
         for micro in rows.split(recipe.micro_batch):
             part = loss_of(ids[micro]) * (len(micro) / len(rows))
@@ -69,6 +72,8 @@ def train(
             loss += part.item()
         if not math.isfinite(loss):
             raise FloatingPointError(f"{name}: the loss is not finite at step {step}; lower the learning rate")
+        if recipe.max_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, recipe.max_norm)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -110,7 +115,7 @@ def _save(
 
 
 def _restore(state: Path, parameters: Sequence[nn.Parameter], optimizer: Any, scheduler: Any) -> list[Any]:
-    saved = torch.load(state, weights_only=True)
+    saved = torch.load(state, weights_only=True, map_location="cpu")  # each value then goes where its parameter is
     with torch.no_grad():
         for parameter, value in zip(parameters, saved["parameters"], strict=True):
             parameter.copy_(value)

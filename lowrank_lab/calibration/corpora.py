@@ -9,12 +9,13 @@ from __future__ import annotations
 import bz2
 import importlib.metadata
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from string import Formatter
+from typing import Any, Protocol
 
 from lowrank_lab.errors import UserError
 from lowrank_lab.store import Store, fingerprint
@@ -89,8 +90,10 @@ class EmbeddedWikipedia:
 class HubCorpus:
     """A data set of the hub, or with ``data_root`` its mirror ``<data_root>/<mirror>/<split>.jsonl``.
 
-    ``files`` names one file of the hub repository for each split, for data sets that are too large to fetch
-    whole (C4) or whose loading script the datasets library no longer runs (PTB).
+    ``field`` is the field of a row that is its text. Where a row has several (an instruction and its answer),
+    ``templates`` are format strings over the fields instead; the first one whose fields are all filled makes the
+    text, the last one where none is. ``files`` names one file of the hub repository for each split, for data sets
+    that are too large to fetch whole (C4) or whose loading script the datasets library no longer runs (PTB).
     """
 
     def __init__(
@@ -98,16 +101,20 @@ class HubCorpus:
         mirror: str,
         hub: str,
         name: str | None,
-        field: str,
+        field: str | None,
         files: dict[str, str] | None = None,
         revision: str | None = None,
+        templates: Sequence[str] | None = None,
     ) -> None:
+        if (field is None) == (not templates):
+            raise ValueError("a corpus needs either a field or templates")
         self.mirror = mirror
         self.hub = hub
         self.name = name
         self.field = field
         self.files = files
         self.revision = revision
+        self.templates = list(templates or [])
 
     def content(self, split: str, data_root: str | None, store: Store) -> str:
         if data_root is not None:
@@ -118,38 +125,41 @@ class HubCorpus:
                     "calibration=, or leave data_root out to use the hub"
                 )
             next(self.documents(split, data_root), None)  # a file of another kind is told now, not after hours
-            return fingerprint({"file": store.file_hash(file), "field": self.field})
+            return fingerprint({"file": store.file_hash(file), "field": self.field or self.templates})
         if self.files is not None and split not in self.files:
             raise UserError(f"{self.hub} has no split '{split}' here; choose {' or '.join(self.files)}")
         where = {"hub": self.hub, "name": self.name, "split": split, "files": self.files}
-        return fingerprint({**where, "commit": self._commit(), "field": self.field})
+        return fingerprint({**where, "commit": self._commit(), "field": self.field or self.templates})
 
     def documents(self, split: str, data_root: str | None) -> Iterator[str]:
         if data_root is not None:
             file = self._mirror_file(split, data_root)
             with open(file, "rb") as lines:
                 for number, line in enumerate(lines, 1):
-                    yield self._text_of(line, f"{file} line {number}")
+                    yield self._read(line, f"{file} line {number}")
             return
         from datasets import load_dataset
 
         files = {split: self.files[split]} if self.files is not None else None
         rows = load_dataset(self.hub, self.name, data_files=files, split=split, revision=self._commit())
         for row in rows:
-            yield row[self.field]
+            yield self._text_of(row, self.hub)
 
-    def _text_of(self, line: bytes, where: str) -> str:
+    def _read(self, line: bytes, where: str) -> str:
         try:
             row = json.loads(line)
-            text = row[self.field]
         except ValueError:
             raise UserError(f"{where}: not a JSON object") from None
-        except (KeyError, TypeError):
-            has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise UserError(f"{where}: no field '{self.field}'; it has: {has}") from None
-        if not isinstance(text, str):
-            raise UserError(f"{where}: field '{self.field}' is not text")
-        return text
+        return self._text_of(row, where)
+
+    def _text_of(self, row: Mapping[str, Any], where: str) -> str:
+        if self.field is not None:
+            return _field(row, self.field, where)
+        for template in self.templates:
+            texts = {name: _field(row, name, where) for _, name, _, _ in Formatter().parse(template) if name}
+            if all(texts.values()):
+                break
+        return template.format(**texts)
 
     def _mirror_file(self, split: str, data_root: str) -> Path:
         return Path(data_root).expanduser() / self.mirror / f"{split}.jsonl"
@@ -163,6 +173,17 @@ class HubCorpus:
                 f"data set {self.hub}: neither on the hub nor in its local cache ({type(error).__name__}); "
                 f"check the network, or set data_root to a folder that holds {self.mirror}/<split>.jsonl"
             ) from None
+
+
+def _field(row: Any, name: str, where: str) -> str:
+    try:
+        text = row[name]
+    except (KeyError, TypeError):
+        has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise UserError(f"{where}: no field '{name}'; it has: {has}") from None
+    if not isinstance(text, str):
+        raise UserError(f"{where}: field '{name}' is not text")
+    return text
 
 
 @cache  # asked once a process, not once a cell

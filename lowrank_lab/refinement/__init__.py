@@ -1,1 +1,1 @@
-"""Answer 4 of a method: what is done to the factors before they are stored. One file an answer."""
+"""Answer 4 of a method: what is adjusted afterwards. One file an answer."""
