@@ -11,7 +11,7 @@ GRADIENTS = 1  # calibration/gradients.py
 SPECTRA = 1  # lowrank/solver.py, lowrank/spectra.py, metric/
 COMPRESSION = 1  # allocation/, storage/, lowrank/ranks.py, lowrank/factorized.py
 PERPLEXITY = 1  # evaluation/perplexity.py
-RECORD = 1  # the schema of results.py
+RECORD = 2  # the schema of results.py
 
 
 def current() -> dict[str, int]:

@@ -160,6 +160,9 @@ def _settings(config: dict[str, Any], calibrated: bool) -> dict[str, Any]:
     """The settings that may tell two cells of one method apart, flat, by their names on the command line."""
     if config["allocation"] is None:
         return {"dtype": config["dtype"]}
+    refinement = config["refinement"]
+    if refinement is not None and refinement.get("dataset") == config["calibration"]["dataset"]:
+        config = {**config, "refinement": {k: v for k, v in refinement.items() if k != "dataset"}}
     flat: dict[str, Any] = {}
     for name in (*ANSWERS, "dtype", *(["calibration"] if calibrated else [])):
         _flatten(name, config[name], flat)
@@ -173,6 +176,7 @@ def _flatten(name: str, value: Any, into: dict[str, Any]) -> None:
                 into[name] = str(inner).rsplit(".", 1)[-1]
             elif inner_name == "corpus" or f"{name}.{inner_name}" in (
                 "calibration.dataset.eval",
+                "refinement.dataset.eval",
                 "calibration.batch_size",
             ):
                 continue  # a corpus is told by its data set's name; the others have no influence
