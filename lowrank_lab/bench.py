@@ -114,7 +114,9 @@ class Bench:
         """The tokens (samples, seqlen) of the text that the refinement trains on."""
         key = self.cell.training_tokens_key
         assert key is not None, "the refinement has no data set of its own"
-        ids, _ = self._windows("training tokens", self.cell.cfg.refinement, key)
+        dataset = self.cell.cfg.refinement.dataset
+        ids, facts = self._windows("training tokens", self.cell.cfg.refinement, key)
+        self.record.data["training"] = {"dataset": dataset.name, **facts}
         return torch.from_numpy(ids)
 
     def _windows(self, stage: str, sampling: Any, key: str) -> tuple[np.ndarray, dict[str, Any]]:
@@ -155,6 +157,8 @@ class Bench:
         key = self.cell.gradients_key
         if key is None:
             return None
+        if getattr(self.cell.refinement, "needs_weight_fisher", False) and not self.cell.metric.needs_outer:
+            return self.weight_fisher  # holds all of the others as well: one backward pass serves both
         ids, outer = self.calibration_ids, self.cell.metric.needs_outer
         make = lambda folder: make_gradients(folder, self.float32_model(), self.spec, ids, self.device, outer)
         return self.record.artifact("gradients", self.cell.store.get_or_make("gradients", key, make)).path

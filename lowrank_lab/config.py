@@ -8,6 +8,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from lowrank_lab.checks import is_count, is_number
 from lowrank_lab.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -34,7 +35,7 @@ def for_key(node: Any, without: tuple[str, ...] = ()) -> Any:
         return {name: for_key(value) for name, value in node.items() if name not in without}
     if isinstance(node, list):
         return [for_key(value) for value in node]
-    return float(node) if _is_number(node) else node
+    return float(node) if is_number(node) else node
 
 
 def with_save(cfg: DictConfig) -> DictConfig:
@@ -55,9 +56,9 @@ def validate(cfg: DictConfig) -> None:
     for group in [*groups, *answers] if cfg.get("allocation") is not None else groups:
         _check(group, cfg.get(group), bool(cfg.get(group)), "one of its options; see python run.py --help")
     ratio = cfg.ratio
-    _check("ratio", ratio, _is_number(ratio) and 0 < ratio <= 1, "a number in (0, 1]: the fraction kept")
+    _check("ratio", ratio, is_number(ratio) and 0 < ratio <= 1, "a number in (0, 1]: the fraction kept")
     _one_of("dtype", cfg.dtype, DTYPES)
-    _check("seed", cfg.seed, _is_count(cfg.seed, 0), "a whole number from 0")
+    _check("seed", cfg.seed, is_count(cfg.seed, 0), "a whole number from 0")
     known_device = isinstance(cfg.device, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device)
     _check("device", cfg.device, bool(known_device), "auto, cpu, cuda or cuda:N")
     _check("save", cfg.save, OmegaConf.is_dict(cfg.save), "true or false")
@@ -69,13 +70,18 @@ def validate(cfg: DictConfig) -> None:
     _check("model.path", cfg.model.path, isinstance(cfg.model.path, str), "a hub name, a folder or package:NAME")
     _check("data_root", cfg.data_root, isinstance(cfg.data_root, str | None), "a folder, or null for the hub")
     _check_windows("calibration", cfg.calibration)
+    calibration_samples = cfg.calibration.samples
     batch_size = cfg.calibration.batch_size
-    _check("calibration.batch_size", batch_size, _is_count(batch_size, 1), "a whole number from 1")
+    _check("calibration.batch_size", batch_size, is_count(batch_size, 1), "a whole number from 1")
     _check_part("dataset", cfg.dataset, "eval")
     _check_part("calibration.dataset", cfg.calibration.dataset, "calibration")
     if cfg.get("refinement") is not None and "dataset" in cfg.refinement:
         _check_windows("refinement", cfg.refinement)
         _check_part("refinement.dataset", cfg.refinement.dataset, "calibration")
+    for name in ("allocation", "refinement"):
+        node = cfg.get(name)
+        few = node is not None and "dataset" not in node and is_count(node.get("samples"), calibration_samples + 1)
+        _check(f"{name}.samples", node.get("samples") if node else None, not few, "at most calibration.samples")
     built = {name: cfg[name] for name in (*answers, "allocation", "refinement", "tracker")}
     for name, node in {**built, **{f"eval.{name}": node for name, node in cfg.eval.items()}}.items():
         try:
@@ -86,7 +92,7 @@ def validate(cfg: DictConfig) -> None:
 
 def _check_windows(name: str, sampling: DictConfig) -> None:
     for setting, smallest in (("samples", 1), ("seqlen", 2), ("seed", 0)):
-        good = _is_count(sampling[setting], smallest)
+        good = is_count(sampling[setting], smallest)
         _check(f"{name}.{setting}", sampling[setting], good, f"a whole number from {smallest}")
     _one_of(f"{name}.sampling", sampling.sampling, ("random", "disjoint"))
     _one_of(f"{name}.bos", sampling.bos, ("text", "window"))
@@ -97,7 +103,7 @@ def _check_part(name: str, dataset: DictConfig, part: str) -> None:
     if dataset[part] is None:
         raise UserError(f"{name}={dataset.name} is not valid; this data set has no {part} part, choose another")
     limit = dataset[part].max_documents
-    good = limit is None or _is_count(limit, 1)
+    good = limit is None or is_count(limit, 1)
     _check(f"{name}.{part}.max_documents", limit, good, "null or a whole number from 1")
 
 
@@ -108,11 +114,3 @@ def _check(name: str, value: Any, good: bool, wanted: str) -> None:
 
 def _one_of(name: str, value: Any, options: tuple[str, ...]) -> None:
     _check(name, value, value in options, " or ".join(options))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_count(value: Any, smallest: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= smallest

@@ -56,6 +56,7 @@ class Record:
                 "revision": cell.source.revision,
                 "calibration_data": cell.calibration_data,
                 "evaluation_data": cell.evaluation_data,
+                "training_data": cell.training_data,
             },
             "versions": environment.versions(),
             "components": versions.current(),

@@ -78,6 +78,7 @@ def _compress(cell: Cell, record: Record, bench: Bench, ranks: Ranks) -> float |
     if cell.refinement is None:
         with record.stage("factorization"):
             return compress(bench.model, bench.spec, bench.sites, ranks, spectra, storage, bench.device)
+    cell.refinement.prepare(bench)
     refine = partial(cell.refinement, bench, ranks)
     made = cell.store.get_or_make("factors", cell.factors_key, refine, resumable=True)
     factors = record.artifact("refinement", made).path

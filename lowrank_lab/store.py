@@ -86,6 +86,7 @@ class Store:
                 shutil.rmtree(leftover, ignore_errors=True)
             work = final.parent / (f".{key}.partial" if resumable else f".{key}.tmp-{uuid.uuid4().hex[:8]}")
             work.mkdir(exist_ok=resumable)
+            (work / MANIFEST).unlink(missing_ok=True)  # a run that was stopped between writing it and renaming
             try:
                 start = time.perf_counter()
                 make(work)

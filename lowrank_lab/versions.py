@@ -9,7 +9,7 @@ TOKENS = 1  # calibration/tokens.py
 STATISTICS = 1  # calibration/statistics.py
 GRADIENTS = 1  # calibration/gradients.py
 SPECTRA = 1  # lowrank/solver.py, lowrank/spectra.py, metric/
-COMPRESSION = 1  # allocation/, storage/, lowrank/ranks.py, lowrank/factorized.py
+COMPRESSION = 1  # allocation/, refinement/, storage/, training.py, the rest of lowrank/
 PERPLEXITY = 1  # evaluation/perplexity.py
 RECORD = 2  # the schema of results.py
 

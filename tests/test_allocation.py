@@ -11,7 +11,7 @@ import pytest
 from lowrank_lab.allocation.global_tail import GlobalTail, buy_segments, water_fill
 from lowrank_lab.allocation.loss_based import loss_based
 from lowrank_lab.allocation.sensitivity import candidate_ranks
-from lowrank_lab.allocation.strs import Step, index_within_budget, index_within_perplexity, plan, spend_the_rest
+from lowrank_lab.allocation.strs import Step, finish, index_within_budget, index_within_perplexity, plan
 from lowrank_lab.allocation.uniform import uniform
 from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.lowrank.ranks import Site, budget, fit, total_cost
@@ -191,7 +191,7 @@ def test_strs_converges_to_the_first_plan_within_the_budget(ratio, seed):
     index = index_within_budget(here, steps, limit)
     costs = [total_cost(here, plan(here, steps, i)) for i in range(len(steps))]
     assert index == next(i for i, cost in enumerate(costs) if cost <= limit)
-    ranks = spend_the_rest(here, steps, index, limit)
+    ranks = finish(here, steps, index, limit)
     assert limit - here[steps[index].site].per_rank < total_cost(here, ranks) <= limit
     for name, rank in plan(here, steps, index).items():  # at least what the converged index says
         assert ranks[name] == rank or name == steps[index].site
@@ -201,7 +201,7 @@ def test_strs_truncates_the_least_sensitive_first():
     here = sites({"soft": (24, 24), "hard": (24, 24)})
     steps = [Step("soft", 6, 1.0), Step("soft", 3, 1.1), Step("hard", 6, 5.0), Step("hard", 3, 9.0)]
     assert plan(here, steps, 1) == {"soft": 3, "hard": None}
-    assert spend_the_rest(here, steps, 1, budget(here, 0.65))["hard"] is None
+    assert finish(here, steps, 1, budget(here, 0.65))["hard"] is None
 
 
 def test_strs_below_its_lowest_candidates_is_skipped_with_what_it_reaches():

@@ -40,7 +40,7 @@ def test_every_option_says_what_it_is(group, option):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("method=sdv", "method=sdv: no such option; choose one of asvd, dense"),
+        ("method=sdv", "method=sdv: no such option; choose one of asvd, asvd_kv, asvd_uniform, dense"),
         ("methd=svd", "methd: no such setting; did you mean method?"),
         ("metric.alpa=1", "metric.alpa: no such setting with these options"),
         ("ratio=0.8,0.6", "to run several values as a grid, add -m"),
@@ -66,6 +66,17 @@ def test_every_option_says_what_it_is(group, option):
         ("metric=abs_max metric.alpha=big", "metric: alpha=big is not valid"),
         ("storage.left_share=2", "storage: left_share=2 is not valid; it must be a number in [0, 1]"),
         ("calibration.seed=-1", "calibration.seed=-1 is not valid"),
+        ("grouping.joint=[qkv,kv]", "k and v can only be in one of them"),
+        ("grouping.joint=[mlp]", "joint=mlp is not valid; it must be one of qkv, kv, gate_up"),
+        ("targets.ratio_of=kv_cache", "needs linears=kv"),
+        ("metric.cholesky=1", "cholesky=1 is not valid"),
+        ("method=asvd allocation.samples=13", "allocation.samples=13 is not valid; it must be at most calibration"),
+        ("method=asvd allocation.samples=true", "samples=True is not valid"),
+        ("method=asvd allocation.ratios=[0,0.5]", "it must be numbers between 0 and 1"),
+        ("method=dobi allocation.steps=0", "steps=0 is not valid; it must be a whole number from 1"),
+        ("method=dobi allocation.beta=-1", "beta=-1 is not valid; it must be a number above 0"),
+        ("method=qsvd allocation.form=best", "form=best is not valid; it must be one of layer, global"),
+        ("method=dobi_ipca refinement.samples=13", "refinement.samples=13 is not valid; it must be at most"),
         ("dataset.eval.max_documents=-1", "dataset.eval.max_documents=-1 is not valid"),
         ("device=null", "device=None is not valid"),
         ("data_root=5", "data_root=5 is not valid"),
@@ -196,6 +207,45 @@ def test_what_changes_a_number_changes_the_key(lab):
     ):
         keys.append(key(lab, *other.split()))
     assert len(set(keys)) == len(keys)
+
+
+def test_each_answer_and_each_of_its_settings_changes_the_key(lab):
+    keys = [key(lab)]
+    for other in (
+        "metric.cholesky=true",
+        "grouping=qkv",
+        "grouping=inputs",
+        "targets=mlp",
+        "targets=kv",
+        "targets=kv_cache",
+        "storage=remap",
+        "allocation=loss_based",
+        "allocation=global_tail",
+        "allocation=global_tail allocation.weights={x:2}",
+        "allocation=strs",
+        "allocation=strs allocation.samples=2",
+        "allocation=strs allocation.target_perplexity=20",
+        "allocation=strs allocation.ratios=[0.5]",
+        "allocation=sigma_gradient",
+        "allocation=sigma_gradient allocation.form=global",
+        "allocation=sigma_gradient allocation.samples=2",
+        "allocation=differentiable",
+        "allocation=differentiable allocation.beta=1",
+        "allocation=differentiable allocation.forward=per_batch",
+        "allocation=differentiable seed=1 calibration.seed=0",
+        "refinement=sequential_update",
+        "refinement=ipca",
+        "refinement=ipca refinement.samples=2",
+        "refinement=weighted_descent",
+        "refinement=weighted_descent refinement.steps=3",
+        "refinement=lora",
+        "refinement=lora refinement.r=2",
+        "refinement=lora refinement.samples=5",
+        "refinement=lora seed=1 calibration.seed=0",
+    ):
+        keys.append(key(lab, *other.split()))
+    assert len(set(keys)) == len(keys)
+    assert key(lab, "allocation=strs") == key(lab, "allocation=strs", "calibration.batch_size=2")
 
 
 def test_what_has_no_influence_is_left_out(lab):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from lowrank_lab import checks
 from lowrank_lab.lowrank.ranks import Ranks, budget, fit
 
 if TYPE_CHECKING:
@@ -17,12 +17,13 @@ class Differentiable:
 
     forward        ``pooled``: each site is its own factors with the directions masked, so that what is trained is
                    what is deployed and no SVD is in the loop; ``per_batch``: the paper's, which truncates the
-                   activations of every batch by their own SVD
+                   activations of every batch by their own SVD, so that no rank above the batch's tokens is seen
     beta           sharpness of the mask 0.5·tanh(β(k − i)) + 0.5 over the directions i (paper: 10)
     gamma          weight γ of the distance from the target ratio, in nats for the whole of it
     steps          optimizer steps (paper: 20 epochs of 8)
     batch_size     sequences a step (paper: 32)
     learning_rate  of Adam with a cosine schedule (paper: 0.1)
+    seed           of the order of the sequences
     """
 
     needs_calibration = True
@@ -35,21 +36,19 @@ class Differentiable:
         steps: int,
         batch_size: int,
         learning_rate: float,
+        seed: int,
     ) -> None:
-        if forward not in ("pooled", "per_batch"):
-            raise ValueError(f"forward={forward} is not valid; it must be pooled or per_batch")
-        for name, value in (("beta", beta), ("gamma", gamma), ("learning_rate", learning_rate)):
-            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ValueError(f"{name}={value} is not valid; it must be a number above 0")
-        for name, value in (("steps", steps), ("batch_size", batch_size)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value} is not valid; it must be a whole number from 1")
+        checks.one_of(("pooled", "per_batch"), forward=forward)
+        checks.above(0, beta=beta, gamma=gamma, learning_rate=learning_rate)
+        checks.whole(1, steps=steps, batch_size=batch_size)
+        checks.whole(0, seed=seed)
         self.forward = forward
         self.beta = beta
         self.gamma = gamma
         self.steps = steps
         self.batch_size = batch_size
         self.learning_rate = learning_rate
+        self.seed = seed
 
     def __call__(self, bench: Bench) -> Ranks:
         if bench.ratio >= 1:
@@ -57,18 +56,15 @@ class Differentiable:
         from lowrank_lab.allocation.rank_training import train_ranks
 
         cell = bench.cell
-        settings: dict[str, Any] = {**vars(self), "seed": cell.cfg.seed}
         parts = {
-            "differentiable": settings,
+            "differentiable": vars(self),
             "spectra": cell.spectra_key,
             "tokens": cell.calibration_tokens_key,
             "counted": cell.allocation_key["counted"],
             "ratio": bench.ratio,
         }
-        if self.forward == "pooled":
-            bench.spectra  # noqa: B018 (made before the training, so that its seconds are its own)
-        ids = bench.calibration_ids
-        make = lambda folder: train_ranks(folder, bench, ids, self, cell.cfg.seed)
+        ids, _ = bench.calibration_ids, bench.spectra  # made before the training, so that its seconds are its own
+        make = lambda folder: train_ranks(folder, bench, ids, self)
         folder = bench.artifact("rank training", "ranks", parts, make, resumable=True)
         learned = json.loads((folder / "ranks.json").read_text())
         return fit(bench.sites, learned, budget(bench.sites, bench.ratio))

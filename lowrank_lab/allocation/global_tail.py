@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import TYPE_CHECKING, TypeAlias
 
+from lowrank_lab import checks
 from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.lowrank.ranks import Ranks, Site, Sites, budget, total_cost
 
@@ -31,7 +32,7 @@ class GlobalTail:
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         for pattern, weight in weights.items():
-            if not isinstance(weight, (int, float)) or weight <= 0:
+            if not checks.is_number(weight) or weight <= 0:
                 raise ValueError(f"weights: {pattern}: {weight} is not valid; it must be a number above 0")
         self.weights = dict(weights)
 

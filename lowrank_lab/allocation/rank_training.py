@@ -45,12 +45,18 @@ class LearnedRank:
         return 0.5 * torch.tanh(self.beta * (self.k - i)) + 0.5
 
 
-def train_ranks(folder: Path, bench: Bench, ids: Tensor, settings: Differentiable, seed: int) -> None:
-    """Write ``ranks.json``, the learned k of every site, and ``history.json``: the loss and all k of each step."""
+def train_ranks(folder: Path, bench: Bench, ids: Tensor, settings: Differentiable) -> None:
+    """Write ``history.json``, the loss and all k of each step, then ``ranks.json``, the learned k of every site.
+
+    Training is in float32 whatever the model's dtype: the gradients of single directions are small.
+    """
+    if (folder / "ranks.json").exists():  # an earlier call was stopped while it tidied up
+        (folder / "ranks.state").unlink(missing_ok=True)
+        return
     device, sites = bench.device, bench.sites
     learned = {name: LearnedRank(site, bench.ratio, settings.beta, device) for name, site in sites.items()}
     masks = {name: rank.mask for name, rank in learned.items()}
-    model = bench.take_model().requires_grad_(False)
+    model = bench.take_model().float().requires_grad_(False)
     if settings.forward == "pooled":
         last = {name: site.last for name, site in sites.items()}
         mask_directions(model, bench.spec, sites, bench.spectra, last, masks, device)
@@ -75,10 +81,11 @@ def train_ranks(folder: Path, bench: Bench, ids: Tensor, settings: Differentiabl
     recipe = Recipe(
         steps=settings.steps,
         batch_size=settings.batch_size,
-        micro_batch=1,
+        # The activations of a whole batch are what per_batch decomposes.
+        micro_batch=1 if settings.forward == "pooled" else settings.batch_size,
         learning_rate=settings.learning_rate,
         schedule="cosine",
-        seed=seed,
+        seed=settings.seed,
     )
     parameters = [rank.parameter for rank in learned.values()]
     history = train(folder, "ranks", parameters, loss_of, ids, recipe, after_step)

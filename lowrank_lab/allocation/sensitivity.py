@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from lowrank_lab import progress
 from lowrank_lab.lowrank.factorized import factorize, site_weight
-from lowrank_lab.lowrank.ranks import Ranks, Site, Sites
+from lowrank_lab.lowrank.ranks import Ranks, Site, Sites, rank_within
 from lowrank_lab.lowrank.spectra import by_block, compress, load_spectrum
 from lowrank_lab.models.arch import ArchSpec
 from lowrank_lab.models.walk import blocks_of, entering_at, walk
@@ -62,7 +62,7 @@ def measure(
 
 def candidate_ranks(site: Site, ratios: Sequence[float]) -> list[int]:
     """The ranks of a site at the candidate ratios, each at least 1 and at most the last that saves anything."""
-    ranks = {max(1, int(ratio * site.dense / site.per_rank + 1e-9)) for ratio in ratios}
+    ranks = {max(1, rank_within(site, ratio)) for ratio in ratios}
     return sorted(rank for rank in ranks if rank <= site.last)
 
 
@@ -118,6 +118,14 @@ def _nll(
 @torch.no_grad()
 def perplexity_of(bench: Bench, ranks: Ranks, batches: Sequence[Tensor]) -> float:
     """The perplexity of ``batches`` (batch, length) with every site at its rank of ``ranks``."""
-    model = bench.take_model()
-    compress(model, bench.spec, bench.sites, ranks, bench.spectra, Absorb(0.5), bench.device)
-    return math.exp(_nll(model.to(bench.device), bench.spec, batches))
+    model, blocks = bench.model, blocks_of(bench.model, bench.spec)
+    dense = [
+        (blocks[site.block], {member: blocks[site.block].get_submodule(member) for member in site.members})
+        for site in bench.sites.values()
+    ]
+    try:
+        compress(model, bench.spec, bench.sites, ranks, bench.spectra, Absorb(0.5), bench.device)
+        return math.exp(_nll(model.to(bench.device), bench.spec, batches))
+    finally:
+        for block, members in dense:
+            _restore(block, members)

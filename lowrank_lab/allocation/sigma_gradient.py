@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
+from lowrank_lab import checks
 from lowrank_lab.allocation.global_tail import water_fill
 from lowrank_lab.lowrank.ranks import Ranks, Sites, budget, fit
 
@@ -25,10 +26,8 @@ class SigmaGradient:
     needs_calibration = True
 
     def __init__(self, form: Literal["layer", "global"], samples: int | None) -> None:
-        if form not in ("layer", "global"):
-            raise ValueError(f"form={form} is not valid; it must be layer or global")
-        if samples is not None and (not isinstance(samples, int) or samples < 1):
-            raise ValueError(f"samples={samples} is not valid; it must be null or a whole number from 1")
+        checks.one_of(("layer", "global"), form=form)
+        checks.whole(1, optional=True, samples=samples)
         self.form = form
         self.samples = samples
 
@@ -44,7 +43,7 @@ class SigmaGradient:
             "tokens": bench.cell.calibration_tokens_key,
         }
         make = lambda folder: make_sigma_gradients(
-            folder, bench.take_model(), bench.spec, bench.sites, spectra, ids, bench.device
+            folder, bench.take_model().float(), bench.spec, bench.sites, spectra, ids, bench.device
         )
         folder = bench.artifact("singular value gradients", "sigma", parts, make)
         sigma, mean_abs, mean_square = load_sigma_gradients(folder, bench.sites)

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from lowrank_lab import progress
 from lowrank_lab.lowrank.masked import mask_directions
 from lowrank_lab.lowrank.ranks import Sites
-from lowrank_lab.lowrank.spectra import by_block, load_spectrum
+from lowrank_lab.lowrank.spectra import by_block, load_singular_values
 from lowrank_lab.models.arch import ArchSpec
 from lowrank_lab.models.walk import block_file, blocks_of
 
@@ -29,7 +29,7 @@ def make_sigma_gradients(
     L is the mean negative log-likelihood of a sequence's predicted tokens, σ the singular values of the metric's
     decomposition at full rank. ``model`` is changed. Raises FloatingPointError, naming the site.
     """
-    sigma = {name: load_spectrum(spectra, site, device).eigenvalues.sqrt().float() for name, site in sites.items()}
+    sigma = {name: load_singular_values(spectra, site).to(device) for name, site in sites.items()}
     leaves = {name: value.clone().requires_grad_() for name, value in sigma.items()}
     masks = {name: partial(_relative, leaves[name], sigma[name]) for name in sites}
     full = {name: site.full for name, site in sites.items()}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lowrank_lab import checks
 from lowrank_lab.errors import SkippedCell
 from lowrank_lab.lowrank.ranks import Ranks, Sites, budget, total_cost
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """Truncating one site to ``rank``, with the perplexity of the model when only that is done."""
+    """Truncating one site to ``rank``, with the log-perplexity of the model when only that is done."""
 
     site: str
     rank: int
@@ -38,18 +38,16 @@ class Strs:
     needs_calibration = True
 
     def __init__(self, ratios: Sequence[float], samples: int, target_perplexity: float | None) -> None:
-        if not ratios or not all(isinstance(r, (int, float)) and 0 < r < 1 for r in ratios):
+        if not isinstance(ratios, list) or not ratios or not all(checks.is_number(r) and 0 < r < 1 for r in ratios):
             raise ValueError(f"ratios={ratios} is not valid; it must be numbers between 0 and 1")
-        if not isinstance(samples, int) or samples < 1:
-            raise ValueError(f"samples={samples} is not valid; it must be a whole number from 1")
-        if target_perplexity is not None and not target_perplexity > 1:
-            raise ValueError(f"target_perplexity={target_perplexity} is not valid; it must be null or above 1")
+        checks.whole(1, samples=samples)
+        checks.above(1, optional=True, target_perplexity=target_perplexity)
         self.ratios = sorted(float(ratio) for ratio in ratios)
         self.samples = samples
         self.target_perplexity = target_perplexity
 
     def __call__(self, bench: Bench) -> Ranks:
-        if bench.ratio >= 1 and self.target_perplexity is None:
+        if bench.ratio >= 1:
             return dict.fromkeys(bench.sites)
         steps = self._steps(bench)
         limit = budget(bench.sites, bench.ratio)
@@ -59,7 +57,7 @@ class Strs:
             within = index_within_perplexity(index, self.target_perplexity, perplexity)
             if within < index:
                 return plan(bench.sites, steps, within)
-        return spend_the_rest(bench.sites, steps, index, limit)
+        return finish(bench.sites, steps, index, limit)
 
     def _steps(self, bench: Bench) -> list[Step]:
         """Every candidate of every site, least sensitive first. The sensitivities are an artifact."""
@@ -80,7 +78,7 @@ class Strs:
         steps = []
         for file in sorted(folder.glob("block_*.json")):
             for site, by_rank in json.loads(file.read_text()).items():
-                steps += [Step(site, int(rank), math.exp(nll)) for rank, nll in by_rank.items()]
+                steps += [Step(site, int(rank), nll) for rank, nll in by_rank.items()]
         # Equal sensitivities in an order that does not depend on the machine: the mildest truncation first.
         return sorted(steps, key=lambda step: (step.sensitivity, -step.rank, step.site))
 
@@ -145,7 +143,7 @@ def index_within_perplexity(last: int, target: float, perplexity: Callable[[int]
     return low
 
 
-def spend_the_rest(sites: Sites, steps: Sequence[Step], index: int, limit: int) -> Ranks:
+def finish(sites: Sites, steps: Sequence[Step], index: int, limit: int) -> Ranks:
     """The plan of ``index`` with its last step taken only as far as the budget asks.
 
     Less than one rank of that site stays unspent.

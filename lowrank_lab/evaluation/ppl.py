@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from lowrank_lab import versions
+from lowrank_lab import checks, versions
 from lowrank_lab.errors import SkippedCell
 
 if TYPE_CHECKING:
@@ -26,13 +26,10 @@ class Perplexity:
     def __init__(
         self, seqlen: int, max_windows: int | None, bos: Literal["text", "window"], batch_size: int
     ) -> None:
-        for name, value, smallest in (("seqlen", seqlen, 2), ("batch_size", batch_size, 1)):
-            if not isinstance(value, int) or value < smallest:
-                raise ValueError(f"{name}={value} is not valid; it must be a whole number from {smallest}")
-        if max_windows is not None and (not isinstance(max_windows, int) or max_windows < 1):
-            raise ValueError(f"max_windows={max_windows} is not valid; it must be null or from 1")
-        if bos not in ("text", "window"):
-            raise ValueError(f"bos={bos} is not valid; it must be text or window")
+        checks.whole(2, seqlen=seqlen)
+        checks.whole(1, batch_size=batch_size)
+        checks.whole(1, optional=True, max_windows=max_windows)
+        checks.one_of(("text", "window"), bos=bos)
         self.seqlen = seqlen
         self.max_windows = max_windows
         self.bos = bos

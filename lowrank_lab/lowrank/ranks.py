@@ -7,6 +7,7 @@ is counted depends on the method: usually parameters, where rank k of an (out, i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -73,6 +74,12 @@ def total_cost(sites: Sites, ranks: Mapping[str, int | None]) -> int:
     return sum(site.cost(ranks[name]) for name, site in sites.items())
 
 
+def rank_within(site: Site, ratio: float) -> int:
+    """The largest rank with at most ``ratio`` of the dense cost, saving or not; 0 where there is none."""
+    # A tolerance far below one rank: 0.8 · 576 · 192 / 768 = 115.2 must not become 115.19999999999999.
+    return int(ratio * site.dense / site.per_rank + 1e-9)
+
+
 def rank_for_ratio(site: Site, ratio: float) -> int | None:
     """The largest rank with at most ``ratio`` of the dense cost; None where the site stays dense.
 
@@ -81,8 +88,7 @@ def rank_for_ratio(site: Site, ratio: float) -> int | None:
     """
     if ratio >= 1:
         return None
-    # A tolerance far below one rank: 0.8 · 576 · 192 / 768 = 115.2 must not become 115.19999999999999.
-    rank = int(ratio * site.dense / site.per_rank + 1e-9)
+    rank = rank_within(site, ratio)
     if rank < 1:
         smallest = site.per_rank / site.dense
         raise SkippedCell(
@@ -96,9 +102,12 @@ def fit(sites: Sites, wanted: Mapping[str, float], limit: int) -> Ranks:
     """Whole ranks in the proportions of ``wanted`` that together cost ``limit`` or less than one rank below it.
 
     The wanted ranks are scaled by one common factor, each kept between 1 and the last rank that saves anything,
-    until they cost ``limit``; then rounded down, and what rounding left is given out by largest remainder.
-    Raises SkippedCell where ``limit`` does not reach for rank 1 everywhere.
+    until they cost ``limit``; then rounded down, and what rounding left is given out by largest remainder. Less is
+    spent only where every site has its last rank. Raises SkippedCell where ``limit`` does not reach for rank 1
+    everywhere, FloatingPointError where ``wanted`` says nothing.
     """
+    if not all(math.isfinite(wish) for wish in wanted.values()) or not any(wish > 0 for wish in wanted.values()):
+        raise FloatingPointError("the importances of all linears are zero, or one is not finite")
     if limit >= sum(site.dense for site in sites.values()):
         return dict.fromkeys(sites)
     if limit < sum(site.cost(1) for site in sites.values()):

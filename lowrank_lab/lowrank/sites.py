@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lowrank_lab.errors import SkippedCell, UserError
+from lowrank_lab import checks
+from lowrank_lab.errors import SkippedCell
 from lowrank_lab.lowrank.ranks import Site
 from lowrank_lab.models.arch import ArchSpec
 
@@ -26,10 +27,10 @@ class Targets:
     """
 
     def __init__(self, linears: str, ratio_of: str) -> None:
-        if linears not in ROLES:
-            raise ValueError(f"linears={linears} is not valid; it must be one of {', '.join(ROLES)}")
-        if ratio_of not in RATIO_OF:
-            raise ValueError(f"ratio_of={ratio_of} is not valid; it must be parameters or kv_cache")
+        checks.one_of(ROLES, linears=linears)
+        checks.one_of(RATIO_OF, ratio_of=ratio_of)
+        if ratio_of == "kv_cache" and linears != "kv":
+            raise ValueError("ratio_of=kv_cache counts what is cached, so it needs linears=kv")
         self.linears = linears
         self.ratio_of = ratio_of
 
@@ -42,8 +43,9 @@ class Grouping:
 
     def __init__(self, joint: Sequence[str]) -> None:
         for role in joint:
-            if role not in ("qkv", "kv", "gate_up"):
-                raise ValueError(f"joint={role} is not valid; it must be qkv, kv or gate_up")
+            checks.one_of(("qkv", "kv", "gate_up"), joint=role)
+        if "qkv" in joint and "kv" in joint:
+            raise ValueError("joint=[qkv, kv] is not valid; k and v can only be in one of them")
         self.joint = tuple(joint)
 
 
@@ -71,10 +73,7 @@ def sites_of(
             inp = of_block[members[0]][1]
             out = sum(outs)
             if targets.ratio_of == "kv_cache":
-                kept = _role(spec, "kv")
-                dense, per_rank = sum(o for o, name in zip(outs, members, strict=True) if name in kept), 1
-                if dense == 0:
-                    raise UserError("targets.ratio_of=kv_cache needs targets that are cached: use targets=kv_cache")
+                dense, per_rank = out, 1
             else:
                 dense, per_rank = out * inp, storage.cost_per_rank(out, inp)
             site = Site(index, members, outs, inp, dense, per_rank)

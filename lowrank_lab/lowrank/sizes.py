@@ -26,7 +26,8 @@ def sizes(
     macs_per_token           multiply-accumulates of all linear layers with lm_head, attention products apart
     kv_cache_bytes_per_token keys and values of all layers in the model's dtype
     kv_latent_bytes_per_token  the same if the latent of each key and value projection were cached instead of its
-                             output, where it is narrower (ASVD §3.4; a latent that both share counts once)
+                             output, where it is narrower (ASVD §3.4; a latent that both share counts once); None
+                             where they are fused with the queries
     """
     tensors = list(model.parameters())
     value_bytes = model.get_input_embeddings().weight.element_size()  # type: ignore[operator]
@@ -49,7 +50,9 @@ def sizes(
         },
         "macs_per_token": _macs_per_token(model),
         "kv_cache_bytes_per_token": cached * value_bytes,
-        "kv_latent_bytes_per_token": (cached - _latent_saves(spec, sites, ranks)) * value_bytes,
+        "kv_latent_bytes_per_token": None
+        if spec is not None and "kv" not in spec.roles
+        else (cached - _latent_saves(spec, sites, ranks)) * value_bytes,
     }
 
 
@@ -67,8 +70,8 @@ def _latent_saves(spec: ArchSpec | None, sites: Sites, ranks: Mapping[str, int |
     for name, site in sites.items():
         rank = ranks[name]
         assert spec is not None
-        kept = spec.roles.get("kv", ())
-        cached = sum(out for out, member in zip(site.outs, site.members, strict=True) if member in kept)
+        keys_values = spec.roles["kv"]
+        cached = sum(out for out, member in zip(site.outs, site.members, strict=True) if member in keys_values)
         if rank is not None:
             saved += max(0, cached - rank)
     return saved

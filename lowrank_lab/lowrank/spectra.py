@@ -110,6 +110,12 @@ def load_tails(folder: Path, sites: Sites) -> dict[str, np.ndarray]:
     return tails
 
 
+def load_singular_values(folder: Path, site: Site) -> Tensor:
+    """σ (p,) of R^½ W C^½, descending, float32 on the CPU."""
+    with safe_open(folder / block_file(site.block), framework="pt") as file:
+        return file.get_tensor(f"{site.key}.eigenvalues").sqrt().float()
+
+
 def load_spectrum(folder: Path, site: Site, device: torch.device) -> Spectrum:
     """One spectrum of ``make_spectra``, float64."""
     with safe_open(folder / block_file(site.block), framework="pt") as file:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
+from lowrank_lab import checks
 from lowrank_lab.metric.base import InputStatistics, OutputStatistics, Weights
 
 
@@ -20,9 +20,8 @@ class ActivationScale:
     needs_outer = False
 
     def __init__(self, statistic: Literal["abs_mean", "abs_max"], alpha: float) -> None:
-        if statistic not in ("abs_mean", "abs_max"):
-            raise ValueError(f"statistic={statistic} is not valid; it must be abs_mean or abs_max")
-        if not isinstance(alpha, (int, float)) or not 0 <= alpha < math.inf:
+        checks.one_of(("abs_mean", "abs_max"), statistic=statistic)
+        if not checks.is_number(alpha) or alpha < 0:
             raise ValueError(f"alpha={alpha} is not valid; it must be a number from 0")
         self.statistic = statistic
         self.alpha = alpha

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from lowrank_lab import checks
 from lowrank_lab.metric.base import InputStatistics, OutputStatistics, Weights
 
 
@@ -19,8 +20,7 @@ class FisherKron:
     needs_gradients = True
 
     def __init__(self, output: Literal["diagonal", "full"]) -> None:
-        if output not in ("diagonal", "full"):
-            raise ValueError(f"output={output} is not valid; it must be diagonal or full")
+        checks.one_of(("diagonal", "full"), output=output)
         self.needs_outer = output == "full"
 
     def __call__(self, inputs: InputStatistics | None, outputs: OutputStatistics | None) -> Weights:

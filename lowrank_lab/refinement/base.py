@@ -21,6 +21,10 @@ class Refinement(Protocol):
 
     needs_calibration: bool
 
+    def prepare(self, bench: Bench) -> None:
+        """Ask the bench for the artifacts that will be needed, so that their seconds are their own."""
+        ...
+
     def __call__(self, bench: Bench, ranks: Ranks, folder: Path) -> None:
         """Write the factors of every site that ``ranks`` gives a rank, with ``spectra.save_factors``.
 

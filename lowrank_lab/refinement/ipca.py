@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowrank_lab.errors import UserError
+from lowrank_lab import checks
 from lowrank_lab.lowrank.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -29,9 +29,11 @@ class Ipca:
     needs_calibration = True
 
     def __init__(self, samples: int | None) -> None:
-        if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
-            raise ValueError(f"samples={samples} is not valid; it must be null or a whole number from 1")
+        checks.whole(1, optional=True, samples=samples)
         self.samples = samples
+
+    def prepare(self, bench: Bench) -> None:
+        _ = bench.calibration_ids
 
     def __call__(self, bench: Bench, ranks: Ranks, folder: Path) -> None:
         """Raises FloatingPointError, naming the site, where an activation is not finite."""
@@ -41,8 +43,6 @@ class Ipca:
         from lowrank_lab.models.walk import block_file, blocks_of, walk
 
         spec, device, ids = bench.spec, bench.device, bench.calibration_ids
-        if self.samples is not None and self.samples > len(ids):
-            raise UserError(f"refinement.samples={self.samples} is more than calibration.samples={len(ids)}")
         batches = ids[: self.samples].split(bench.cell.cfg.calibration.batch_size)
         sites = by_block(bench.sites, len(blocks_of(bench.model, spec)))
         blocks = walk(bench.model, spec, batches, device)

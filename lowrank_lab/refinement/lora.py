@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowrank_lab import checks
 from lowrank_lab.lowrank.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -40,18 +41,11 @@ class Lora:
         seed: int,
         **windows: Any,
     ) -> None:
-        counts = {"r": r, "epochs": epochs, "batch_size": batch_size, "micro_batch": micro_batch}
-        for name, count in counts.items():
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise ValueError(f"{name}={count} is not valid; it must be a whole number from 1")
-        if not isinstance(warmup, int) or isinstance(warmup, bool) or warmup < 0:
-            raise ValueError(f"warmup={warmup} is not valid; it must be a whole number from 0")
-        for name, value in {"alpha": alpha, "learning_rate": learning_rate, "max_norm": max_norm}.items():
-            if name == "max_norm" and value is None:
-                continue
-            if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                raise ValueError(f"{name}={value} is not valid; it must be a number above 0")
-        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        checks.whole(1, r=r, epochs=epochs, batch_size=batch_size, micro_batch=micro_batch)
+        checks.whole(0, warmup=warmup)
+        checks.above(0, alpha=alpha, learning_rate=learning_rate)
+        checks.above(0, optional=True, max_norm=max_norm)
+        if not checks.is_number(dropout) or not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout} is not valid; it must be a number in [0, 1)")
         self.r = r
         self.alpha = alpha
@@ -63,6 +57,9 @@ class Lora:
         self.warmup = warmup
         self.max_norm = max_norm
         self.seed = seed
+
+    def prepare(self, bench: Bench) -> None:
+        _ = bench.training_ids
 
     def __call__(self, bench: Bench, ranks: Ranks, folder: Path) -> None:
         from lowrank_lab.refinement.lora_training import refine

@@ -35,8 +35,7 @@ def refine(bench: Bench, ranks: Ranks, folder: Path, settings: Lora) -> None:
     """
     if not (folder / "facts.json").exists():
         ids, spectra = bench.training_ids, bench.spectra  # the spectra read the dense model: before it is changed
-        in_float32 = bench.cell.cfg.dtype == "float32"
-        model = bench.take_model() if in_float32 else bench.float32_model()
+        model = bench.take_model().float()  # the weights that the spectra are of, whatever their dtype
         # √Σ in each factor, whatever the storage: both phases then start from factors of one scale.
         compress(model, bench.spec, bench.sites, ranks, spectra, Absorb(0.5), bench.device)
         model.to(bench.device)

@@ -13,9 +13,8 @@ if TYPE_CHECKING:
 
     from lowrank_lab.bench import Bench
 
-# Fractions of the largest below which a direction is rounding: of C', summed in float32, and of a float64 factor.
+# Fraction of the largest below which a direction of C', which is summed in float32, is rounding.
 RESOLUTION = 1e-6
-NOISE = 1e-12
 
 
 class SequentialUpdate:
@@ -30,6 +29,9 @@ class SequentialUpdate:
     """
 
     needs_calibration = True
+
+    def prepare(self, bench: Bench) -> None:
+        _ = bench.calibration_ids
 
     def __call__(self, bench: Bench, ranks: Ranks, folder: Path) -> None:
         """Raises FloatingPointError, naming the site, where its input or a factor is not finite."""
@@ -78,6 +80,8 @@ def refit_left(weight: Tensor, left: Tensor, right: Tensor, second_moment: Tenso
     nothing about (few tokens, dead channels) stays as ``left`` has it.
     """
     import torch
+
+    from lowrank_lab.lowrank.solver import NOISE
 
     # Rounding in a sum of x xᵀ is relative to the two channels of each entry. So G is set up for inputs of unit
     # size, where it is the same everywhere, and in an orthonormal basis of what right passes on of them. In G as it

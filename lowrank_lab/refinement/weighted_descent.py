@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowrank_lab import checks
 from lowrank_lab.lowrank.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -23,14 +24,16 @@ class WeightedDescent:
     """
 
     needs_calibration = True
+    needs_weight_fisher = True
 
     def __init__(self, steps: int, floor: float) -> None:
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-            raise ValueError(f"steps={steps} is not valid; it must be a whole number from 0")
-        if not isinstance(floor, (int, float)) or isinstance(floor, bool) or not 0 < floor < float("inf"):
-            raise ValueError(f"floor={floor} is not valid; it must be a number above 0")
+        checks.whole(0, steps=steps)
+        checks.above(0, floor=floor)
         self.steps = steps
         self.floor = floor
+
+    def prepare(self, bench: Bench) -> None:
+        _ = bench.weight_fisher
 
     def __call__(self, bench: Bench, ranks: Ranks, folder: Path) -> None:
         from lowrank_lab.refinement.weighted_error import refine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lowrank_lab import checks
 from lowrank_lab.lowrank.ranks import Site
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ class Absorb:
     """
 
     def __init__(self, left_share: float) -> None:
-        if not isinstance(left_share, (int, float)) or not 0 <= left_share <= 1:
+        if not checks.is_number(left_share) or not 0 <= left_share <= 1:
             raise ValueError(f"left_share={left_share} is not valid; it must be a number in [0, 1]")
         self.left_share = left_share
 

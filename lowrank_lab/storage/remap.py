@@ -11,12 +11,13 @@ if TYPE_CHECKING:
 
 
 class Remap:
-    """U Σ and V of rank k in k · max(out, in) words of 16 bits, so that every rank up to min(out, in) saves.
+    """U Σ and V of rank k in k · max(out, in) words of 16 bits, so that every rank below min(out, in) saves.
 
     With out ≥ in, the first ``in`` rows of U Σ and all rows of V are 8-bit integers, a pair to a word; the other
     rows of U Σ stay in float16. With out < in the same with U and V exchanged. The paper quantizes with
-    bitsandbytes' 8 bits; here each singular direction has one float32 scale for its 8-bit part of each factor
-    (2k scales a site, counted in the record's bytes), since the directions differ by their singular values.
+    bitsandbytes' 8 bits; here each singular direction has one float32 scale for its 8-bit part of each factor,
+    since the directions differ by their singular values: 2k scales a linear, k more for each further one of a joint
+    site, all counted in the record's bytes.
     """
 
     def cost_per_rank(self, out: int, inp: int) -> int:

@@ -1,0 +1,37 @@
+"""Checks of settings, with one wording. No torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_count(value: Any, smallest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= smallest
+
+
+def whole(smallest: int, optional: bool = False, **settings: Any) -> None:
+    """Raise ValueError for a setting that is no whole number from ``smallest`` (or None, where ``optional``)."""
+    for name, value in settings.items():
+        if not (is_count(value, smallest) or (optional and value is None)):
+            wanted = f"{'null or ' if optional else ''}a whole number from {smallest}"
+            raise ValueError(f"{name}={value} is not valid; it must be {wanted}")
+
+
+def above(bound: float, optional: bool = False, **settings: Any) -> None:
+    """Raise ValueError for a setting that is no number above ``bound`` (or None, where ``optional``)."""
+    for name, value in settings.items():
+        if not ((is_number(value) and value > bound) or (optional and value is None)):
+            wanted = f"{'null or ' if optional else ''}a number above {bound:g}"
+            raise ValueError(f"{name}={value} is not valid; it must be {wanted}")
+
+
+def one_of(options: tuple[str, ...], **settings: Any) -> None:
+    """Raise ValueError for a setting that is none of ``options``."""
+    for name, value in settings.items():
+        if value not in options:
+            raise ValueError(f"{name}={value} is not valid; it must be one of {', '.join(options)}")
