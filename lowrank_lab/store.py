@@ -26,6 +26,7 @@ from lowrank_lab.environment import versions
 log = logging.getLogger(__name__)
 
 MANIFEST = "artifact.json"
+SPENT = ".seconds"  # in the folder of an unfinished resumable artifact: what earlier runs spent on it
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class Store:
 
         Only one process at a time makes a key; the others wait for it. If ``make`` raises, nothing is left
         behind; with ``resumable`` the next ``make`` is given the same folder again, with what this one wrote
-        (each file whole or absent, which is up to ``make``). The manifest keeps the library versions the artifact
+        (each file whole or absent, which is up to ``make``), and seconds are those of all runs but killed ones. The
+        manifest keeps the library versions the artifact
         was made with.
         """
         if found := self.get(kind, key):
@@ -88,9 +90,11 @@ class Store:
             work.mkdir(exist_ok=resumable)
             (work / MANIFEST).unlink(missing_ok=True)  # a run that was stopped between writing it and renaming
             try:
-                start = time.perf_counter()
+                start = time.perf_counter() - _spent(work)
                 make(work)
                 seconds = time.perf_counter() - start
+                for leftover in (work / SPENT, *work.glob(".*.tmp-*")):  # of runs that were stopped
+                    leftover.unlink(missing_ok=True)
                 files = {str(f.relative_to(work)): _facts(f) for f in work.rglob("*") if f.is_file()}
                 manifest = {
                     "kind": kind,
@@ -102,7 +106,9 @@ class Store:
                 (work / MANIFEST).write_text(json.dumps(manifest, indent=1))
                 os.replace(work, final)
             except BaseException:
-                if not resumable:
+                if resumable:
+                    write_json(work / SPENT, time.perf_counter() - start)
+                else:
                     shutil.rmtree(work, ignore_errors=True)
                 raise
         return Artifact(kind, key, final, reused=False, seconds=seconds)
@@ -122,6 +128,13 @@ class Store:
         sha256 = _sha256(file)
         write_json(memo, {**identity, "sha256": sha256})
         return sha256
+
+
+def _spent(work: Path) -> float:
+    try:
+        return float(json.loads((work / SPENT).read_text()))
+    except (OSError, ValueError):
+        return 0.0  # the first run, or one that was killed: its time is not known
 
 
 def _facts(file: Path) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def train(
     steps = range(len(history), recipe.steps)
     for step in progress.track(steps, name, "step"):
         rows = _rows(step, recipe, len(ids))
-        torch.manual_seed(recipe.seed * 1_000_003 + step)
+        torch.manual_seed((recipe.seed * 1_000_003 + step) % 2**63)
         loss = 0.0
         for micro in rows.split(recipe.micro_batch):
             part = loss_of(ids[micro]) * (len(micro) / len(rows))
@@ -94,7 +94,7 @@ def _rows(step: int, recipe: Recipe, samples: int) -> Tensor:
 
 
 def _order(epoch: int, seed: int, samples: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(samples, generator=generator)
 
 

@@ -75,6 +75,11 @@ def test_every_option_says_what_it_is(group, option):
         ("method=asvd allocation.ratios=[0,0.5]", "it must be numbers between 0 and 1"),
         ("method=dobi allocation.steps=0", "steps=0 is not valid; it must be a whole number from 1"),
         ("method=dobi allocation.beta=-1", "beta=-1 is not valid; it must be a number above 0"),
+        ("method=asvd allocation.ratios=0.5", "it must be numbers between 0 and 1"),
+        ("method=asvd allocation.target_perplexity=inf", "it must be null or a number above 1"),
+        ("method=asvd allocation.target_perplexity=low", "it must be null or a number above 1"),
+        ("method=kron allocation.weights=3", "weights=3 is not valid; it must be factors by pattern"),
+        ("grouping.joint=qkv", "joint=qkv is not valid; it must be a list of roles"),
         ("method=qsvd allocation.form=best", "form=best is not valid; it must be one of layer, global"),
         ("method=dobi_ipca refinement.samples=13", "refinement.samples=13 is not valid; it must be at most"),
         ("dataset.eval.max_documents=-1", "dataset.eval.max_documents=-1 is not valid"),
@@ -221,7 +226,7 @@ def test_each_answer_and_each_of_its_settings_changes_the_key(lab):
         "storage=remap",
         "allocation=loss_based",
         "allocation=global_tail",
-        "allocation=global_tail allocation.weights={x:2}",
+        "allocation=global_tail allocation.weights={*.up_proj:2}",
         "allocation=strs",
         "allocation=strs allocation.samples=2",
         "allocation=strs allocation.target_perplexity=20",
@@ -278,5 +283,5 @@ def test_data_is_identified_by_content(lab, data_root, tmp_path):
 def test_an_experiment_can_be_narrowed_from_the_command_line(lab):
     cells = lab.cells("experiment=demo", "ratio=0.4", multirun=True)
     assert [(c.cfg.method.name, c.cfg.ratio) for c in cells] == [
-        (method, 0.4) for method in ("dense", "svd", "asvd", "svdllm")
+        (method, 0.4) for method in ("dense", "svd", "asvd_uniform", "svdllm")
     ]

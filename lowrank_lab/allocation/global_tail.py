@@ -24,13 +24,16 @@ Tails: TypeAlias = "Mapping[str, np.ndarray]"
 class GlobalTail:
     """Minimise the summed squared error of all linears at a given cost.
 
-    ``weights`` multiplies the errors of the sites whose names match a pattern, such as {"*.down_proj": 2.0};
-    where several match, the last one counts.
+    ``weights`` multiplies the errors of the sites whose names match a pattern, such as {"*.down_proj": 2.0}; where
+    several match, the last one counts. None weighs all alike.
     """
 
     needs_calibration = False
 
-    def __init__(self, weights: Mapping[str, float]) -> None:
+    def __init__(self, weights: Mapping[str, float] | None) -> None:
+        weights = weights or {}
+        if not isinstance(weights, Mapping):
+            raise ValueError(f"weights={weights} is not valid; it must be factors by pattern, {{*.down_proj:2}}")
         for pattern, weight in weights.items():
             if not checks.is_number(weight) or weight <= 0:
                 raise ValueError(f"weights: {pattern}: {weight} is not valid; it must be a number above 0")

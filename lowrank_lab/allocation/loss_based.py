@@ -44,8 +44,8 @@ def loss_based(sites: Sites, ratio: float, losses: dict[str, float]) -> Ranks:
     for name, loss in losses.items():
         if loss <= 1:
             raise SkippedCell(
-                f"loss_based needs losses above 1 for their logarithm; that of {name} is {loss:.3g} (use a metric "
-                "of the outputs, such as second_moment)"
+                f"loss_based needs losses above 1 for their logarithm; that of {name} is {loss:.3g} (it is summed "
+                "over the calibration tokens: use more, or metric=second_moment)"
             )
     wanted = {}
     for names in types.values():

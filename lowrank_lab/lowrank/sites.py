@@ -42,6 +42,8 @@ class Grouping:
     """
 
     def __init__(self, joint: Sequence[str]) -> None:
+        if isinstance(joint, str):
+            raise ValueError(f"joint={joint} is not valid; it must be a list of roles, [{joint}]")
         for role in joint:
             checks.one_of(("qkv", "kv", "gate_up"), joint=role)
         if "qkv" in joint and "kv" in joint:

@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from lowrank_lab.reporting.tables import comparison, groups
+from lowrank_lab.reporting.tables import WHOLE, comparison, groups
 
 # Okabe and Ito's palette: told apart with every common kind of colour blindness, and by marker in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -35,10 +35,11 @@ STYLE: Any = {
 
 
 def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure:
-    """Perplexity (log scale) against the fraction of compressible parameters kept, a line for each method."""
+    """Perplexity (log scale) against the fraction of all linears kept, a line for each method."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
-        compressed = group[group["method"] != "dense"]
+        # Ratios of part of the model would stand at the wrong place on this axis.
+        compressed = group[(group["method"] != "dense") & group["counted"].isin(WHOLE)]
         for number, ((method, variant), line) in enumerate(compressed.groupby(["method", "variant"], sort=True)):
             line = line.sort_values("ratio_reached")
             axes.plot(
@@ -56,7 +57,7 @@ def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure:
         axes.set_yscale("log")
         axes.set_xticks(sorted(compressed["ratio"].unique()))
         axes.margins(x=0.1)
-        axes.set_xlabel("ratio of compressible parameters kept")
+        axes.set_xlabel("ratio of compressible parameters (remapped: words) kept")
         axes.set_ylabel("perplexity")
         axes.set_title(_wrapped(caption), fontsize=11)
         if len(axes.get_lines()) <= 6:
@@ -72,7 +73,7 @@ def write(records: list[dict[str, Any]], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for caption, group in groups(comparison(records)):
-        if (group["method"] == "dense").all():
+        if not ((group["method"] != "dense") & group["counted"].isin(WHOLE)).any():
             continue  # nothing to draw against the ratio
         model, protocol = group.iloc[0]["model"], group.iloc[0]["protocol"]
         windows = f"{protocol['windows']}x{protocol['window']}"

@@ -41,10 +41,27 @@ def comparison(records: list[dict[str, Any]]) -> pd.DataFrame:
     rows["group"] = pd.factorize(order, sort=True)[0]
     for _, group in rows.groupby("group"):
         rows.loc[group.index, "variant"] = group["key"].map(_variants([done[key] for key in group["key"]]))
+    rows["counted"] = rows["key"].map(lambda key: counted(done[key]["config"]))
     rows["_dense_first"] = rows["method"] != "dense"
-    order_of_rows = ["group", "_dense_first", "ratio", "value", "method", "variant"]
-    rows = rows.sort_values(order_of_rows, ascending=[True, True, False, True, True, True], kind="stable")
-    return rows.drop(columns="_dense_first").reset_index(drop=True)
+    rows["_whole_first"] = ~rows["counted"].isin(WHOLE)
+    order_of_rows = ["group", "_dense_first", "_whole_first", "ratio", "value", "method", "variant"]
+    falling = [name != "ratio" for name in order_of_rows]
+    rows = rows.sort_values(order_of_rows, ascending=falling, kind="stable")
+    return rows.drop(columns=["_dense_first", "_whole_first"]).reset_index(drop=True)
+
+
+WHOLE = ("weights", "16-bit words")  # what ratios of all linears count; other ratios rank below, they mean less
+
+
+def counted(config: dict[str, Any]) -> str:
+    """What a cell's ratio is a fraction of, in a few words."""
+    if config["allocation"] is None:
+        return "weights"
+    targets = config["targets"]
+    if targets["ratio_of"] == "kv_cache":
+        return "cached values"
+    what = "16-bit words" if str(config["storage"]["_target_"]).endswith(".Remap") else "weights"
+    return what if targets["linears"] == "all" else f"{what} of {targets['linears']}"
 
 
 def outdated(record: dict[str, Any]) -> bool:
@@ -78,6 +95,7 @@ def presentable(group: pd.DataFrame) -> pd.DataFrame:
             "method": group["method"],
             "variant": group["variant"],
             "ratio": group["ratio"].map("{:g}".format),
+            "counts": group["counted"],
             "reached": group["ratio_reached"].map("{:.4f}".format),
             "perplexity": group["value"].map("{:.4g}".format),
             "parameters (M)": (group["parameters"] / 1e6).map("{:.4g}".format),
@@ -86,7 +104,8 @@ def presentable(group: pd.DataFrame) -> pd.DataFrame:
             "evaluation (s)": group["evaluation_seconds"].map("{:.0f}".format),
         }
     )
-    return table.drop(columns="variant") if (group["variant"] == "").all() else table
+    same = [name for name, usual in (("variant", ""), ("counts", "weights")) if (table[name] == usual).all()]
+    return table.drop(columns=same)
 
 
 def markdown(records: list[dict[str, Any]]) -> str:
@@ -109,7 +128,7 @@ def latex(records: list[dict[str, Any]]) -> str:
     for caption, group in groups(comparison(records)):
         table = presentable(group)
         escaped = caption.replace("_", r"\_")
-        alignment = "".join("l" if column in ("method", "variant") else "r" for column in table)
+        alignment = "".join("l" if column in ("method", "variant", "counts") else "r" for column in table)
         parts.append(table.to_latex(index=False, caption=escaped, column_format=alignment, escape=True))
     return "\n".join(parts)
 
@@ -138,28 +157,42 @@ def write(records: list[dict[str, Any]], folder: Path) -> list[Path]:
 def _variants(records: list[dict[str, Any]]) -> dict[str, str]:
     """What a table must say of each record (by key) beside its method and ratio; "" for most.
 
-    That is every answer that differs from the method's own, and every setting in which the cells of one
-    method differ from each other.
+    That is every answer that differs from the method's own or between the cells of one method, by its name; and
+    every setting that cells with the same answer do not share, or in which an answer of the method's own differs
+    from how the method has it.
     """
     settings = {r["key"]: _settings(r["config"], calibrated="calibration" in r) for r in records}
     variants = {}
     for record in records:
         fellows = [settings[r["key"]] for r in records if r["method"] == record["method"]]
         own = _own_answers(record["method"])
-        shown = {
-            name: value
-            for name, value in settings[record["key"]].items()
-            if any(fellow.get(name) != value for fellow in fellows)
-            or (own is not None and name.startswith(ANSWERS) and own.get(name) != value)
-        }
-        variants[record["key"]] = ", ".join(f"{name}={value}" for name, value in shown.items())
+        here = settings[record["key"]]
+        shown = {name: value for name, value in here.items() if _is_told(name, here, fellows, own)}
+        variants[record["key"]] = ", ".join(f"{name}={_word(value)}" for name, value in shown.items())
     return variants
+
+
+def _is_told(name: str, here: dict[str, Any], fellows: list[dict[str, Any]], own: dict[str, Any] | None) -> bool:
+    """Whether a table must say what the setting ``name`` of a record is."""
+    if any(name in fellow and fellow[name] != here[name] for fellow in fellows):
+        return True
+    answer = name.split(".")[0]
+    if own is None or answer not in ANSWERS:
+        return False
+    if name != answer and own.get(answer) != here[answer]:
+        return False  # a setting of another answer than the method's: the answer itself is told
+    return own.get(name) != here[name]
+
+
+def _word(value: Any) -> str:
+    """A value on one line."""
+    return repr(value) if isinstance(value, str) and not value.isprintable() else str(value)
 
 
 def _settings(config: dict[str, Any], calibrated: bool) -> dict[str, Any]:
     """The settings that may tell two cells of one method apart, flat, by their names on the command line."""
     if config["allocation"] is None:
-        return {"dtype": config["dtype"]}
+        return {"allocation": "none", "dtype": config["dtype"]}
     refinement = config["refinement"]
     if refinement is not None and refinement.get("dataset") == config["calibration"]["dataset"]:
         config = {**config, "refinement": {k: v for k, v in refinement.items() if k != "dataset"}}
@@ -177,6 +210,7 @@ def _flatten(name: str, value: Any, into: dict[str, Any]) -> None:
             elif inner_name == "corpus" or f"{name}.{inner_name}" in (
                 "calibration.dataset.eval",
                 "refinement.dataset.eval",
+                "refinement.micro_batch",
                 "calibration.batch_size",
             ):
                 continue  # a corpus is told by its data set's name; the others have no influence
