@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # The pins are for Python 3.11 and newer; on 3.10 pip chooses within pyproject's ranges.
 PINS := $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' if sys.version_info >= (3, 11) else '')")
 
+# One worker a core with one thread each: tiny models gain nothing from more, and threads that wait for each other lose.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow check format
 
@@ -26,10 +29,10 @@ demo: setup      ## the main job: SVD, ASVD and SVD-LLM on a real model and real
 	$(BIN)/python report.py
 
 test: setup      ## all tests but the slow ones (a few minutes on 2 cores, no network)
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-slow: setup ## the slow tests too: the real model end to end, memory benchmark, kill -9
-	$(BIN)/python -m pytest -q -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 check: setup     ## lint, format and types
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from lowrank_lab import config
 from lowrank_lab.reporting import figures, tables
 from lowrank_lab.reporting.status import status
 from lowrank_lab.results import Results
@@ -165,3 +166,44 @@ def test_status_tells_done_failed_skipped_and_missing(grid_lab, tmp_path):
     assert f"(because; traceback in {results.path(keys[1])})" in text
     assert "missing" in next(line for line in text.splitlines() if grid["cells"][keys[0]] in line)
     assert "no grid has been run" in status(Results(tmp_path / "nothing"))
+
+
+def told(lab, *commands: str) -> list[str]:
+    """What a table would tell of cells that were asked for so, without running them."""
+    cells = [lab.cells(*command.split())[0] for command in commands]
+    records = [
+        {"key": cell.key, "config": config.plain(cell.cfg), "method": cell.cfg.method.name}
+        | ({} if cell.ratio == 1 else {"calibration": {}})
+        for cell in cells
+    ]
+    variants = tables._variants(records)
+    return [variants[record["key"]] for record in records]
+
+
+def test_a_table_tells_answers_by_name_and_settings_where_they_differ(lab):
+    assert told(lab, "method=svdllm ratio=0.8", "method=svdllm ratio=0.6") == ["", ""]
+    assert told(lab, "method=svdllm ratio=1", "method=svdllm ratio=0.6") == ["", ""]
+    assert told(lab, "method=svdllm refinement=lora") == ["refinement=Lora"]
+    assert told(lab, "method=svdllm grouping=qkv") == ["grouping.joint=[qkv]"]
+    assert told(lab, "method=svdllm_lora refinement.r=4") == ["refinement.r=4"]
+    assert told(lab, "method=svdllm allocation=none") == ["allocation=none"]
+    assert told(lab, "method=dense") == [""]
+    both = told(lab, "method=svdllm allocation=strs", "method=svdllm allocation=strs allocation.samples=2")
+    assert both == ["allocation=Strs, allocation.samples=1", "allocation=Strs, allocation.samples=2"]
+    [joined] = told(lab, "method=svdllm dataset.calibration.join=x")
+    assert joined == ""
+    assert "\n" not in "".join(
+        told(lab, "method=svdllm dataset.calibration.join=x", "method=svdllm dataset.calibration.max_documents=9")
+    )
+
+
+def test_a_table_tells_what_a_ratio_counts(lab):
+    expected = {
+        "method=dense": "weights",
+        "method=svdllm": "weights",
+        "method=dobi": "16-bit words",
+        "method=qsvd": "weights of qkv",
+        "method=asvd_kv": "cached values",
+    }
+    found = {command: tables.counted(config.plain(lab.cells(command)[0].cfg)) for command in expected}
+    assert found == expected

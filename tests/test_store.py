@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_lab.store import Store, fingerprint, write_json
+from lowrank_lab.store import MANIFEST, Store, fingerprint, write_json
 
 
 def fill(text: str):
@@ -119,3 +119,27 @@ def test_write_json_replaces_whole(tmp_path):
         write_json(file, {"a": object()})
     assert json.loads(file.read_text()) == {"a": 1}
     assert [f.name for f in file.parent.iterdir()] == ["record.json"]
+
+
+def test_a_resumable_artifact_goes_on_in_its_folder_and_counts_all_its_time(tmp_path):
+    store = Store(tmp_path)
+
+    def stopped(folder: Path) -> None:
+        (folder / "first").write_text("1")
+        (folder / ".first.tmp-1").write_text("half")
+        (folder / MANIFEST).write_text("a manifest that was written before the folder could be renamed")
+        time.sleep(0.2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.get_or_make("kind", "key", stopped, resumable=True)
+    assert store.get("kind", "key") is None
+
+    def rest(folder: Path) -> None:
+        assert (folder / "first").read_text() == "1"
+        (folder / "second").write_text("2")
+
+    made = store.get_or_make("kind", "key", rest, resumable=True)
+    assert made.seconds >= 0.2
+    assert sorted(file.name for file in made.path.iterdir()) == [MANIFEST, "first", "second"]
+    assert store.get("kind", "key") is not None, "what was made is found damaged"

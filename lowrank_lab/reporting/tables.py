@@ -186,6 +186,8 @@ def _is_told(name: str, here: dict[str, Any], fellows: list[dict[str, Any]], own
 
 def _word(value: Any) -> str:
     """A value on one line."""
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
     return repr(value) if isinstance(value, str) and not value.isprintable() else str(value)
 
 
