@@ -349,9 +349,8 @@ def test_ipca_end_to_end(lab):
     assert other["metrics"]["ppl"]["value"] != record["metrics"]["ppl"]["value"]
 
 
-def test_settings_of_ipca_are_checked(lab, checkpoints, tmp_path):
+def test_settings_of_ipca_are_checked(lab):
     with pytest.raises(UserError, match="samples=0 is not valid"):
         lab.cells("refinement=ipca", "refinement.samples=0")
-    bench = make_bench(checkpoints, tmp_path)
-    with pytest.raises(UserError, match=r"refinement\.samples=6 is more than calibration\.samples=5"):
-        Ipca(6)(bench, ranks_of(bench), made(tmp_path))
+    with pytest.raises(UserError, match=r"refinement\.samples=13 is not valid; it must be at most calibration"):
+        lab.cells("refinement=ipca", "refinement.samples=13", "calibration.samples=12")
