@@ -57,7 +57,8 @@ def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure:
         axes.set_yscale("log")
         axes.set_xticks(sorted(compressed["ratio"].unique()))
         axes.margins(x=0.1)
-        axes.set_xlabel("ratio of compressible parameters (remapped: words) kept")
+        words = " (remapped: words)" if (compressed["counted"] == "16-bit words").any() else ""
+        axes.set_xlabel(f"ratio of compressible parameters{words} kept")
         axes.set_ylabel("perplexity")
         axes.set_title(_wrapped(caption), fontsize=11)
         if len(axes.get_lines()) <= 6:
