@@ -49,8 +49,8 @@ class Bench:
         source = self.cell.source
         if source.kind in ("hub", "folder"):
             return source.location
-        made = self.cell.store.get_or_make("model", self.cell.model_key, lambda folder: convert(source, folder))
-        return str(self.record.artifact("model conversion", made).path)
+        make = lambda folder: convert(source, folder)
+        return str(self.made("model conversion", "model", self.cell.model_key, make))
 
     @cached_property
     def model_config(self) -> Any:
@@ -122,7 +122,8 @@ class Bench:
     def _windows(self, stage: str, sampling: Any, key: str) -> tuple[np.ndarray, dict[str, Any]]:
         """Windows of the calibration part of ``sampling.dataset``, and the facts about them."""
         corpus, part = corpus_part(sampling.dataset, "calibration")
-        made = self.cell.store.get_or_make(
+        made = self.made(
+            stage,
             "tokens",
             key,
             lambda folder: make_calibration_tokens(
@@ -138,7 +139,7 @@ class Bench:
                 bos_id=self.bos_id() if sampling.bos == "window" else None,
             ),
         )
-        return load_tokens(self.record.artifact(stage, made).path)
+        return load_tokens(made)
 
     @cached_property
     def statistics(self) -> Path | None:
@@ -149,7 +150,7 @@ class Bench:
         ids = self.calibration_ids
         batches = ids.split(self.cell.cfg.calibration.batch_size)
         make = lambda folder: make_statistics(folder, self.model, self.spec, batches, self.device)
-        return self.record.artifact("calibration", self.cell.store.get_or_make("statistics", key, make)).path
+        return self.made("calibration", "statistics", key, make)
 
     @cached_property
     def gradients(self) -> Path | None:
@@ -161,14 +162,14 @@ class Bench:
             return self.weight_fisher  # holds all of the others as well: one backward pass serves both
         ids, outer = self.calibration_ids, self.cell.metric.needs_outer
         make = lambda folder: make_gradients(folder, self.float32_model(), self.spec, ids, self.device, outer)
-        return self.record.artifact("gradients", self.cell.store.get_or_make("gradients", key, make)).path
+        return self.made("gradients", "gradients", key, make)
 
     @cached_property
     def weight_fisher(self) -> Path:
         """The artifact of the mean (dL/dW)² of every compressible linear, as large as the model."""
         ids, key = self.calibration_ids, self.cell.weight_fisher_key
         make = lambda folder: make_gradients(folder, self.float32_model(), self.spec, ids, self.device, weight=True)
-        return self.record.artifact("weight gradients", self.cell.store.get_or_make("gradients", key, make)).path
+        return self.made("weight gradients", "gradients", key, make)
 
     @cached_property
     def spectra(self) -> Path:
@@ -177,8 +178,7 @@ class Bench:
         make = lambda folder: make_spectra(
             folder, self.model, self.spec, self.sites, self.cell.metric, statistics, gradients, self.device
         )
-        made = self.cell.store.get_or_make("spectra", self.cell.spectra_key, make)
-        return self.record.artifact("decomposition", made).path
+        return self.made("decomposition", "spectra", self.cell.spectra_key, make)
 
     @cached_property
     def tails(self) -> dict[str, np.ndarray]:
@@ -193,6 +193,10 @@ class Bench:
         With ``resumable`` the folder keeps what ``make`` wrote when it was stopped; ``make`` goes on from there.
         """
         key = fingerprint({**parts, "version": versions.COMPRESSION})
+        return self.made(stage, kind, key, make, resumable)
+
+    def made(self, stage: str, kind: str, key: str, make: Callable[[Path], None], resumable: bool = False) -> Path:
+        """The folder of an artifact, made if it is not there, and noted in the record as ``stage``."""
         return self.record.artifact(stage, self.cell.store.get_or_make(kind, key, make, resumable)).path
 
     @cached_property
@@ -215,12 +219,12 @@ class Bench:
         """The artifact of the evaluation text's tokens."""
         corpus, part = corpus_part(self.cell.cfg.dataset, "eval")
         special = self.cell.evaluators[self.evaluator].add_special_tokens
-        made = self.cell.store.get_or_make(
+        return self.made(
+            "evaluation tokens",
             "tokens",
             self.cell.text_tokens_key(self.evaluator),
             lambda folder: make_text_tokens(folder, self.tokenizer, corpus, part, self.cell.cfg.data_root, special),
         )
-        return self.record.artifact("evaluation tokens", made).path
 
     def text_tokens(self) -> tuple[np.ndarray, dict[str, Any]]:
         """The tokens of the evaluation text, and what the protocol says about them."""

@@ -57,9 +57,8 @@ def compute(cell: Cell, record: Record) -> None:
         bench.evaluator = name
         if evaluator.reads_text:
             bench.make_text_tokens()  # before the metric, so that its seconds are its own
-        metric = cell.store.get_or_make("metric", cell.metric_key(name), partial(_measure, evaluator, bench))
-        record.artifact(f"eval.{name}", metric)
-        measured = json.loads((metric.path / "metric.json").read_text())
+        metric = bench.made(f"eval.{name}", "metric", cell.metric_key(name), partial(_measure, evaluator, bench))
+        measured = json.loads((metric / "metric.json").read_text())
         if evaluator.reads_text:
             measured["protocol"] = {"dataset": cell.cfg.dataset.name, **measured["protocol"]}
         record.data["metrics"][name] = measured
@@ -80,8 +79,7 @@ def _compress(cell: Cell, record: Record, bench: Bench, ranks: Ranks) -> float |
             return compress(bench.model, bench.spec, bench.sites, ranks, spectra, storage, bench.device)
     cell.refinement.prepare(bench)
     refine = partial(cell.refinement, bench, ranks)
-    made = cell.store.get_or_make("factors", cell.factors_key, refine, resumable=True)
-    factors = record.artifact("refinement", made).path
+    factors = bench.made("refinement", "factors", cell.factors_key, refine, resumable=True)
     if (facts := factors / "facts.json").exists():
         record.data["refinement"] = json.loads(facts.read_text())
     with record.stage("factorization"):
