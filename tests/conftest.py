@@ -7,8 +7,11 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need a network
@@ -19,6 +22,7 @@ from omegaconf import OmegaConf
 
 from lowrank_lab import grid, runner
 from lowrank_lab.cell import Cell
+from lowrank_lab.models import tiny
 from lowrank_lab.results import Results
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -92,6 +96,32 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "".join(json.dumps({"text": row, "other": row}) + "\n" for row in rows)
         )
     return root
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint folder of every tiny family."""
+    folders = {}
+    for family in tiny.CONFIGS:
+        folders[family] = tmp_path_factory.mktemp(family)
+        tiny.build(family, folders[family])
+    return folders
+
+
+@contextmanager
+def stopped_at_block_one(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> Iterator[None]:
+    """Expect the body to be interrupted when it comes to ``module.save_factors`` of block 1."""
+    save = module.save_factors
+
+    def stop(folder: Path, index: int, factors: Any) -> None:
+        if index == 1:
+            raise KeyboardInterrupt
+        save(folder, index, factors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_factors", stop)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 @pytest.fixture

@@ -31,15 +31,6 @@ CPU = torch.device("cpu")
 FAMILIES = sorted(ARCHITECTURES)
 
 
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folders = {}
-    for family in FAMILIES:
-        folders[family] = tmp_path_factory.mktemp(family)
-        tiny.build(family, folders[family])
-    return folders
-
-
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param

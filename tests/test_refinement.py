@@ -23,7 +23,7 @@ from lowrank_lab.refinement.lora import Lora
 from lowrank_lab.results import Record
 from lowrank_lab.storage.absorb import Absorb
 
-from .conftest import Lab
+from .conftest import Lab, stopped_at_block_one
 
 CPU = torch.device("cpu")
 LORA = (
@@ -253,17 +253,8 @@ def test_the_weighted_error_is_the_measured_one_and_falls(lab, tmp_path, groupin
 def test_weighted_descent_goes_on_where_it_was_stopped(lab, tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     refined(lab, whole, *WSVD)
-    save = weighted_error.save_factors
-
-    def once(folder: Path, index: int, factors: Any) -> None:
-        if index == 1:
-            raise KeyboardInterrupt
-        save(folder, index, factors)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(weighted_error, "save_factors", once)
-        with pytest.raises(KeyboardInterrupt):
-            refined(lab, stopped, *WSVD)
+    with stopped_at_block_one(monkeypatch, weighted_error):
+        refined(lab, stopped, *WSVD)
     first = (stopped / "block_000.safetensors").stat().st_mtime_ns
     refined(lab, stopped, *WSVD)
     assert (stopped / "block_000.safetensors").stat().st_mtime_ns == first

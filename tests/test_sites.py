@@ -29,14 +29,6 @@ CPU = torch.device("cpu")
 IDS = torch.randint(0, 260, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    for family in tiny.CONFIGS:
-        tiny.build(family, root / family)
-    return {family: root / family for family in tiny.CONFIGS}
-
-
 def load(checkpoints: dict[str, Path], family: str) -> nn.Module:
     return load_model(str(checkpoints[family]), None, "float32", False)
 

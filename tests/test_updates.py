@@ -17,13 +17,14 @@ from lowrank_lab.lowrank.ranks import rank_for_ratio
 from lowrank_lab.lowrank.solver import decompose
 from lowrank_lab.lowrank.spectra import by_block, load_factors, load_spectrum, make_spectra
 from lowrank_lab.metric.second_moment import SecondMoment
-from lowrank_lab.models import tiny
 from lowrank_lab.models.arch import ARCHITECTURES
 from lowrank_lab.models.load import load_model
 from lowrank_lab.models.walk import block_file, blocks_of, walk
 from lowrank_lab.refinement.ipca import Ipca, Update, complete, leading_directions, merge
 from lowrank_lab.refinement.sequential_update import SequentialUpdate, refit_left
 from tests.sites import sites_in
+
+from .conftest import stopped_at_block_one
 
 CPU = torch.device("cpu")
 FAMILIES = sorted(ARCHITECTURES)
@@ -32,15 +33,6 @@ SOME = ["llama", "opt", "gpt2"]  # separate linears, biases and flattened sequen
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folders = {}
-    for family in SOME:
-        folders[family] = tmp_path_factory.mktemp(family)
-        tiny.build(family, folders[family])
-    return folders
 
 
 @pytest.fixture(params=[(family, ()) for family in SOME] + [("llama", ("qkv", "gate_up"))], ids=str)
@@ -93,17 +85,8 @@ def made(tmp_path: Path, name: str = "factors") -> Path:
 
 
 def interrupted_after_a_block(refinement: Any, bench: Any, ranks: Any, folder: Path, monkeypatch: Any) -> None:
-    save = spectra.save_factors
-
-    def stop(folder: Path, index: int, factors: Any) -> None:
-        if index == 1:
-            raise KeyboardInterrupt
-        save(folder, index, factors)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(spectra, "save_factors", stop)
-        with pytest.raises(KeyboardInterrupt):
-            refinement(bench, ranks, folder)
+    with stopped_at_block_one(monkeypatch, spectra):
+        refinement(bench, ranks, folder)
     assert [file.name for file in folder.iterdir()] == [block_file(0)]
 
 
