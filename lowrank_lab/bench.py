@@ -217,7 +217,7 @@ class Bench:
 
     def make_text_tokens(self) -> Path:
         """The artifact of the evaluation text's tokens."""
-        corpus, part = corpus_part(self.cell.cfg.dataset, "eval")
+        corpus, part = corpus_part(self.cell.text_of(self.evaluator), "eval")
         special = self.cell.evaluators[self.evaluator].add_special_tokens
         return self.made(
             "evaluation tokens",

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from lowrank_lab import config, versions
 from lowrank_lab.calibration.corpora import Corpus, Part
+from lowrank_lab.evaluation.base import Evaluator
 from lowrank_lab.models.arch import spec_for
 from lowrank_lab.models.source import ModelSource, resolve
 from lowrank_lab.saved import Saved
@@ -30,7 +31,8 @@ class Cell:
     compressed already, whatever was asked for; the last also for no refinement.
     ``calibration_data`` is the content hash of the calibration text (None where nothing reads it),
     ``evaluation_data`` that of the text of each evaluator that reads one, ``training_data`` that of the text that
-    the refinement trains on (None where it has no data set of its own).
+    the refinement trains on (None where it has no data set of its own). ``parts`` is what each evaluator measures
+    separately, with what that depends on.
     """
 
     cfg: DictConfig
@@ -40,9 +42,10 @@ class Cell:
     allocation: Any
     refinement: Any
     calibration_data: str | None
-    evaluators: dict[str, Any]
+    evaluators: dict[str, Evaluator]
     evaluation_data: dict[str, str | None]
     training_data: str | None
+    parts: dict[str, dict[str, Any]]
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> Cell:
@@ -66,11 +69,23 @@ class Cell:
                 training_data = _content(cfg.refinement.dataset, "calibration", cfg.data_root, store)
         evaluators = {name: config.build(node) for name, node in cfg.eval.items()}
         evaluation_data = {
-            name: _content(cfg.dataset, "eval", cfg.data_root, store) if evaluator.reads_text else None
+            name: _content(text_of(cfg, name), "eval", cfg.data_root, store) if evaluator.reads_text else None
             for name, evaluator in evaluators.items()
         }
-        answers = (metric, allocation, refinement)
-        return cls(cfg, store, source, *answers, calibration_data, evaluators, evaluation_data, training_data)
+        parts = {name: evaluator.parts(cfg, store) for name, evaluator in evaluators.items()}
+        return cls(
+            cfg,
+            store,
+            source,
+            metric,
+            allocation,
+            refinement,
+            calibration_data,
+            evaluators,
+            evaluation_data,
+            training_data,
+            parts,
+        )
 
     @property
     def compresses(self) -> bool:
@@ -101,7 +116,7 @@ class Cell:
             {
                 "names": [self.cfg.method.name, self.cfg.dataset.name],
                 "model": self.compressed_key,
-                "metrics": {name: self.metric_key(name) for name in self.evaluators},
+                "metrics": {name: self.metric_keys(name) for name in self.evaluators},
                 "version": versions.RECORD,
             }
         )
@@ -245,23 +260,26 @@ class Cell:
             {
                 "tokenizer": self.model_key,
                 "data": self.evaluation_data[evaluator],
-                "part": config.for_key(self.cfg.dataset.eval),
+                "part": config.for_key(self.text_of(evaluator).eval),
                 "special": self.evaluators[evaluator].add_special_tokens,
                 "version": versions.TOKENS,
             }
         )
 
-    def metric_key(self, evaluator: str) -> str:
-        """Identifies one measured number."""
-        reads_text = self.evaluators[evaluator].reads_text
-        return fingerprint(
-            {
-                "model": self.compressed_key,
-                "evaluator": config.for_key(self.cfg.eval[evaluator], without=("batch_size",)),
-                "tokens": self.text_tokens_key(evaluator) if reads_text else None,
-                "version": self.evaluators[evaluator].version,
-            }
-        )
+    def text_of(self, evaluator: str) -> DictConfig:
+        """The data set that an evaluator reads: its own, or that of the cell."""
+        return text_of(self.cfg, evaluator)
+
+    def metric_keys(self, name: str) -> dict[str, str]:
+        """Identify what an evaluator measures, by part."""
+        evaluator = self.evaluators[name]
+        shared = {
+            "model": self.compressed_key,
+            "evaluator": evaluator.settings(self.cfg.eval[name]),
+            "tokens": self.text_tokens_key(name) if evaluator.reads_text else None,
+            "version": evaluator.version,
+        }
+        return {part: fingerprint({**shared, "part": depends}) for part, depends in self.parts[name].items()}
 
 
 def _evaluation_only(cfg: DictConfig, saved: Saved) -> DictConfig:
@@ -270,6 +288,11 @@ def _evaluation_only(cfg: DictConfig, saved: Saved) -> DictConfig:
     cfg.method.name, cfg.ratio = saved.method, saved.ratio
     cfg.allocation = cfg.refinement = None
     return cfg
+
+
+def text_of(cfg: DictConfig, evaluator: str) -> DictConfig:
+    """The data set that an evaluator of ``cfg`` reads: its own, or that of the cell."""
+    return cfg.eval[evaluator].get("dataset") or cfg.dataset
 
 
 def corpus_part(dataset: DictConfig, which: str) -> tuple[Corpus, Part]:

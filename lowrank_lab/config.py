@@ -74,6 +74,9 @@ def validate(cfg: DictConfig) -> None:
     batch_size = cfg.calibration.batch_size
     _check("calibration.batch_size", batch_size, is_count(batch_size, 1), "a whole number from 1")
     _check_part("dataset", cfg.dataset, "eval")
+    for name, node in cfg.eval.items():
+        if node.get("dataset") is not None:
+            _check_part(f"eval.{name}.dataset", node.dataset, "eval")
     _check_part("calibration.dataset", cfg.calibration.dataset, "calibration")
     if cfg.get("refinement") is not None and "dataset" in cfg.refinement:
         _check_windows("refinement", cfg.refinement)

@@ -78,9 +78,15 @@ def _disk_full(error: BaseException) -> bool:
     return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "os error 28" in str(error)
 
 
+def _shown(measured: dict[str, Any]) -> str:
+    if measured["value"] is None:
+        return f"nan ({measured['not_finite']} is not finite)"
+    return f"{measured['value']:.4g}"
+
+
 def summary(record: dict[str, Any]) -> str:
     """A record's numbers, or why it has none, in a few words; and which checkpoints were kept."""
     if "reason" in record:
         return record["reason"]
-    numbers = [f"{m['metric']} {m['value']:.4g}" for m in record["metrics"].values()]
+    numbers = [f"{m['metric']} {_shown(m)}" for m in record["metrics"].values()]
     return ", ".join([*numbers, *(record[what] for what in CHECKPOINT_NAMES if what in record)])

@@ -53,15 +53,8 @@ def compute(cell: Cell, record: Record) -> None:
     else:
         record.data["sizes"] = sizes(bench.model, None, {}, {}, 1.0)
 
-    for name, evaluator in cell.evaluators.items():
-        bench.evaluator = name
-        if evaluator.reads_text:
-            bench.make_text_tokens()  # before the metric, so that its seconds are its own
-        metric = bench.made(f"eval.{name}", "metric", cell.metric_key(name), partial(_measure, evaluator, bench))
-        measured = json.loads((metric / "metric.json").read_text())
-        if evaluator.reads_text:
-            measured["protocol"] = {"dataset": cell.cfg.dataset.name, **measured["protocol"]}
-        record.data["metrics"][name] = measured
+    for name in cell.evaluators:
+        record.data["metrics"][name] = _measured(cell, bench, name)
 
     if saved is not None and "merged_checkpoint" in cell.checkpoints:
         checkpoint.merge(bench.model, saved)  # the last thing that is done with it
@@ -109,5 +102,21 @@ def _check_lengths(cell: Cell, model_config: Any) -> None:
             raise SkippedCell(f"{name}={length} is longer than the {positions} positions of {cell.source.name}")
 
 
-def _measure(evaluator: Any, bench: Bench, folder: Path) -> None:
-    (folder / "metric.json").write_text(json.dumps(evaluator(bench), indent=1))
+def _measured(cell: Cell, bench: Bench, name: str) -> dict[str, Any]:
+    """What an evaluator finds, each of its parts an artifact."""
+    evaluator, bench.evaluator = cell.evaluators[name], name
+    if evaluator.reads_text:
+        bench.make_text_tokens()  # before the metric, so that its seconds are its own
+
+    def measure(part: str, folder: Path) -> None:
+        (folder / "metric.json").write_text(json.dumps(evaluator(bench, part), indent=1, allow_nan=False))
+
+    measured = {}
+    for part, key in cell.metric_keys(name).items():
+        stage = f"eval.{name}.{part}" if part else f"eval.{name}"
+        folder = bench.made(stage, "metric", key, partial(measure, part))
+        measured[part] = json.loads((folder / "metric.json").read_text())
+    combined = evaluator.combine(measured)
+    if evaluator.reads_text:
+        combined["protocol"] = {"dataset": cell.text_of(name).name, **combined["protocol"]}
+    return combined

@@ -264,7 +264,7 @@ def test_the_name_of_a_method_is_not_its_identity(lab):
     [by_answers] = lab.cells("method=svd", "metric=second_moment")
     [by_name] = lab.cells("method=svdllm")
     assert by_answers.compressed_key == by_name.compressed_key
-    assert by_answers.metric_key("ppl") == by_name.metric_key("ppl")
+    assert by_answers.metric_keys("ppl") == by_name.metric_keys("ppl")
     assert by_answers.key != by_name.key
 
 

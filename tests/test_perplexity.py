@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from lowrank_lab.evaluation.perplexity import perplexity, windows_of
 from lowrank_lab.evaluation.ppl import Perplexity
+from lowrank_lab.evaluation.robust import in_batches
 from lowrank_lab.models import tiny
 from lowrank_lab.models.load import load_model
 
@@ -50,15 +53,45 @@ def test_value_is_the_exponential_of_the_token_mean(model):
         assert measured["predicted_tokens"] == 5 * 23
 
 
-def test_a_loss_that_is_not_finite_raises(model):
-    class Broken(torch.nn.Module):
-        def forward(self, ids, use_cache):
-            out = model(ids, use_cache=use_cache)
-            out.logits[..., 0] = torch.nan
-            return out
+def test_logits_that_are_not_finite_give_nan_and_the_layer(model):
+    """A weight of one layer is broken: the value is missing, and the layer is named, not one of those after it."""
+    broken = copy.deepcopy(model)
+    broken.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
+    measured = perplexity(broken, torch.ones(2, 8, dtype=torch.long), 1, CPU)
+    assert measured == {"value": None, "mean_nll": None, "not_finite": "model.layers.1.mlp.up_proj"}
 
-    with pytest.raises(FloatingPointError, match="window 0"):
-        perplexity(Broken(), torch.ones(2, 8, dtype=torch.long), 1, CPU)
+
+def test_out_of_memory_halves_the_batch_and_goes_on(model, caplog):
+    windows = torch.randint(4, 260, (7, 24), generator=torch.Generator().manual_seed(0))
+    sizes = []
+
+    class Small(torch.nn.Module):
+        def forward(self, ids, use_cache):
+            sizes.append(len(ids))
+            if len(ids) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return model(ids, use_cache=use_cache)
+
+    measured = perplexity(Small(), windows, 6, CPU)
+    assert sizes == [6, 3, 1, 1, 1, 1, 1, 1, 1]
+    assert "going on with 1" in caplog.text
+    assert measured["value"] == pytest.approx(perplexity(model, windows, 1, CPU)["value"], rel=1e-6)
+
+
+def test_one_window_that_does_not_fit_raises():
+    def run(batch):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        list(in_batches(torch.zeros(4, 8), 4, run))
+
+
+def test_a_perplexity_beyond_float64_is_its_largest_number(model):
+    huge = copy.deepcopy(model)
+    huge.lm_head.weight.data *= 1e6
+    measured = perplexity(huge, torch.randint(4, 260, (2, 24)), 1, CPU)
+    assert measured["mean_nll"] > 710
+    assert measured["value"] == sys.float_info.max
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ over all predicted tokens of the negative log-likelihood, computed in float32.
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lowrank_lab import progress
+from lowrank_lab.evaluation.robust import NotFiniteError, check_logits, in_batches
 
 Bos = Literal["text", "window"]
 
@@ -36,22 +38,27 @@ def windows_of(ids: np.ndarray, seqlen: int, max_windows: int | None, bos_id: in
 def perplexity(model: nn.Module, windows: Tensor, batch_size: int, device: torch.device) -> dict[str, Any]:
     """Evaluate ``model`` on ``windows`` (windows, seqlen) of token ids.
 
-    Returns the perplexity, the mean negative log-likelihood in nats, and how many tokens were predicted.
-    Raises FloatingPointError, naming the window, where a loss is not finite.
+    Returns the perplexity (``value``), the mean negative log-likelihood in nats, and the count of predicted tokens.
+    Where the logits are not finite both are None, and ``not_finite`` is the first layer that has such an output.
+    Where the perplexity is too large for a float64, ``value`` is its largest number.
     """
     model.to(device)
-    total = 0.0
-    predicted = 0
-    batches = windows.split(batch_size)
-    for number, batch in enumerate(progress.track(batches, "perplexity", "batch")):
+
+    def losses(batch: Tensor) -> Tensor:
         batch = batch.to(device)
         logits = model(batch, use_cache=False).logits[:, :-1].float()
-        losses = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
-        if not torch.isfinite(losses).all():
-            raise FloatingPointError(f"the loss is not finite in window {number * batch_size} or soon after")
-        total += losses.sum(dtype=torch.float64).item()
-        predicted += losses.numel()
+        of_tokens = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+        check_logits(model, batch, of_tokens)
+        return of_tokens.view(len(batch), -1).sum(1, dtype=torch.float64).cpu()
+
+    total = 0.0
+    of_windows = progress.track(in_batches(windows, batch_size, losses), "perplexity", "window", len(windows))
+    try:
+        for loss in of_windows:
+            total += loss.item()
+    except NotFiniteError as error:
+        return {"value": None, "mean_nll": None, "not_finite": error.layer}
+    predicted = windows[:, 1:].numel()
     mean = total / predicted
-    if mean > 700:  # exp() of it is no float64
-        raise FloatingPointError(f"the perplexity overflows: the mean negative log-likelihood is {mean:.0f} nats")
-    return {"value": math.exp(mean), "mean_nll": mean, "predicted_tokens": predicted}
+    value = math.exp(mean) if mean < math.log(sys.float_info.max) else sys.float_info.max
+    return {"value": value, "mean_nll": mean, "predicted_tokens": predicted}

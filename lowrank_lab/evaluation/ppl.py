@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lowrank_lab import checks, versions
 from lowrank_lab.errors import SkippedCell
+from lowrank_lab.evaluation.base import Evaluator
 
 if TYPE_CHECKING:
     from lowrank_lab.bench import Bench
 
 
-class Perplexity:
+class Perplexity(Evaluator):
     """Perplexity on the text of ``dataset``.
 
     seqlen       tokens a window; the papers use 2048
@@ -35,11 +36,9 @@ class Perplexity:
         self.bos = bos
         self.batch_size = batch_size
 
-    @property
-    def add_special_tokens(self) -> bool:
-        return self.bos == "text"
+        self.add_special_tokens = bos == "text"
 
-    def __call__(self, bench: Bench) -> dict[str, Any]:
+    def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
         """Measure it: the value and its protocol."""
         from lowrank_lab.evaluation.perplexity import perplexity, windows_of
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from lowrank_lab.reporting.tables import WHOLE, comparison, groups
+from lowrank_lab.reporting.sections import PERPLEXITY
+from lowrank_lab.reporting.tables import WHOLE, all_groups
 
 # Okabe and Ito's palette: told apart with every common kind of colour blindness, and by marker in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -34,8 +36,10 @@ STYLE: Any = {
 }
 
 
-def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure:
+def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | None:
     """Perplexity (log scale) against the fraction of all linears kept, a line for each method."""
+    if not ((group["method"] != "dense") & group["counted"].isin(WHOLE)).any():
+        return None
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
         # Ratios of part of the model would stand at the wrong place on this axis.
@@ -69,19 +73,26 @@ def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure:
     return figure
 
 
+# By metric, a figure of one comparable set, or None where there is nothing to draw.
+FIGURES: dict[str, Callable[[pd.DataFrame, str], plt.Figure | None]] = {
+    PERPLEXITY.metric: perplexity_against_ratio,
+}
+
+
 def write(records: list[dict[str, Any]], folder: Path) -> list[Path]:
     """Write each comparable set as PNG and PDF; returns the files written."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for caption, group in groups(comparison(records)):
-        if not ((group["method"] != "dense") & group["counted"].isin(WHOLE)).any():
-            continue  # nothing to draw against the ratio
-        model, protocol = group.iloc[0]["model"], group.iloc[0]["protocol"]
-        windows = f"{protocol['windows']}x{protocol['window']}"
-        name = f"perplexity_{model}_{protocol['dataset']}_{windows}_{group.iloc[0]['identity'][:6]}"
-        figure = perplexity_against_ratio(group, caption)
+    for section, caption, group in all_groups(records):
+        if section.metric not in FIGURES:
+            continue
+        figure = FIGURES[section.metric](group, caption)
+        if figure is None:
+            continue
+        first = group.iloc[0]
+        what = [section.metric, first["model"], first["protocol_text"].split(",")[0], first["identity"][:6]]
         for suffix in ("png", "pdf"):
-            file = folder / f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)}.{suffix}"
+            file = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', '_'.join(what))}.{suffix}"
             # No creation date, so that the same records give the same bytes.
             figure.savefig(file, metadata={"CreationDate": None} if suffix == "pdf" else {"Software": None})
             files.append(file)

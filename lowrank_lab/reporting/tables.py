@@ -12,41 +12,49 @@ from hydra import compose, initialize_config_dir
 
 from lowrank_lab import versions
 from lowrank_lab.config import plain
+from lowrank_lab.reporting.sections import SECTIONS, Section
 from lowrank_lab.results import frame
 from lowrank_lab.store import fingerprint
 
-# What must agree for two perplexities to stand in one table, beside the model's content.
-PROTOCOL = ("dataset", "split", "join", "documents", "sha256", "window", "stride", "windows", "bos")
 ANSWERS = ("metric", "grouping", "targets", "allocation", "refinement", "storage")
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"
 
 
-def comparison(records: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row a finished perplexity, ranked: by group, the dense model first, then by falling ratio and perplexity.
+def comparison(records: list[dict[str, Any]], section: Section) -> pd.DataFrame:
+    """One row a finished measurement, ranked: by group, the dense model first, then by falling ratio and from the best.
 
     ``group`` numbers the sets of rows that are comparable (same model content and protocol), ``identity`` is
-    a hash of what they share, and ``variant`` says in what a row differs from its method as published or from
-    the other rows of its method. Records of other component versions are left out.
+    a hash of what they share, ``measured`` is all that the evaluator returned, and ``variant`` says in what a row
+    differs from its method as published or from the other rows of its method. Records of other component versions
+    are left out.
     """
     done = {r["key"]: r for r in records if r["status"] == "done" and not outdated(r)}
     rows = frame(list(done.values()))
-    if rows.empty:
-        return rows
-    rows = rows[rows["metric"] == "perplexity"].copy()
-    rows["protocol_text"] = rows["protocol"].map(describe)
+    if rows.empty or not (rows["metric"] == section.metric).any():
+        return pd.DataFrame()
+    rows = rows[rows["metric"] == section.metric].copy()
+    rows["measured"] = [
+        done[key]["metrics"][name] for key, name in zip(rows["key"], rows["evaluator"], strict=True)
+    ]
+    rows["protocol_text"] = rows["protocol"].map(section.describe)
     model = rows["key"].map(lambda key: done[key]["content"]["model"])
     shared = zip(rows["model"], model, rows["protocol"], strict=True)
-    rows["identity"] = [fingerprint([name, content, *(p[k] for k in PROTOCOL)]) for name, content, p in shared]
+    rows["identity"] = [
+        fingerprint([name, content, *(protocol[k] for k in section.must_agree)])
+        for name, content, protocol in shared
+    ]
+    rows = rows.drop_duplicates(["key", "identity"])  # two evaluators of one job may have the same protocol
     order = rows["model"] + rows["protocol_text"] + rows["identity"]
     rows["group"] = pd.factorize(order, sort=True)[0]
     for _, group in rows.groupby("group"):
         rows.loc[group.index, "variant"] = group["key"].map(_variants([done[key] for key in group["key"]]))
     rows["counted"] = rows["key"].map(lambda key: counted(done[key]["config"]))
+    rows["value"] = rows["value"].astype(float)
     rows["_dense_first"] = rows["method"] != "dense"
     rows["_whole_first"] = ~rows["counted"].isin(WHOLE)
     order_of_rows = ["group", "_dense_first", "_whole_first", "ratio", "value", "method", "variant"]
-    falling = [name != "ratio" for name in order_of_rows]
-    rows = rows.sort_values(order_of_rows, ascending=falling, kind="stable")
+    rising = [section.ascending if name == "value" else name != "ratio" for name in order_of_rows]
+    rows = rows.sort_values(order_of_rows, ascending=rising, kind="stable")
     return rows.drop(columns=["_dense_first", "_whole_first"]).reset_index(drop=True)
 
 
@@ -65,54 +73,61 @@ def counted(config: dict[str, Any]) -> str:
 
 
 def outdated(record: dict[str, Any]) -> bool:
-    """Whether a record was made by other versions of the components than the present ones."""
-    return record.get("components") != versions.current()
+    """Whether a record was made by other versions of the components than the present ones.
+
+    A component that came later has no part in it.
+    """
+    made_by = record.get("components", {})
+    return any(version != made_by.get(name, version) for name, version in versions.current().items())
 
 
-def describe(protocol: dict[str, Any]) -> str:
-    """A protocol in one line, for captions."""
-    count = str(protocol["windows"])
-    if protocol["windows"] < protocol["windows_available"]:
-        count = f"the first {count} of {protocol['windows_available']}"
-    windows = f"{count} windows of {protocol['window']} tokens"
-    bos = "" if protocol["bos"] == "text" else ", BOS in every window"
-    return f"{protocol['dataset']} {protocol['split']}, {protocol['documents']} documents, {windows}{bos}"
-
-
-def groups(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+def groups(records: list[dict[str, Any]], section: Section) -> Iterator[tuple[str, pd.DataFrame]]:
     """The comparable sets of ``comparison``, each with its caption."""
+    rows = comparison(records, section)
     if rows.empty:
         return
     for _, group in rows.groupby("group", sort=True):
         first = group.iloc[0]
-        yield f"{first['model']}, perplexity on {first['protocol_text']}", group
+        yield f"{first['model']}, {section.title} {first['protocol_text']}", group
 
 
-def presentable(group: pd.DataFrame) -> pd.DataFrame:
+def all_groups(records: list[dict[str, Any]]) -> Iterator[tuple[Section, str, pd.DataFrame]]:
+    """The comparable sets of every section."""
+    for section in SECTIONS:
+        for caption, group in groups(records, section):
+            yield section, caption, group
+
+
+def presentable(group: pd.DataFrame, section: Section) -> pd.DataFrame:
     """The columns that people read, as text."""
-    table = pd.DataFrame(
+    what = pd.DataFrame(
         {
             "method": group["method"],
             "variant": group["variant"],
             "ratio": group["ratio"].map("{:g}".format),
             "counts": group["counted"],
             "reached": group["ratio_reached"].map("{:.4f}".format),
-            "perplexity": group["value"].map("{:.4g}".format),
+        }
+    )
+    same = [name for name, usual in (("variant", ""), ("counts", "weights")) if (what[name] == usual).all()]
+    measured = pd.DataFrame([section.cells(one) for one in group["measured"]], index=group.index).fillna("—")
+    costs = pd.DataFrame(
+        {
             "parameters (M)": (group["parameters"] / 1e6).map("{:.4g}".format),
             "size (MB)": (group["bytes"] / 1e6).map("{:.4g}".format),
             "compression (s)": group["compression_seconds"].map("{:.0f}".format),
             "evaluation (s)": group["evaluation_seconds"].map("{:.0f}".format),
         }
     )
-    same = [name for name, usual in (("variant", ""), ("counts", "weights")) if (table[name] == usual).all()]
-    return table.drop(columns=same)
+    return pd.concat([what.drop(columns=same), measured, costs], axis=1)
 
 
 def markdown(records: list[dict[str, Any]]) -> str:
     """Every comparable set as a Markdown table, and below them the cells that have no number."""
     parts = []
-    for caption, group in groups(comparison(records)):
-        parts.append(f"**{caption}**\n\n{presentable(group).to_markdown(index=False, disable_numparse=True)}")
+    for section, caption, group in all_groups(records):
+        table = presentable(group, section).to_markdown(index=False, disable_numparse=True)
+        parts.append(f"**{caption}**\n\n{table}")
     unfinished = [r for r in records if r["status"] != "done" or outdated(r)]
     if unfinished:
         old = "outdated (made by other component versions; run it again)"
@@ -125,32 +140,35 @@ def markdown(records: list[dict[str, Any]]) -> str:
 def latex(records: list[dict[str, Any]]) -> str:
     """Every comparable set as a booktabs table (needs \\usepackage{booktabs})."""
     parts = []
-    for caption, group in groups(comparison(records)):
-        table = presentable(group)
+    for section, caption, group in all_groups(records):
+        table = presentable(group, section)
         escaped = caption.replace("_", r"\_")
         alignment = "".join("l" if column in ("method", "variant", "counts") else "r" for column in table)
         parts.append(table.to_latex(index=False, caption=escaped, column_format=alignment, escape=True))
     return "\n".join(parts)
 
 
-def csv(records: list[dict[str, Any]]) -> str:
-    """All rows with full precision, a column for each part of the protocol."""
-    rows = comparison(records)
+def csv(records: list[dict[str, Any]], section: Section) -> str:
+    """All rows of a section with full precision, a column for each part of the protocol; "" where there are none."""
+    rows = comparison(records, section)
     if rows.empty:
         return ""
     protocol = pd.DataFrame(list(rows["protocol"])).add_prefix("protocol_")
-    rows = rows.drop(columns=["protocol", "protocol_text", "identity", "reason", "evaluator"])
-    return pd.concat([rows, protocol], axis=1).to_csv(index=False)
+    details = pd.DataFrame([section.details(one) for one in rows["measured"]], index=rows.index)
+    rows = rows.drop(columns=["protocol", "protocol_text", "identity", "reason", "measured"])
+    return pd.concat([rows, details, protocol], axis=1).to_csv(index=False)
 
 
 def write(records: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """Write table.md, table.csv and table.tex; returns the files written."""
+    """Write table.md, table.tex and a CSV a section; returns the files written."""
     folder.mkdir(parents=True, exist_ok=True)
+    texts = {"table.md": markdown(records), "table.tex": latex(records)}
+    texts |= {f"{section.metric.replace(' ', '_')}.csv": csv(records, section) for section in SECTIONS}
     files = []
-    for name, text in (("md", markdown(records)), ("csv", csv(records)), ("tex", latex(records))):
-        file = folder / f"table.{name}"
-        file.write_text(text)
-        files.append(file)
+    for name, text in texts.items():
+        if text:
+            (folder / name).write_text(text)
+            files.append(folder / name)
     return files
 
 

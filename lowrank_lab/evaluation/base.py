@@ -1,0 +1,51 @@
+"""What every evaluator answers. No torch: cells ask for keys long before anything is measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from lowrank_lab.config import for_key
+from lowrank_lab.store import Store
+
+if TYPE_CHECKING:
+    from lowrank_lab.bench import Bench
+
+
+class Evaluator:
+    """Measures a model. What it returns is kept as an artifact, found by the model, the settings and the text.
+
+    A measurement is a dict with ``metric`` (the name of the number), ``value`` (a float; None where the model's
+    logits are not finite, with ``not_finite`` saying where they ceased to be), ``protocol`` (how it was measured)
+    and whatever else reports show.
+
+    version             raise it when the evaluator gives another number for the same model
+    reads_text          whether it reads a text: that of its own ``dataset`` node, else that of the cell
+    add_special_tokens  whether the text's tokens begin with the tokenizer's special ones
+    no_influence        settings that change its speed but no number
+    """
+
+    version: int
+    reads_text = False
+    add_special_tokens = True
+    no_influence: tuple[str, ...] = ("batch_size",)
+
+    def settings(self, node: DictConfig) -> Any:
+        """What of its config ``node`` every number depends on."""
+        return for_key(node, without=(*self.no_influence, "dataset"))
+
+    def parts(self, cfg: DictConfig, store: Store) -> dict[str, Any]:
+        """What is measured and kept separately, by name, each with what its number depends on beside ``settings``.
+
+        Raises UserError where something that a part reads is not there.
+        """
+        return {"": None}
+
+    def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
+        """Measure one part of ``parts``."""
+        raise NotImplementedError
+
+    def combine(self, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """One measurement from those of all parts."""
+        return measured[""]

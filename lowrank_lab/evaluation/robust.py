@@ -1,0 +1,83 @@
+"""Evaluation that survives a batch too large for memory, and says where a model's numbers ceased to be finite."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+
+def in_batches(rows: Tensor, batch_size: int, run: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    """``run`` on consecutive batches of ``rows``; yields what it returns row by row.
+
+    Where memory runs out the batch is halved, for this one and those after it. Raises the error of a single row
+    that does not fit.
+    """
+    start = 0
+    while start < len(rows):
+        batch = rows[start : start + batch_size]
+        try:
+            results = run(batch)
+        except Exception as error:
+            if len(batch) == 1 or not should_reduce_batch_size(error):
+                raise
+            results = None  # outside of this block the error, which holds the batch's tensors, is gone
+        if results is None:
+            clear_device_cache(garbage_collection=True)
+            batch_size = len(batch) // 2
+            log.warning("out of memory with a batch of %d: going on with %d", len(batch), batch_size)
+            continue
+        yield from results
+        start += len(batch)
+
+
+class NotFiniteError(ArithmeticError):
+    """The model's logits are not finite. ``layer`` is the full name of the first layer whose output is not."""
+
+    def __init__(self, layer: str) -> None:
+        super().__init__(f"the output of {layer} is not finite")
+        self.layer = layer
+
+
+def check_logits(model: nn.Module, ids: Tensor, logits: Tensor) -> None:
+    """Raises NotFiniteError where ``logits`` (…) of ``ids`` (batch, length) hold an infinity or a NaN.
+
+    The model runs once more to find the layer.
+    """
+    if not torch.isfinite(logits).all():
+        raise NotFiniteError(first_not_finite(model, ids) or "the model (not reproduced when it ran again)")
+
+
+@torch.no_grad()
+def first_not_finite(model: nn.Module, ids: Tensor) -> str | None:
+    """The first layer to finish with an output for ``ids`` (batch, length) that is not finite; None if all are."""
+    found: list[str] = []
+
+    def note(name: str) -> Callable[..., None]:
+        def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if not found and not _finite(output):
+                found.append(name)
+
+        return look
+
+    hooks = [module.register_forward_hook(note(name or "the model")) for name, module in model.named_modules()]
+    try:
+        model(ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
+
+
+def _finite(output: Any) -> bool:
+    if isinstance(output, Tensor):
+        return not output.is_floating_point() or bool(torch.isfinite(output).all())
+    if isinstance(output, (tuple, list)):
+        return all(_finite(item) for item in output)
+    return True

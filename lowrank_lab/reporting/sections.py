@@ -1,0 +1,56 @@
+"""How each kind of measurement is shown: one ``Section`` a metric, which tables and figures go through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Measured = Mapping[str, Any]  # what an evaluator returned: metric, value, protocol and more
+
+
+@dataclass(frozen=True)
+class Section:
+    """One kind of measurement in reports.
+
+    metric        the evaluators' ``metric`` that it shows
+    title         what stands in captions: "<model>, <title> <describe(protocol)>"
+    must_agree    the entries of the protocol that must agree for two numbers to stand in one table
+    describe      the protocol in one line
+    cells         the measurement's columns as people read them, in order
+    details       its numbers in full precision, by the name of their column in the CSV, beside ``value``
+    ascending     whether the lowest value ranks first
+    """
+
+    metric: str
+    title: str
+    must_agree: tuple[str, ...]
+    describe: Callable[[Mapping[str, Any]], str]
+    cells: Callable[[Measured], dict[str, str]]
+    details: Callable[[Measured], dict[str, float]] = lambda measured: {}
+    ascending: bool = True
+
+
+def number(value: float | None, form: str = "{:.4g}") -> str:
+    """A number as text; nan for the None of a model whose logits are not finite."""
+    return "nan" if value is None else form.format(value)
+
+
+def _describe_perplexity(protocol: Mapping[str, Any]) -> str:
+    count = str(protocol["windows"])
+    if protocol["windows"] < protocol["windows_available"]:
+        count = f"the first {count} of {protocol['windows_available']}"
+    windows = f"{count} windows of {protocol['window']} tokens"
+    bos = "" if protocol["bos"] == "text" else ", BOS in every window"
+    return f"{protocol['dataset']} {protocol['split']}, {protocol['documents']} documents, {windows}{bos}"
+
+
+PERPLEXITY = Section(
+    metric="perplexity",
+    title="perplexity on",
+    must_agree=("dataset", "split", "join", "documents", "sha256", "window", "stride", "windows", "bos"),
+    describe=_describe_perplexity,
+    cells=lambda measured: {"perplexity": number(measured["value"])},
+)
+
+SECTIONS = (PERPLEXITY,)
