@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 
 from lowrank_lab import versions
 from lowrank_lab.config import plain
-from lowrank_lab.reporting.sections import SECTIONS, Section
+from lowrank_lab.reporting.sections import PERPLEXITY, SECTIONS, Section
 from lowrank_lab.results import frame
 from lowrank_lab.store import fingerprint
 
@@ -20,8 +20,8 @@ ANSWERS = ("metric", "grouping", "targets", "allocation", "refinement", "storage
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"
 
 
-def comparison(records: list[dict[str, Any]], section: Section) -> pd.DataFrame:
-    """One row a finished measurement, ranked: by group, the dense model first, then by falling ratio and from the best.
+def comparison(records: list[dict[str, Any]], section: Section = PERPLEXITY) -> pd.DataFrame:
+    """One row a finished measurement, ranked: by group, dense first, then by falling ratio and from the best.
 
     ``group`` numbers the sets of rows that are comparable (same model content and protocol), ``identity`` is
     a hash of what they share, ``measured`` is all that the evaluator returned, and ``variant`` says in what a row
@@ -149,7 +149,7 @@ def latex(records: list[dict[str, Any]]) -> str:
 
 
 def csv(records: list[dict[str, Any]], section: Section) -> str:
-    """All rows of a section with full precision, a column for each part of the protocol; "" where there are none."""
+    """All rows with full precision, a column for each part of the protocol; "" where there are none."""
     rows = comparison(records, section)
     if rows.empty:
         return ""
