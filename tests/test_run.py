@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -241,7 +242,9 @@ WANTED = ("-m", "method=dense,svd,asvd,svdllm", "ratio=0.8,0.6")
 def stopped_after_two_records(lab: Lab, how: signal.Signals) -> tuple[int, str, dict[str, str]]:
     """Run the grid and stop it by ``how``: its exit status, what it said, and the records it left."""
     command = lab.command(*WANTED)
-    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    # A background job of a shell ignores SIGINT, and so would all that it starts.
+    heeds_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, preexec_fn=heeds_ctrl_c)
     records = lab.root / "records"
     deadline = time.time() + 120
     while len(list(records.glob("*.json"))) < 2 and time.time() < deadline:
