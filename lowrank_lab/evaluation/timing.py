@@ -124,9 +124,9 @@ def _compare(
     """All that is measured in one setting.
 
     model, dense     ``prefill`` and ``decode``, each with the ``seconds`` of all repeats and, by their median,
-                     ``tokens_per_second``; ``memory_bytes``, the peak on top of the weights, on a GPU with no other model there
-                     (None where the system does not tell); ``kv_cache_bytes_per_token`` as found in the cache after
-                     the prefill. None where the setting does not fit into memory
+                     ``tokens_per_second``; ``memory_bytes``, the peak on top of the weights, on a GPU with no other
+                     model there (None where the system does not tell); ``kv_cache_bytes_per_token`` as found in the
+                     cache after the prefill. None where the setting does not fit into memory
     prefill_ratio, decode_ratio   median and quartiles over the repeats of model over dense; None where one is
     ideal_prefill    the prefill speed-up if time went with the linears' multiply-accumulates
     """

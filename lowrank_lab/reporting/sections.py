@@ -57,7 +57,7 @@ PERPLEXITY = Section(
 
 def _describe_speed(protocol: Mapping[str, Any]) -> str:
     where = protocol["cpu"] if protocol["device"] == "cpu" else f"{protocol['device']} of {protocol['gpus']}"
-    how = f"{protocol['threads']} threads, {protocol['new_tokens']} tokens decoded after each prompt"
+    how = f"threads: {protocol['threads']}, {protocol['new_tokens']} tokens decoded after each prompt"
     return f"{where}, {how}, median of {protocol['repeats']}"
 
 
@@ -75,7 +75,7 @@ def _speed_cells(measured: Measured) -> list[dict[str, str]]:
             row[f"{phase} ×"] = "{median:.2f} ({q1:.2f}–{q3:.2f})".format(**ratio) if ratio is not None else "—"
             row[f"ideal {phase} ×"] = " / ".join(dict.fromkeys(map("{:.2f}".format, ideals)))
         memory = one["model"] and one["model"]["memory_bytes"]
-        row["memory on top (MB)"] = "—" if memory is None else number(memory / 1e6, "{:.0f}")
+        row["memory on top (MB)"] = "—" if memory is None else number(memory / 1e6, "{:.3g}")
         rows.append(row)
     return rows
 
