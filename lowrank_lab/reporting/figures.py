@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.ticker import LogLocator
 
 from lowrank_lab.reporting.sections import PERPLEXITY, SPEED
 from lowrank_lab.reporting.tables import WHOLE, all_groups
@@ -110,6 +111,8 @@ def speed_against_settings(group: pd.DataFrame, caption: str) -> plt.Figure | No
                 axes.set_xscale("log")
                 axes.set_yscale("log")
                 axes.set_xticks(x, [str(value) for value in x])
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter("{x:g}")
                 axes.minorticks_off()
                 axes.set_xlabel(xlabel)
                 axes.set_title(fixed, fontsize=12)
