@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lowrank_lab import config, versions
+from lowrank_lab import checkpoint, config, versions
 from lowrank_lab.calibration.gradients import make_gradients
 from lowrank_lab.calibration.statistics import make_statistics
 from lowrank_lab.calibration.tokens import load_tokens, make_calibration_tokens, make_text_tokens
@@ -66,6 +66,15 @@ class Bench:
         if self.cell.cfg.dtype == "float32":
             return self.model
         return load_model(self.location, dtype="float32", **self._remote)
+
+    def dense_model(self) -> nn.Module:
+        """A dense model of its own in the cell's dtype, whatever has become of ``model``.
+
+        Of a compressed checkpoint it is the one with the products of its factors.
+        """
+        loaded = load_model(self.location, dtype=self.cell.cfg.dtype, **self._remote)
+        saved = self.cell.source.saved
+        return loaded if saved is None else checkpoint.merge(loaded, saved)
 
     def take_model(self) -> nn.Module:
         """The dense model for the caller to change; ``model`` is loaded anew when it is asked for again."""

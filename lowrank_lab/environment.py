@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import importlib.metadata
 import os
 import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +64,7 @@ def hardware(device: Any) -> dict[str, Any]:
     facts = {
         "device": str(device),
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": _cores(),
         "memory_mib": _total_memory() // MIB,
     }
     if device.type == "cuda":
@@ -71,12 +75,24 @@ def hardware(device: Any) -> dict[str, Any]:
     return facts
 
 
+def machine() -> dict[str, Any]:
+    """What a timing depends on beside the work. No torch."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": _cores(),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+        "gpus": list(_gpu_names()),
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES"),
+    }
+
+
+_peaks_before: dict[str, int] = {}  # MiB: what ``memory_on_top`` found before it reset the peaks
+
+
 def reset_peak_memory() -> None:
     """Start a new measurement of peak memory. Linux only; elsewhere it is of the process's whole life."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    _peaks_before.clear()
+    _reset_peaks()
 
 
 def peak_memory() -> dict[str, int]:
@@ -84,22 +100,77 @@ def peak_memory() -> dict[str, int]:
     peak = {"resident_mib": _peak_resident() // MIB}
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
         peak["gpu_mib"] = torch.cuda.max_memory_allocated() // MIB
-    return peak
+    return {name: max(mib, _peaks_before.get(name, 0)) for name, mib in peak.items()}
+
+
+def memory_on_top(work: Callable[[], Any], device: Any) -> int | None:
+    """Bytes of memory that ``work()`` holds at its peak on top of what is held before it.
+
+    On a GPU (``device`` is a torch.device) those that torch allocates there, else those of the process that are
+    resident; None where the system does not tell. Nests in ``reset_peak_memory``: the outer peak is not lost.
+    """
+    import torch
+
+    _peaks_before.update(peak_memory())
+    gc.collect()
+    if device.type == "cuda":
+        _reset_peaks()
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with contextlib.suppress(OSError, AttributeError):  # glibc: give freed memory back, or it would be used unseen
+        ctypes.CDLL(None).malloc_trim(0)
+    resettable = _reset_peaks()
+    before = _status("VmRSS")
+    work()
+    return _status("VmHWM") - before if resettable else None
+
+
+def _reset_peaks() -> bool:
+    """Whether the peak of the resident set could be reset."""
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status(name: str) -> int:
+    """A line of /proc/self/status in bytes; 0 where there is none."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def _peak_resident() -> int:
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    if peak := _status("VmHWM"):
+        return peak
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def _total_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cores() -> int | None:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+@cache
+def _gpu_names() -> tuple[str, ...]:
+    """The NVIDIA GPUs of this machine in their order; none where the driver is not there."""
+    ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return tuple(done.stdout.splitlines())
 
 
 def _cpu_name() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_lab.lowrank.mixed import MixedLinear
@@ -28,6 +28,9 @@ def sizes(
     kv_latent_bytes_per_token  the same if the latent of each key and value projection were cached instead of its
                              output, where it is narrower (ASVD §3.4; a latent that both share counts once); None
                              where they are fused with the queries
+    hardware_cost            QSVD's R1, the fraction kept of the parameters (and so of the multiply-accumulates) of
+                             the query, key and value projections, and R2, kv_latent over kv_cache bytes: with one
+                             latent for all three r (E + q + k + v) / E (q + k + v) and r / (k + v)
     """
     tensors = list(model.parameters())
     value_bytes = model.get_input_embeddings().weight.element_size()  # type: ignore[operator]
@@ -37,6 +40,7 @@ def sizes(
     assert counted == parameters, "the tensors do not have the planned ranks"
     dense = sum(site.dense for site in sites.values())
     cached = kv_cache_values_per_token(model.config)
+    latent = None if spec is not None and "kv" not in spec.roles else cached - _latent_saves(spec, sites, ranks)
     return {
         "ratio_asked": ratio,
         "ratio_reached": total_cost(sites, ranks) / dense if sites else 1.0,
@@ -48,12 +52,24 @@ def sizes(
             "parameters": parameters,
             "bytes": sum(tensor.numel() * tensor.element_size() for _, tensor in of_sites),
         },
-        "macs_per_token": _macs_per_token(model),
+        "macs_per_token": macs_per_token(model),
         "kv_cache_bytes_per_token": cached * value_bytes,
-        "kv_latent_bytes_per_token": None
-        if spec is not None and "kv" not in spec.roles
-        else (cached - _latent_saves(spec, sites, ranks)) * value_bytes,
+        "kv_latent_bytes_per_token": None if latent is None else latent * value_bytes,
+        "hardware_cost": {
+            "r1": _kept_of_qkv(model, spec, sites, ranks),
+            "r2": None if latent is None else latent / cached,
+        },
     }
+
+
+def linear_tensors(model: nn.Module) -> list[Tensor]:
+    """The weights that a token is multiplied with: of all linear layers with lm_head, biases and scales apart."""
+    linears = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))]
+    return linears + [t for m in model.modules() if isinstance(m, MixedLinear) for t in (m.int8, m.float16)]
+
+
+def macs_per_token(model: nn.Module) -> int:
+    return sum(tensor.numel() for tensor in linear_tensors(model))
 
 
 def _weights(model: nn.Module, spec: ArchSpec | None, site: Site) -> list[tuple[str, nn.Parameter]]:
@@ -62,6 +78,17 @@ def _weights(model: nn.Module, spec: ArchSpec | None, site: Site) -> list[tuple[
     block = blocks_of(model, spec)[site.block]
     named = [item for member in site.members for item in block.get_submodule(member).named_parameters()]
     return [(name.split(".")[-1], tensor) for name, tensor in named if not name.endswith("bias")]
+
+
+def _kept_of_qkv(model: nn.Module, spec: ArchSpec | None, sites: Sites, ranks: Mapping[str, int | None]) -> float:
+    """The fraction kept of the parameters of all query, key and value projections, compressed or not."""
+    if spec is None:
+        return 1.0
+    of_qkv = {name: site for name, site in sites.items() if set(site.members) <= set(spec.roles["qkv"])}
+    saved = sum(site.parameters(None) - site.parameters(ranks[name]) for name, site in of_qkv.items())
+    projections = [block.get_submodule(name) for block in blocks_of(model, spec) for name in spec.roles["qkv"]]
+    kept = sum(macs_per_token(projection) for projection in projections)
+    return kept / (kept + saved)
 
 
 def _latent_saves(spec: ArchSpec | None, sites: Sites, ranks: Mapping[str, int | None]) -> int:
@@ -75,9 +102,3 @@ def _latent_saves(spec: ArchSpec | None, sites: Sites, ranks: Mapping[str, int |
         if rank is not None:
             saved += max(0, cached - rank)
     return saved
-
-
-def _macs_per_token(model: nn.Module) -> int:
-    linears = (m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)))
-    mixed = (m for m in model.modules() if isinstance(m, MixedLinear))
-    return sum(linear.weight.numel() for linear in linears) + sum(m.int8.numel() + m.float16.numel() for m in mixed)

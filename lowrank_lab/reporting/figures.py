@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from collections.abc import Callable
@@ -14,8 +15,9 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.ticker import LogLocator
 
-from lowrank_lab.reporting.sections import PERPLEXITY
+from lowrank_lab.reporting.sections import PERPLEXITY, SPEED
 from lowrank_lab.reporting.tables import WHOLE, all_groups
 
 # Okabe and Ito's palette: told apart with every common kind of colour blindness, and by marker in grey.
@@ -73,9 +75,65 @@ def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | 
     return figure
 
 
+def speed_against_settings(group: pd.DataFrame, caption: str) -> plt.Figure | None:
+    """Tokens a second against batch size and prompt length, as Dobi-SVD's Figure 4; a line for each cell.
+
+    The dense line is the median of what all cells measured beside their own model, within its extremes.
+    """
+    settings = [(one["batch_size"], one["prompt"]) for one in group["measured"].iloc[0]["settings"]]
+    batch, prompt = settings[0]
+    sweeps = [
+        ("batch size", f"prompts of {prompt} tokens", sorted(s for s in settings if s[1] == prompt), 0),
+        ("prompt length (tokens)", f"batch size {batch}", sorted(s for s in settings if s[0] == batch), 1),
+    ]
+    sweeps = [sweep for sweep in sweeps if len(sweep[2]) > 1]
+    if not sweeps:
+        return None
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(
+            2, len(sweeps), figsize=(5.6 * len(sweeps), 8), sharey="row", squeeze=False, layout="constrained"
+        )
+        for phase, of_phase in zip(("prefill", "decode"), grid, strict=True):
+            for (xlabel, fixed, shown, varied), axes in zip(sweeps, of_phase, strict=True):
+                x = [setting[varied] for setting in shown]
+                dense = pd.DataFrame([_speeds(one, "dense", phase, shown) for one in group["measured"]])
+                axes.plot(x, dense.median(), color="0.35", linestyle="--", label="dense")
+                axes.fill_between(x, dense.min(), dense.max(), color="0.35", alpha=0.15, linewidth=0)
+                for number, (_, row) in enumerate(group[group["method"] != "dense"].iterrows()):
+                    name = f"{row['method']} {row['ratio']:g}"
+                    axes.plot(
+                        x,
+                        _speeds(row["measured"], "model", phase, shown),
+                        color=COLOURS[number % len(COLOURS)],
+                        marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
+                        label=textwrap.fill(f"{name} ({row['variant']})" if row["variant"] else name, 36),
+                    )
+                axes.set_xscale("log")
+                axes.set_yscale("log")
+                axes.set_xticks(x, [str(value) for value in x])
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.minorticks_off()
+                axes.set_xlabel(xlabel)
+                axes.set_title(fixed, fontsize=12)
+            of_phase[0].set_ylabel(f"{phase}, tokens/s")
+        figure.suptitle(_wrapped(caption), fontsize=11)
+        handles, labels = grid[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _speeds(measured: dict[str, Any], name: str, phase: str, settings: list[tuple[int, int]]) -> list[float]:
+    """Tokens a second of ``model`` or ``dense`` in these settings; nan where memory ran out."""
+    found = {(one["batch_size"], one["prompt"]): one[name] for one in measured["settings"]}
+    of_model = [found[setting] for setting in settings]
+    return [math.nan if one is None else one[phase]["tokens_per_second"] for one in of_model]
+
+
 # By metric, a figure of one comparable set, or None where there is nothing to draw.
 FIGURES: dict[str, Callable[[pd.DataFrame, str], plt.Figure | None]] = {
     PERPLEXITY.metric: perplexity_against_ratio,
+    SPEED.metric: speed_against_settings,
 }
 
 

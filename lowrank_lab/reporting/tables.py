@@ -110,7 +110,12 @@ def presentable(group: pd.DataFrame, section: Section) -> pd.DataFrame:
         }
     )
     same = [name for name, usual in (("variant", ""), ("counts", "weights")) if (what[name] == usual).all()]
-    measured = pd.DataFrame([section.cells(one) for one in group["measured"]], index=group.index).fillna("—")
+    cells = group["measured"].map(section.cells).map(lambda found: found if isinstance(found, list) else [found])
+    # The first setting of all rows, then the second: what is to be compared stands together.
+    settings = [(number, index, row) for index, found in cells.items() for number, row in enumerate(found)]
+    settings.sort(key=lambda setting: setting[0])
+    measured = pd.DataFrame([row for _, _, row in settings]).fillna("—")
+    place = [index for _, index, _ in settings]
     costs = pd.DataFrame(
         {
             "parameters (M)": (group["parameters"] / 1e6).map("{:.4g}".format),
@@ -119,7 +124,8 @@ def presentable(group: pd.DataFrame, section: Section) -> pd.DataFrame:
             "evaluation (s)": group["evaluation_seconds"].map("{:.0f}".format),
         }
     )
-    return pd.concat([what.drop(columns=same), measured, costs], axis=1)
+    columns = (what.drop(columns=same).loc[place], measured, costs.loc[place])
+    return pd.concat([part.reset_index(drop=True) for part in columns], axis=1)
 
 
 def markdown(records: list[dict[str, Any]]) -> str:

@@ -1,0 +1,70 @@
+"""The ``eval=speed`` evaluator: its protocol as data. timing.py, which needs torch, measures it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from lowrank_lab import checks, environment, versions
+from lowrank_lab.evaluation.base import Evaluator
+from lowrank_lab.store import Store
+
+if TYPE_CHECKING:
+    from lowrank_lab.bench import Bench
+
+
+class Speed(Evaluator):
+    """Tokens a second and memory of prefill and decoding, against the dense model in the same run.
+
+    batch_sizes  each is measured at the first of ``seqlens``
+    seqlens      prompt lengths in tokens; each is measured at the first of ``batch_sizes``
+    new_tokens   tokens decoded after each prompt
+    repeats      measurements of each model in each setting, dense and compressed by turns
+    warmup       unmeasured ones before them
+
+    Its number is of one machine, which is part of its key.
+    """
+
+    version = versions.SPEED
+    no_influence = ()
+
+    def __init__(
+        self, batch_sizes: Sequence[int], seqlens: Sequence[int], new_tokens: int, repeats: int, warmup: int
+    ) -> None:
+        for name, values in (("batch_sizes", batch_sizes), ("seqlens", seqlens)):
+            if not isinstance(values, list) or not values or not all(checks.is_count(v, 1) for v in values):
+                raise ValueError(f"{name}={values} is not valid; it must be a list of whole numbers from 1")
+        checks.whole(1, new_tokens=new_tokens, repeats=repeats)
+        checks.whole(0, warmup=warmup)
+        across = [(batch, seqlens[0]) for batch in batch_sizes] + [(batch_sizes[0], length) for length in seqlens]
+        self.settings_measured = list(dict.fromkeys(across))
+        self.new_tokens = new_tokens
+        self.repeats = repeats
+        self.warmup = warmup
+        self.seqlen = max(seqlens) + new_tokens  # the longest sequence, which the model must have positions for
+
+    def parts(self, cfg: DictConfig, store: Store) -> dict[str, Any]:
+        return {"": {**environment.machine(), "device": cfg.device}}
+
+    def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
+        """Measure it: the median decode speed-up in the first setting, everything else, and the protocol."""
+        from lowrank_lab.evaluation.timing import measure
+
+        models = {"model": bench.model}
+        if bench.cell.compressed:
+            models = {"dense": bench.dense_model(), **models}
+        work = (self.settings_measured, self.new_tokens, self.repeats, self.warmup)
+        measured = measure(models, *work, bench.device)
+        protocol = {
+            **measured.pop("conditions"),
+            **environment.machine(),
+            "device": str(bench.device),
+            "dtype": bench.cell.cfg.dtype,
+            "settings": [list(setting) for setting in self.settings_measured],
+            "new_tokens": self.new_tokens,
+            "repeats": self.repeats,
+            "warmup": self.warmup,
+        }
+        return {"metric": "speed", **measured, "protocol": protocol}
