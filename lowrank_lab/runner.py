@@ -80,7 +80,7 @@ def _disk_full(error: BaseException) -> bool:
 
 def _shown(measured: dict[str, Any]) -> str:
     if measured["value"] is None:
-        return f"nan ({measured['not_finite']} is not finite)"
+        return f"nan ({measured.get('reason') or measured['not_finite'] + ' is not finite'})"
     return f"{measured['value']:.4g}"
 
 
