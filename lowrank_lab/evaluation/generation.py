@@ -1,4 +1,4 @@
-"""The ``eval=generation`` evaluator: what is asked, and how much answers repeat. text.py, with torch, writes them."""
+"""The ``eval=generation`` evaluator: what is asked, and how much answers repeat. text.py writes them."""
 
 from __future__ import annotations
 
@@ -93,7 +93,9 @@ class Generation(Evaluator):
         positions = getattr(bench.model_config, "max_position_embeddings", None)
         longest = max(len(ids) for ids, _ in prompts) + self.max_new_tokens
         if positions is not None and longest > positions:
-            raise SkippedCell(f"the longest prompt with its answer is {longest} tokens; {name} has {positions} positions")
+            raise SkippedCell(
+                f"a prompt and its answer are up to {longest} tokens; {name} has {positions} positions"
+            )
 
         protocol = {
             "prompts": fingerprint([prompt.messages for prompt in self.prompts]),
@@ -145,7 +147,7 @@ def summary(answers: list[dict[str, Any]]) -> dict[str, Any]:
 def repetition(ids: list[int], n: int) -> float | None:
     """The fraction of the n-grams of ``ids`` that occurred before in them; None where there are no n.
 
-    Equals 1 - distinct / all: seq-rep-n of Welleck et al. (2020), Neural Text Generation with Unlikelihood Training.
+    1 - distinct / all: seq-rep-n of Welleck et al., Neural Text Generation with Unlikelihood Training (2020).
     """
     ngrams = [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else None
@@ -159,7 +161,8 @@ def _prompts(prompts: dict[str, Any]) -> list[Prompt]:
         found += [Prompt((*shots, question)) for question in prompts["few_shot"]["questions"]]
     except (KeyError, TypeError) as error:
         raise ValueError(
-            "prompts is not valid; it must be zero_shot: [...], few_shot: {shots: [{question, answer}], questions: [...]}"
+            "prompts is not valid; it must be zero_shot: [...], "
+            "few_shot: {shots: [{question, answer}], questions: [...]}"
         ) from error
     if not found or not all(isinstance(text, str) and text.strip() for p in found for text in p.messages):
         raise ValueError("prompts is not valid; it must have at least one question, and none may be empty")

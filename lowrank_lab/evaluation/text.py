@@ -39,9 +39,9 @@ def write(
 ) -> list[tuple[Answer, Answer]]:
     """The greedy and the sampled answer to each of ``prompts``: its token ids, and whether an answer is one line.
 
-    ``sampling`` has the temperature and top_p; all tokens may be sampled (no top_k), and the model's own settings
-    (a repetition penalty, say) are not used. ``seed`` is set anew for every prompt, and torch's random state is left
-    as it was. Raises NotFiniteError where logits are not finite.
+    ``sampling`` has the temperature and top_p; all tokens may be sampled (no top_k), and the checkpoint's own
+    settings (a repetition penalty, say) are not used. ``seed`` is set anew for every prompt, and torch's random
+    state is left as it was. Raises NotFiniteError where logits are not finite.
     """
     model.to(device)
     ends = _end_tokens(model, tokenizer)
