@@ -13,7 +13,7 @@ import yaml
 from markdown_it import MarkdownIt
 from transformers import GenerationConfig
 
-from lowrank_lab import config
+from lowrank_lab import config, runner
 from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation import text
 from lowrank_lab.evaluation.generation import Prompt, repetition, summary
@@ -166,7 +166,8 @@ def test_answers_without_a_4_gram_are_left_out_and_counted():
     assert summary(answers) == {"value": 0.75, "sampled": 0.2, "too_short": {"greedy": 1, "sampled": 2}}
     nothing = summary(answers[1:2])
     assert nothing["value"] is None
-    assert nothing["reason"] == "no greedy answer has 4 tokens"
+    record = {"metrics": {"generation": {"metric": "repetition", **nothing}}}
+    assert runner.summary(record) == "repetition nan (no greedy answer has 4 tokens)"
 
 
 def test_the_layout_and_the_shots_are_truthfulqas_own():

@@ -8,7 +8,11 @@ import random
 import pytest
 from omegaconf import OmegaConf
 
+from lowrank_lab import runner
 from lowrank_lab.evaluation import perplexity
+from lowrank_lab.reporting import tables
+from lowrank_lab.reporting.sections import PERPLEXITY
+from lowrank_lab.results import frame
 
 from .conftest import Lab
 
@@ -100,6 +104,16 @@ def test_a_text_is_tokenised_once_and_a_perplexity_measured_once(all_presets):
     assert len(list((lab.root / "artifacts" / "tokens").glob("*/tokens.json"))) == 6
     assert sum(stage.startswith("eval.") for stage in made) == 7
     assert values["standard_ptb"] == values["paper_svdllm_ptb"] != values["paper_asvd_ptb"]
+
+
+def test_what_presets_share_counts_once_in_the_seconds_and_tables_say_what_differs(all_presets):
+    _, record = all_presets
+    made = sum(s["made_in"] for s in record["stages"] if s["stage"].startswith("eval.") and not s["reused"])
+    assert set(frame([record])["evaluation_seconds"].round(6)) == {round(made, 6)}
+    captions = [caption for caption, _ in tables.groups([record], PERPLEXITY)]
+    assert len(captions) == len(set(captions)) == 7
+    assert any("2000 documents joined by blank lines" in caption for caption in captions)
+    assert "standard_c4 " in runner.summary(record)
 
 
 def test_a_preset_after_another_computes_what_it_alone_has(lab, monkeypatch):

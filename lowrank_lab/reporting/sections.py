@@ -36,13 +36,17 @@ def number(value: float | None, form: str = "{:.4g}") -> str:
     return "nan" if value is None else form.format(value)
 
 
+JOINS = {"\n\n": "blank lines", " ": "spaces"}
+
+
 def _describe_perplexity(protocol: Mapping[str, Any]) -> str:
     count = str(protocol["windows"])
     if protocol["windows"] < protocol["windows_available"]:
         count = f"the first {count} of {protocol['windows_available']}"
     windows = f"{count} windows of {protocol['window']} tokens"
     bos = "" if protocol["bos"] == "text" else ", BOS in every window"
-    return f"{protocol['dataset']} {protocol['split']}, {protocol['documents']} documents, {windows}{bos}"
+    documents = f"{protocol['documents']} documents joined by {JOINS.get(protocol['join'], repr(protocol['join']))}"
+    return f"{protocol['dataset']} {protocol['split']}, {documents}, {windows}{bos}"
 
 
 PERPLEXITY = Section(
