@@ -1,6 +1,6 @@
 """Tables and figures of all records.
 
-python report.py            the table (Markdown, CSV, LaTeX) and perplexity against ratio (PNG, PDF)
+python report.py            tables (Markdown, CSV, LaTeX), perplexity against ratio (PNG, PDF), generated text
 python report.py status     which cells are done, failed, skipped and missing
 """
 
@@ -34,11 +34,11 @@ def main() -> None:
     records = results.records()
     if not records:
         sys.exit(f"error: no records in {arguments.results}; run something first: python run.py")
-    from lowrank_lab.reporting import figures, tables
+    from lowrank_lab.reporting import figures, generation, tables
 
     out = arguments.out or arguments.results / "report"
     print(tables.markdown(records))
-    files = [*tables.write(records, out), *figures.write(records, out)]
+    files = [*tables.write(records, out), *figures.write(records, out), *generation.write(records, out)]
     for file in files:
         print(f"wrote {file}")
 

@@ -198,4 +198,6 @@ def _compresses(stage: str) -> bool:
 
 
 def _seconds(stages: Iterable[dict[str, Any]]) -> float:
-    return sum(stage.get("made_in", stage["seconds"]) for stage in stages)
+    """The seconds of ``stages``, an artifact's once, however many of them read it."""
+    once = {stage.get("artifact", number): stage for number, stage in enumerate(stages)}
+    return sum(stage.get("made_in", stage["seconds"]) for stage in once.values())

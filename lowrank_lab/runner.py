@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections import Counter
 from typing import Any
 
 from omegaconf import DictConfig
@@ -80,7 +81,7 @@ def _disk_full(error: BaseException) -> bool:
 
 def _shown(measured: dict[str, Any]) -> str:
     if measured["value"] is None:
-        return f"nan ({measured['reason'] if 'reason' in measured else measured['not_finite'] + ' is not finite'})"
+        return f"nan ({measured.get('reason') or measured['not_finite'] + ' is not finite'})"
     return f"{measured['value']:.4g}"
 
 
@@ -88,5 +89,7 @@ def summary(record: dict[str, Any]) -> str:
     """A record's numbers, or why it has none, in a few words; and which checkpoints were kept."""
     if "reason" in record:
         return record["reason"]
-    numbers = [f"{m['metric']} {_shown(m)}" for m in record["metrics"].values()]
+    of = Counter(measured["metric"] for measured in record["metrics"].values())
+    metrics = record["metrics"].items()
+    numbers = [f"{m['metric'] if of[m['metric']] == 1 else name} {_shown(m)}" for name, m in metrics]
     return ", ".join([*numbers, *(record[what] for what in CHECKPOINT_NAMES if what in record)])

@@ -12,6 +12,7 @@ SPECTRA = 1  # lowrank/solver.py, lowrank/spectra.py, metric/
 COMPRESSION = 1  # allocation/, refinement/, storage/, training.py, the rest of lowrank/
 PERPLEXITY = 1  # evaluation/perplexity.py
 SPEED = 1  # evaluation/timing.py
+GENERATION = 1  # evaluation/generation.py, evaluation/text.py
 RECORD = 2  # the schema of results.py
 
 

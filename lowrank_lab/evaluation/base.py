@@ -17,8 +17,8 @@ class Evaluator:
     """Measures a model. What it returns is kept as an artifact, found by the model, the settings and the text.
 
     A measurement is a dict with ``metric`` (the name of the number), ``value`` (a float; None where the model's
-    logits are not finite, with ``not_finite`` saying where they ceased to be), ``protocol`` (how it was measured)
-    and whatever else reports show.
+    logits are not finite, with ``not_finite`` saying where they ceased to be, or where there is no number, with a
+    ``reason``), ``protocol`` (how it was measured) and whatever else reports show.
 
     version             raise it when the evaluator gives another number for the same model
     reads_text          whether it reads a text: that of its own ``dataset`` node, else that of the cell

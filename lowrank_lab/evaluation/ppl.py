@@ -13,19 +13,25 @@ if TYPE_CHECKING:
 
 
 class Perplexity(Evaluator):
-    """Perplexity on the text of ``dataset``.
+    """Perplexity on a text.
 
     seqlen       tokens a window; the papers use 2048
     max_windows  only the first so many windows, or None for the whole text
     bos          ``text``: the tokenizer's special tokens once, before the text, as the papers' code does;
                  ``window``: a BOS before every window (models such as Gemma need it)
+    dataset      the text, where it is not that of the cell; read by the cell
     """
 
     version = versions.PERPLEXITY
     reads_text = True
 
     def __init__(
-        self, seqlen: int, max_windows: int | None, bos: Literal["text", "window"], batch_size: int
+        self,
+        seqlen: int,
+        max_windows: int | None,
+        bos: Literal["text", "window"],
+        batch_size: int,
+        dataset: dict[str, Any] | None = None,
     ) -> None:
         checks.whole(2, seqlen=seqlen)
         checks.whole(1, batch_size=batch_size)

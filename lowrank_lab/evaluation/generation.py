@@ -1,0 +1,169 @@
+"""The ``eval=generation`` evaluator: what is asked, and how much answers repeat. text.py writes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from lowrank_lab import checks, versions
+from lowrank_lab.errors import SkippedCell
+from lowrank_lab.evaluation.base import Evaluator
+from lowrank_lab.store import fingerprint
+
+if TYPE_CHECKING:
+    from lowrank_lab.bench import Bench
+    from lowrank_lab.evaluation.text import Answer
+
+NGRAM = 4
+KINDS = ("greedy", "sampled")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question as a conversation: messages of the user and the assistant in turn, the question last."""
+
+    messages: tuple[str, ...]
+
+    @property
+    def question(self) -> str:
+        return self.messages[-1]
+
+    @property
+    def shots(self) -> int:
+        """How many questions with answers stand before it."""
+        return len(self.messages) // 2
+
+    def text(self) -> str:
+        """The bare question; after shots, in the layout of TruthfulQA's QA prompt."""
+        if not self.shots:
+            return self.question
+        pairs = zip(self.messages[::2], self.messages[1::2], strict=False)
+        return "".join(f"Q: {question}\nA: {answer}\n\n" for question, answer in pairs) + f"Q: {self.question}\nA:"
+
+    def ids(self, tokenizer: Any, chat: bool) -> list[int]:
+        """The tokens of ``text``, or with ``chat`` those of the tokenizer's chat template."""
+        if not chat:
+            return tokenizer(self.text())["input_ids"]
+        roles = ("user", "assistant")
+        turns = [{"role": roles[i % 2], "content": message} for i, message in enumerate(self.messages)]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+class Generation(Evaluator):
+    """Answers to prompts, greedy and sampled, and how much they repeat themselves.
+
+    prompts             ``zero_shot``: questions; ``few_shot``: ``questions`` that are asked after all ``shots``,
+                        whose answers end with their line
+    max_new_tokens      where an answer is cut
+    temperature, top_p  of the sampled answer
+    seed                of the sampled answer, set anew for every prompt
+    chat                prompts in the tokenizer's chat template, else as they are
+    """
+
+    version = versions.GENERATION
+
+    def __init__(
+        self, prompts: dict[str, Any], max_new_tokens: int, temperature: float, top_p: float, seed: int, chat: bool
+    ) -> None:
+        checks.whole(NGRAM, max_new_tokens=max_new_tokens)
+        checks.whole(0, seed=seed)
+        checks.above(0, temperature=temperature, top_p=top_p)
+        if top_p > 1:
+            raise ValueError(f"top_p={top_p} is not valid; it must be a number above 0, at most 1")
+        if not isinstance(chat, bool):
+            raise ValueError(f"chat={chat} is not valid; it must be true or false")
+        self.prompts = _prompts(prompts)
+        self.max_new_tokens = max_new_tokens
+        self.temperature = float(temperature)
+        self.top_p = float(top_p)
+        self.seed = seed
+        self.chat = chat
+
+    def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
+        """Write all answers and measure them. Raises SkippedCell where the prompts do not suit the model."""
+        from lowrank_lab.evaluation.robust import NotFiniteError
+        from lowrank_lab.evaluation.text import write
+
+        name = bench.cell.source.name
+        if self.chat and not bench.tokenizer.chat_template:
+            raise SkippedCell(f"{name} has no chat template; use eval.{bench.evaluator}.chat=false")
+        prompts = [(prompt.ids(bench.tokenizer, self.chat), prompt.shots > 0) for prompt in self.prompts]
+        positions = getattr(bench.model_config, "max_position_embeddings", None)
+        longest = max(len(ids) for ids, _ in prompts) + self.max_new_tokens
+        if positions is not None and longest > positions:
+            raise SkippedCell(
+                f"a prompt and its answer are up to {longest} tokens; {name} has {positions} positions"
+            )
+
+        protocol = {
+            "prompts": fingerprint([prompt.messages for prompt in self.prompts]),
+            "zero_shot": sum(not prompt.shots for prompt in self.prompts),
+            "few_shot": sum(prompt.shots > 0 for prompt in self.prompts),
+            "shots": max(prompt.shots for prompt in self.prompts),
+            "chat": self.chat,
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": self.seed,
+            "ngram": NGRAM,
+        }
+        sampling = {"temperature": self.temperature, "top_p": self.top_p}
+        try:
+            written = write(
+                bench.model, bench.tokenizer, prompts, self.max_new_tokens, sampling, self.seed, bench.device
+            )
+        except NotFiniteError as error:
+            return {"metric": "repetition", "value": None, "not_finite": error.layer, "protocol": protocol}
+        answers = [
+            {"question": prompt.question, "shots": prompt.shots, "greedy": _told(greedy), "sampled": _told(sampled)}
+            for prompt, (greedy, sampled) in zip(self.prompts, written, strict=True)
+        ]
+        return {"metric": "repetition", **summary(answers), "answers": answers, "protocol": protocol}
+
+
+def _told(answer: Answer) -> dict[str, Any]:
+    """What the record keeps of an answer."""
+    how_long = {"tokens": len(answer.ids), "cut": answer.cut}
+    return {"text": answer.text, **how_long, "repetition": repetition(answer.ids, NGRAM)}
+
+
+def summary(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean repetition of the greedy answers (``value``) and of the sampled ones.
+
+    Answers that are too short to have one are counted in ``too_short``. A mean of nothing is None.
+    """
+    means: dict[str, float | None] = {}
+    too_short = {}
+    for kind in KINDS:
+        known = [answer[kind]["repetition"] for answer in answers if answer[kind]["repetition"] is not None]
+        means[kind] = fmean(known) if known else None
+        too_short[kind] = len(answers) - len(known)
+    why = {"reason": f"no greedy answer has {NGRAM} tokens"} if means["greedy"] is None else {}
+    return {"value": means["greedy"], **why, "sampled": means["sampled"], "too_short": too_short}
+
+
+def repetition(ids: list[int], n: int) -> float | None:
+    """The fraction of the n-grams of ``ids`` that occurred before in them; None where there are no n.
+
+    1 - distinct / all: seq-rep-n of Welleck et al., Neural Text Generation with Unlikelihood Training (2020).
+    """
+    ngrams = [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else None
+
+
+def _prompts(prompts: dict[str, Any]) -> list[Prompt]:
+    """All prompts, those without shots first. Raises ValueError where they are not as in the YAML."""
+    try:
+        shots = [text for shot in prompts["few_shot"]["shots"] for text in (shot["question"], shot["answer"])]
+        found = [Prompt((question,)) for question in prompts["zero_shot"]]
+        found += [Prompt((*shots, question)) for question in prompts["few_shot"]["questions"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            "prompts is not valid; it must be zero_shot: [...], "
+            "few_shot: {shots: [{question, answer}], questions: [...]}"
+        ) from error
+    if not found or not all(isinstance(text, str) and text.strip() for p in found for text in p.messages):
+        raise ValueError("prompts is not valid; it must have at least one question, and none may be empty")
+    return found

@@ -1,0 +1,80 @@
+"""What the models of a grid wrote, side by side: a page from records alone, with a table for each question."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lowrank_lab.reporting import tables
+from lowrank_lab.reporting.sections import REPETITION, fraction
+
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # for what cannot be printed
+HEAD = """# Generated text
+
+Repetition is the fraction of an answer's 4-grams of tokens that occurred in it before (— where it has fewer than 4
+tokens). […] marks an answer that was cut at the limit of tokens. An instruct model may have nothing to say to a
+question outside of its chat template: ask it with eval.generation.chat=true."""
+
+
+def page(records: list[dict[str, Any]]) -> str:
+    """Markdown: a part for each model and protocol, in it a table for each question; "" where no model answered.
+
+    The rows are in the order of ``tables.comparison``: the dense model first, then by falling ratio.
+    """
+    parts = []
+    for caption, group in tables.groups(records, REPETITION):
+        if questions := list(_questions(group)):
+            parts += [f"## {caption}", *questions]
+    return "\n\n".join([HEAD, *parts]) + "\n" if parts else ""
+
+
+def write(records: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """Write generation.md; returns the files written."""
+    text = page(records)
+    if not text:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "generation.md"
+    file.write_text(text, encoding="utf-8")
+    return [file]
+
+
+def _questions(group: pd.DataFrame) -> Iterator[str]:
+    """Heading and table of each question that the cells of ``group`` were asked."""
+    shown = tables.presentable(group, REPETITION)
+    shown = shown[[name for name in ("method", "variant", "ratio", "counts") if name in shown]]
+    answered = [measured["answers"] for measured in group["measured"] if "answers" in measured]
+    for number, asked in enumerate(answered[0] if answered else []):
+        how = f"after {asked['shots']} examples" if asked["shots"] else "alone"
+        rows = [[*shown, "greedy", "repetition", "sampled", "repetition"]]
+        for names, measured in zip(shown.itertuples(index=False), group["measured"], strict=True):
+            rows.append([*names, *_answers(measured, number)])
+        lines = [f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]
+        yield f"### {_escaped(asked['question'])}\n\n({how})\n\n" + "\n".join(lines)
+
+
+def _answers(measured: dict[str, Any], number: int) -> list[str]:
+    """The cells of one model's answers to a question: text and repetition of the greedy and the sampled one."""
+    if "answers" not in measured:
+        return [f"({measured['not_finite']} is not finite)", "—", "", "—"]
+    cells = []
+    for kind in ("greedy", "sampled"):
+        answer = measured["answers"][number][kind]
+        text = _escaped(answer["text"]) or "(nothing)"
+        cells += [f"{text} […]" if answer["cut"] else text, fraction(answer["repetition"])]
+    return cells
+
+
+def _escaped(text: str) -> str:
+    """Any text as one cell of a Markdown table that shows it as it is."""
+
+    def escape(line: str) -> str:
+        shown = "".join(c if c.isprintable() else " " if c.isspace() else UNKNOWN for c in line)
+        return re.sub(r"([\\`*_~|\[\]$])", r"\\\1", html.escape(shown, quote=False))
+
+    return "<br>".join(map(escape, text.strip().splitlines()))
