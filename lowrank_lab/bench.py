@@ -67,6 +67,10 @@ class Bench:
             return self.model
         return load_model(self.location, dtype="float32", **self._remote)
 
+    def dense_model(self) -> nn.Module:
+        """Another copy of the dense model, in the cell's dtype, to compare the compressed ``model`` with."""
+        return load_model(self.location, dtype=self.cell.cfg.dtype, **self._remote)
+
     def take_model(self) -> nn.Module:
         """The dense model for the caller to change; ``model`` is loaded anew when it is asked for again."""
         model = self.model

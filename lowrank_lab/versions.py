@@ -11,6 +11,8 @@ GRADIENTS = 1  # calibration/gradients.py
 SPECTRA = 1  # lowrank/solver.py, lowrank/spectra.py, metric/
 COMPRESSION = 1  # allocation/, refinement/, storage/, training.py, the rest of lowrank/
 PERPLEXITY = 1  # evaluation/perplexity.py
+OUTPUT_ERROR = 1  # evaluation/block_errors.py
+TRUNCATION = 1  # evaluation/one_truncated.py
 RECORD = 2  # the schema of results.py
 
 
