@@ -59,8 +59,8 @@ def compare(
 
     A point is one of ``sites`` at one rank, ``ratio`` · min(out, in): ``weight_nll`` with its weight replaced by
     the best approximation of that rank (plain SVD), ``activation_nll`` with its output W x for each window, the
-    bias apart, replaced by the best approximation of that rank. Raises SkippedCell where no rank truncates a window's
-    activations, NotFiniteError where a loss is not finite.
+    bias apart, replaced by the best approximation of that rank. Raises SkippedCell where no rank truncates the
+    activations of a window, NotFiniteError where a loss is not finite.
     """
     model.to(device)
     batches = windows.split(1)  # a decomposition a window
@@ -95,7 +95,7 @@ def compare(
         run()
     if not points:
         raise SkippedCell(
-            f"eval.truncation.seqlen={windows.shape[1]} is below every rank: nothing would be truncated"
+            f"eval.truncation.seqlen={windows.shape[1]} is below all ranks: no activation would be truncated"
         )
     return {"dense_nll": dense_nll, "points": points}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowrank_lab import checks, versions
@@ -17,7 +16,8 @@ class Truncation(WindowEvaluator):
 
     The value is the mean, over all linears, blocks and ratios, of how much higher the negative log-likelihood is
     with the weight truncated than with the activations truncated to the same rank, in nats a token: above 0 where
-    the paper's claim holds. The activations are those of one window at a time.
+    the paper's claim holds. The activations are those of one window at a time: their best approximation is made
+    from the window itself, its later tokens too, and saves nothing. It is a bound, not a compressed model.
 
     linears  roles of models/arch.py or paths of linears within a block; None for all
     blocks   their indices; None for the first, the middle and the last
@@ -33,14 +33,15 @@ class Truncation(WindowEvaluator):
         seqlen: int,
         max_windows: int | None,
         bos: Literal["text", "window"],
-        linears: Sequence[str] | None,
-        blocks: Sequence[int] | None,
-        ratios: Sequence[float],
+        linears: list[str] | None,
+        blocks: list[int] | None,
+        ratios: list[float],
     ) -> None:
         super().__init__(seqlen, max_windows, bos, batch_size=1)
         for name, values in (("linears", linears), ("blocks", blocks), ("ratios", ratios)):
-            if values is not None and (isinstance(values, str) or not values):
-                raise ValueError(f"{name}={values} is not valid; it must be a list, for example [{values or 1}]")
+            optional = name != "ratios"
+            if not (optional and values is None) and not (isinstance(values, list) and values):
+                raise ValueError(f"{name}={values} is not valid; it must be a list that is not empty")
         for index in blocks or ():
             checks.whole(0, blocks=index)
         for ratio in ratios:

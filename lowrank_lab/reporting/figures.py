@@ -134,7 +134,7 @@ def truncation_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | 
                 for kind, style in (("activation", "-"), ("weight", "--")):
                     axes.plot(
                         line["ratio"],
-                        line[f"{kind}_nll"].map(math.exp),
+                        line[f"{kind}_nll"].clip(upper=700).map(math.exp),
                         style,
                         color=COLOURS[number % len(COLOURS)],
                         marker=MARKERS[number % len(MARKERS)],
