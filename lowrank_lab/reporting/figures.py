@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 
 from lowrank_lab.reporting.sections import OUTPUT_ERROR, PERPLEXITY, TRUNCATION, linear_names
 from lowrank_lab.reporting.tables import WHOLE, all_groups
@@ -104,8 +105,11 @@ def output_error_against_block(group: pd.DataFrame, caption: str) -> plt.Figure 
                     label=textwrap.fill(f"{what} ({row['variant']})" if row["variant"] else what, 36),
                 )
             axes.set_title(title, fontsize=13)
-        figure.supxlabel("block")
-        figure.supylabel("relative output error")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for axes in grid[:, 0]:
+            axes.set_ylabel("relative output error")
+        for axes in grid[-1]:
+            axes.set_xlabel("block")
         figure.suptitle(_wrapped(caption), fontsize=11)
         figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
@@ -123,9 +127,7 @@ def truncation_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | 
     rows = -(-len(names) // columns)
     with plt.rc_context(STYLE):
         size = (3.6 * columns, 3.4 * rows + 1.6)
-        figure, grid = plt.subplots(
-            rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
-        )
+        figure, grid = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
         for axes in grid.flat[len(names) :]:
             axes.set_visible(False)
         for axes, (path, name) in zip(grid.flat, names.items(), strict=False):
@@ -143,8 +145,9 @@ def truncation_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | 
             axes.axhline(math.exp(measured["dense_nll"]), color="0.35", linestyle=":", label="dense")
             axes.set_yscale("log")
             axes.set_title(name, fontsize=13)
-        figure.supxlabel("rank, as a fraction of min(out, in)")
-        figure.supylabel("perplexity")
+            axes.set_xlabel("rank / min(out, in)")
+        for axes in grid[:, 0]:
+            axes.set_ylabel("perplexity")
         figure.suptitle(_wrapped(caption), fontsize=11)
         figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
