@@ -22,6 +22,12 @@ from lowrank_lab.models.source import ModelSource, resolve
 from lowrank_lab.saved import Saved
 from lowrank_lab.store import Store, fingerprint
 
+KINDS = {
+    "dense": "the dense model",
+    "compressed": "a compressed model",
+    "checkpoint": "a model that is compressed already, whose dense original is not known",
+}
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -29,6 +35,8 @@ class Cell:
 
     ``metric``, ``allocation`` and ``refinement`` are None for the dense model, and for a checkpoint that is
     compressed already, whatever was asked for; the last also for no refinement.
+    ``kind`` is what the evaluated model is: ``dense``, ``compressed`` here, or a compressed ``checkpoint``.
+    ``evaluators`` are those that measure something on that kind; ``left_out`` are the names of the others.
     ``calibration_data`` is the content hash of the calibration text (None where nothing reads it),
     ``evaluation_data`` that of the text of each evaluator that reads one, ``training_data`` that of the text that
     the refinement trains on (None where it has no data set of its own). ``parts`` is what each evaluator measures
@@ -38,11 +46,13 @@ class Cell:
     cfg: DictConfig
     store: Store
     source: ModelSource
+    kind: str
     metric: Any
     allocation: Any
     refinement: Any
     calibration_data: str | None
     evaluators: dict[str, Evaluator]
+    left_out: tuple[str, ...]
     evaluation_data: dict[str, str | None]
     training_data: str | None
     parts: dict[str, dict[str, Any]]
@@ -67,7 +77,9 @@ class Cell:
                 calibration_data = _content(cfg.calibration.dataset, "calibration", cfg.data_root, store)
             if refinement is not None and "dataset" in cfg.refinement:
                 training_data = _content(cfg.refinement.dataset, "calibration", cfg.data_root, store)
-        evaluators = {name: config.build(node) for name, node in cfg.eval.items()}
+        kind = "checkpoint" if source.saved else "dense" if cfg.allocation is None else "compressed"
+        asked = {name: config.build(node) for name, node in cfg.eval.items()}
+        evaluators = {name: evaluator for name, evaluator in asked.items() if kind in evaluator.models}
         evaluation_data = {
             name: _content(text_of(cfg, name), "eval", cfg.data_root, store) if evaluator.reads_text else None
             for name, evaluator in evaluators.items()
@@ -77,11 +89,13 @@ class Cell:
             cfg,
             store,
             source,
+            kind,
             metric,
             allocation,
             refinement,
             calibration_data,
             evaluators,
+            tuple(name for name in asked if name not in evaluators),
             evaluation_data,
             training_data,
             parts,
@@ -95,6 +109,11 @@ class Cell:
     def compressed(self) -> bool:
         """Whether the model that is evaluated is a compressed one."""
         return self.compresses or self.source.saved is not None
+
+    @property
+    def why_left_out(self) -> str:
+        """One line about the evaluators that measure nothing on this cell's model."""
+        return f"eval={','.join(self.left_out)} measures nothing on {KINDS[self.kind]}"
 
     @property
     def ratio(self) -> float:

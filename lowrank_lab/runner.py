@@ -36,6 +36,8 @@ def run(cfg: DictConfig, grid: str | None = None) -> dict[str, Any]:
         return record
 
     log.info("%s: starting", cell.label)
+    if cell.left_out and cell.evaluators:
+        log.info("%s", cell.why_left_out)
     recording = Record(cell, grid)
     previous = results.find(cell.key) or {}
     recording.data.update({what: previous[what] for what in CHECKPOINT_NAMES if what in previous})

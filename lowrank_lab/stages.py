@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 def compute(cell: Cell, record: Record) -> None:
     """Compute a cell and fill its record. Raises SkippedCell where the combination makes no sense."""
+    if not cell.evaluators and not cell.checkpoints:
+        raise SkippedCell(cell.why_left_out)
     torch.manual_seed(cell.cfg.seed)
     device = pick_device(cell.cfg.device)
     record.data["hardware"] = environment.hardware(device)

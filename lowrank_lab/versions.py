@@ -13,6 +13,8 @@ COMPRESSION = 1  # allocation/, refinement/, storage/, training.py, the rest of 
 PERPLEXITY = 1  # evaluation/perplexity.py
 SPEED = 1  # evaluation/timing.py
 GENERATION = 1  # evaluation/generation.py, evaluation/text.py
+OUTPUT_ERROR = 1  # evaluation/block_errors.py
+TRUNCATION = 1  # evaluation/one_truncated.py
 RECORD = 2  # the schema of results.py
 
 

@@ -85,22 +85,22 @@ def _of_site(
     try:
         for rank in candidates:
             factorize(block, site, left[:, :rank], right[:rank])
-            found[rank] = _nll(model, spec, batches, site.block, entering)
-            _restore(block, dense)
+            found[rank] = mean_nll(model, spec, batches, site.block, entering)
+            restore(block, dense)
     finally:
-        _restore(block, dense)
+        restore(block, dense)
     for rank, nll in found.items():
         if not math.isfinite(nll):
             raise FloatingPointError(f"block {site.block}: the loss is not finite with {site.key} at rank {rank}")
     return found
 
 
-def _restore(block: nn.Module, members: dict[str, nn.Module]) -> None:
+def restore(block: nn.Module, members: dict[str, nn.Module]) -> None:
     for name, module in members.items():
         block.set_submodule(name, module)
 
 
-def _nll(
+def mean_nll(
     model: nn.Module, spec: ArchSpec, batches: Sequence[Tensor], block: int = 0, entering: Sequence[Tensor] = ()
 ) -> float:
     """The mean negative log-likelihood of all predicted tokens, in nats, entering ``block`` with these states."""
@@ -125,7 +125,7 @@ def perplexity_of(bench: Bench, ranks: Ranks, batches: Sequence[Tensor]) -> floa
     ]
     try:
         compress(model, bench.spec, bench.sites, ranks, bench.spectra, Absorb(0.5), bench.device)
-        return math.exp(_nll(model.to(bench.device), bench.spec, batches))
+        return math.exp(mean_nll(model.to(bench.device), bench.spec, batches))
     finally:
         for block, members in dense:
-            _restore(block, members)
+            restore(block, members)

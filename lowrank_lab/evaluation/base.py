@@ -24,12 +24,14 @@ class Evaluator:
     reads_text          whether it reads a text: that of its own ``dataset`` node, else that of the cell
     add_special_tokens  whether the text's tokens begin with the tokenizer's special ones
     no_influence        settings that change its speed but no number
+    models              the kinds of model on which it measures anything (cell.py); cells of other kinds go without
     """
 
     version: int
     reads_text = False
     add_special_tokens = True
     no_influence: tuple[str, ...] = ("batch_size",)
+    models: tuple[str, ...] = ("dense", "compressed", "checkpoint")
 
     def settings(self, node: DictConfig) -> Any:
         """What of its config ``node`` every number depends on."""

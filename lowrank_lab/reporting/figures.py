@@ -15,9 +15,9 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
-from lowrank_lab.reporting.sections import PERPLEXITY, SPEED
+from lowrank_lab.reporting.sections import OUTPUT_ERROR, PERPLEXITY, SPEED, TRUNCATION, linear_names
 from lowrank_lab.reporting.tables import WHOLE, all_groups
 
 # Okabe and Ito's palette: told apart with every common kind of colour blindness, and by marker in grey.
@@ -130,10 +130,90 @@ def _speeds(measured: dict[str, Any], name: str, phase: str, settings: list[tupl
     return [math.nan if one is None else one[phase]["tokens_per_second"] for one in of_model]
 
 
+def output_error_against_block(group: pd.DataFrame, caption: str) -> plt.Figure | None:
+    """Relative error of every block's output: its own, and with that of the blocks before it; a line a cell.
+
+    Above in the Frobenius norm over all tokens, below as the mean over the tokens, to which massive activations of
+    a few tokens do not matter.
+    """
+    finite = group[group["value"].notna()]
+    if finite.empty:
+        return None
+    panels = {
+        "own": "own error, all tokens",
+        "accumulated": "with the blocks before, all tokens",
+        "own_of_tokens": "own error, mean of the tokens",
+        "accumulated_of_tokens": "with the blocks before, mean of the tokens",
+    }
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(2, 2, figsize=(12, 8), sharex=True, sharey=True, layout="constrained")
+        for axes, (kind, title) in zip(grid.flat, panels.items(), strict=True):
+            for number, (_, row) in enumerate(finite.iterrows()):
+                errors = row["measured"]["blocks"][kind]
+                what = f"{row['method']} {row['ratio']:g}"
+                axes.plot(
+                    range(len(errors)),
+                    errors,
+                    color=COLOURS[number % len(COLOURS)],
+                    marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
+                    markevery=max(1, len(errors) // 8),
+                    label=textwrap.fill(f"{what} ({row['variant']})" if row["variant"] else what, 36),
+                )
+            axes.set_title(title, fontsize=13)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for axes in grid[:, 0]:
+            axes.set_ylabel("relative output error")
+        for axes in grid[-1]:
+            axes.set_xlabel("block")
+        figure.suptitle(_wrapped(caption), fontsize=11)
+        figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def truncation_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | None:
+    """Perplexity (log scale) against the rank of one truncated linear: its activations or its weight, by block."""
+    finite = group[group["value"].notna()]
+    if finite.empty:
+        return None
+    measured = finite["measured"].iloc[0]  # cells that differ in their dtype alone would look the same
+    points = pd.DataFrame(measured["points"])
+    names = linear_names(points["linear"].unique())
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    with plt.rc_context(STYLE):
+        size = (3.6 * columns, 3.4 * rows + 1.6)
+        figure, grid = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+        for axes in grid.flat[len(names) :]:
+            axes.set_visible(False)
+        for axes, (path, name) in zip(grid.flat, names.items(), strict=False):
+            for number, (block, line) in enumerate(points[points["linear"] == path].groupby("block")):
+                line = line.sort_values("ratio")
+                for kind, style in (("activation", "-"), ("weight", "--")):
+                    axes.plot(
+                        line["ratio"],
+                        line[f"{kind}_nll"].clip(upper=700).map(math.exp),
+                        style,
+                        color=COLOURS[number % len(COLOURS)],
+                        marker=MARKERS[number % len(MARKERS)],
+                        label=f"block {block}, {kind}",
+                    )
+            axes.axhline(math.exp(measured["dense_nll"]), color="0.35", linestyle=":", label="dense")
+            axes.set_yscale("log")
+            axes.set_title(name, fontsize=13)
+            axes.set_xlabel("rank / min(out, in)")
+        for axes in grid[:, 0]:
+            axes.set_ylabel("perplexity")
+        figure.suptitle(_wrapped(caption), fontsize=11)
+        figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
 # By metric, a figure of one comparable set, or None where there is nothing to draw.
 FIGURES: dict[str, Callable[[pd.DataFrame, str], plt.Figure | None]] = {
     PERPLEXITY.metric: perplexity_against_ratio,
     SPEED.metric: speed_against_settings,
+    OUTPUT_ERROR.metric: output_error_against_block,
+    TRUNCATION.metric: truncation_against_ratio,
 }
 
 

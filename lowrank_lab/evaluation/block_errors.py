@@ -1,0 +1,170 @@
+"""The errors of a compressed model against its dense original on the same tokens: of linears, blocks, storage."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_lab import progress
+from lowrank_lab.evaluation.robust import NotFiniteError
+from lowrank_lab.lowrank.factorized import FactorizedLinear, factors_of, site_weight
+from lowrank_lab.lowrank.ranks import Site
+from lowrank_lab.lowrank.spectra import by_block, load_factors, load_spectrum
+from lowrank_lab.models.arch import ArchSpec
+from lowrank_lab.models.walk import blocks_of, walk
+
+if TYPE_CHECKING:
+    from lowrank_lab.bench import Bench
+
+
+class RelativeError:
+    """‖y − y'‖ / ‖y‖ of an output y and its approximation y' over all batches, summed in float64."""
+
+    def __init__(self) -> None:
+        self.error = self.size = self.of_tokens = 0.0
+        self.tokens = 0
+
+    def add(self, exact: Tensor, approximate: Tensor, bias: Tensor | None = None) -> None:
+        """Add a batch (..., width). A ``bias`` that is in both outputs does not count to the size of y."""
+        y = exact.double()
+        error = (y - approximate.to(y)).square().sum(-1)
+        size = (y if bias is None else y - bias.to(y)).square().sum(-1)
+        self.error += error.sum().item()
+        self.size += size.sum().item()
+        self.of_tokens += (error / size.clamp(min=torch.finfo(size.dtype).tiny)).sqrt().sum().item()
+        self.tokens += size.numel()
+
+    def of_all(self, layer: str) -> float:
+        """In the Frobenius norm over all tokens, of which a few with massive activations may outweigh the rest.
+
+        Raises NotFiniteError, naming the ``layer``, where an output is not finite.
+        """
+        if not math.isfinite(self.error + self.size + self.of_tokens):
+            raise NotFiniteError(layer)
+        return math.sqrt(self.error / self.size) if self.error else 0.0
+
+    def of_each_token(self) -> float:
+        """The mean over the tokens of ‖y − y'‖ / ‖y‖ of each alone."""
+        return self.of_tokens / self.tokens
+
+
+def output_errors(
+    dense: nn.Module, compressed: nn.Module, spec: ArchSpec, batches: Sequence[Tensor], device: torch.device
+) -> dict[str, Any]:
+    """The relative errors of the outputs for ``batches`` (batch, length) of token ids.
+
+    ``linears``   by path within the block, a list over the blocks: of each compressed linear on the inputs that the
+                  dense model gives it, its bias left out; None in the list where it stayed dense
+    ``blocks``    lists over the blocks: ``own`` on the input that the dense model gives the block, ``accumulated``
+                  on the one that the compressed blocks before it give it, and both as ``…_of_tokens``, the mean of
+                  every token's own relative error. The residual stream is part of the output
+
+    Both models are walked side by side, so that memory holds the hidden states of one depth. Raises NotFiniteError
+    where an output is not finite.
+    """
+    linears: dict[str, list[float | None]] = {name: [] for name in spec.linears}
+    blocks: dict[str, list[float]] = defaultdict(list)
+    exact: list[Tensor] = []
+    carried: list[Tensor] = []
+    walks = zip(
+        walk(dense, spec, batches, device, exact), walk(compressed, spec, batches, device, carried), strict=True
+    )
+    for (index, dense_block, run_dense), (_, block, run) in progress.track(
+        walks, "output errors", "block", len(blocks_of(dense, spec))
+    ):
+        layer = f"{spec.blocks}.{index}"
+        entering, prefix = list(exact), list(carried)
+        of_linears = _of_linears(dense_block, block, spec, run_dense)  # moves ``exact`` one block on
+        for name, errors in linears.items():
+            errors.append(of_linears[name].of_all(f"{layer}.{name}") if name in of_linears else None)
+        for kind, states, go in (("own", entering, partial(run, advance=False)), ("accumulated", prefix, run)):
+            carried[:] = states
+            error = _of_block(block, exact, go)
+            blocks[kind].append(error.of_all(layer))
+            blocks[f"{kind}_of_tokens"].append(error.of_each_token())
+    return {"linears": linears, "blocks": dict(blocks)}
+
+
+def _of_linears(
+    dense_block: nn.Module, block: nn.Module, spec: ArchSpec, run: Callable[[], None]
+) -> dict[str, RelativeError]:
+    """The errors of the compressed linears of ``block`` on what ``run`` passes through the dense one."""
+    errors: dict[str, RelativeError] = {}
+    hooks = []
+    for name in spec.linears:
+        compressed = block.get_submodule(name)
+        if isinstance(compressed, FactorizedLinear):
+            errors[name] = RelativeError()
+            compare = partial(_compare, errors[name], compressed)
+            hooks.append(dense_block.get_submodule(name).register_forward_hook(compare))
+    run()
+    for hook in hooks:
+        hook.remove()
+    return errors
+
+
+def _compare(
+    error: RelativeError, compressed: nn.Module, linear: Any, inputs: tuple[Tensor], output: Tensor
+) -> None:
+    error.add(output, compressed(inputs[0]), linear.bias)
+
+
+def _of_block(block: nn.Module, exact: Sequence[Tensor], run: Callable[[], None]) -> RelativeError:
+    """The error of what ``block`` gives while ``run`` passes one batch through it for each of ``exact``."""
+    error, targets = RelativeError(), iter(exact)
+    hook = block.register_forward_hook(
+        lambda _block, _inputs, output: error.add(next(targets).to(output.device), output)
+    )
+    run()
+    hook.remove()
+    return error
+
+
+@torch.no_grad()
+def storage_errors(bench: Bench, dense: nn.Module) -> dict[str, dict[str, float]]:
+    """``mse`` and ``mae`` of the products of the factors as they are stored against those of the exact factors.
+
+    By path within the block, the mean over the blocks in which that linear is compressed (Dobi-SVD, Table 8). The
+    paper does not say which matrices it compares; here it is the product W' (out, in) of both factors, element by
+    element, since it is what the model multiplies with. The exact factors are those of the decomposition, or of
+    the refinement, before the storage rounds or quantizes them.
+    """
+    ranks = bench.record.data["compression"]["ranks"]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in bench.spec.linears}
+    blocks = list(zip(blocks_of(bench.model, bench.spec), blocks_of(dense, bench.spec), strict=True))
+    here_of = by_block(bench.sites, len(blocks))
+    for index, (block, dense_block) in enumerate(progress.track(blocks, "storage errors", "block")):
+        for name, site in here_of[index].items():
+            stored = factors_of(block, site)
+            if stored is None:
+                continue
+            left, right = exact_factors(bench, dense_block, site, ranks[name])
+            error = product_error((left, right), stored, bench.device)
+            for member, rows in zip(site.members, error.split(site.outs), strict=True):
+                found[member].append({"mse": rows.square().mean().item(), "mae": rows.abs().mean().item()})
+    return {
+        name: {kind: sum(error[kind] for error in errors) / len(errors) for kind in ("mse", "mae")}
+        for name, errors in found.items()
+        if errors
+    }
+
+
+def exact_factors(bench: Bench, dense_block: nn.Module, site: Site, rank: int) -> tuple[Tensor, Tensor]:
+    """``left`` (out, k) and ``right`` (k, in) of a site before the storage touched them."""
+    if bench.cell.refinement is not None:
+        return load_factors(bench.cell.store.path("factors", bench.cell.factors_key), site)
+    weight = site_weight(dense_block, site).to(bench.device, torch.float64)
+    left, right, _ = load_spectrum(bench.spectra, site, bench.device).factors(weight, rank)
+    return left, right
+
+
+def product_error(exact: tuple[Tensor, Tensor], stored: tuple[Tensor, Tensor], device: torch.device) -> Tensor:
+    """left · right of ``stored`` less that of ``exact``, (out, in), float64."""
+    products = [left.to(device, torch.float64) @ right.to(device, torch.float64) for left, right in (exact, stored)]
+    return products[1] - products[0]

@@ -1,0 +1,37 @@
+"""The ``eval=output_error`` evaluator: its protocol as data. block_errors.py, which needs torch, computes it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lowrank_lab import versions
+from lowrank_lab.evaluation.windows import WindowEvaluator
+
+if TYPE_CHECKING:
+    from lowrank_lab.bench import Bench
+
+
+class OutputError(WindowEvaluator):
+    """How far a compressed model is from its dense original on the text of ``dataset``, layer by layer.
+
+    The value is the relative error of the last block's output in the compressed model. Beside it stand, as
+    block_errors.py defines them, the errors of every linear and block, and of the storage (Dobi-SVD, Table 8).
+    """
+
+    version = versions.OUTPUT_ERROR
+    models = ("compressed",)
+
+    def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
+        """Measure it: the value, what it is made of, and its protocol."""
+        from lowrank_lab.evaluation.block_errors import output_errors, storage_errors
+        from lowrank_lab.evaluation.robust import NotFiniteError
+
+        windows, protocol = self.windows(bench)
+        dense, batches = bench.dense_model(), windows.split(self.batch_size)
+        try:
+            found = output_errors(dense, bench.model, bench.spec, batches, bench.device)
+        except NotFiniteError as error:
+            return {"metric": "output error", "value": None, "not_finite": error.layer, "protocol": protocol}
+        value = found["blocks"]["accumulated"][-1]
+        storage = storage_errors(bench, dense)
+        return {"metric": "output error", "value": value, **found, "storage": storage, "protocol": protocol}
