@@ -11,6 +11,7 @@ GRADIENTS = 1  # calibration/gradients.py
 SPECTRA = 1  # lowrank/solver.py, lowrank/spectra.py, metric/
 COMPRESSION = 1  # allocation/, refinement/, storage/, training.py, the rest of lowrank/
 PERPLEXITY = 1  # evaluation/perplexity.py
+HARNESS = 1  # evaluation/harness.py, lm.py, tasks.py, task_data.py
 RECORD = 2  # the schema of results.py
 
 
