@@ -6,7 +6,7 @@ tasks.py says what a name stands for, task_data.py where its data is, lm.py, whi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import DictConfig
@@ -82,13 +82,13 @@ class Harness(Evaluator):
         measured = evaluate(
             bench.model, bench.tokenizer, bench.device, part, manager, self.shots, self.limit, self.batch_size
         )
-        protocol = {
+        protocol: dict[str, Any] = {
             "shots": {leaf: self._shots(leaf, facts) for leaf, facts in task.leaves.items()},
             "data": fingerprint({leaf: found.content for leaf, found in data.items()}),
             "source": " and ".join(sorted({found.source for found in data.values()})),
             **{name: measured.pop(name) for name in ("seeds", "task_versions") if name in measured},
         }
-        return {**measured, "protocol": protocol}
+        return {"metrics": [_plain(metric) for metric in task.metrics], **measured, "protocol": protocol}
 
     def combine(self, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """The mean over the tasks of the metric of each, with a standard error where all have one."""
@@ -130,8 +130,13 @@ class Harness(Evaluator):
 
 def _check_metric(name: str, metric: str | None, task: NamedTask) -> None:
     known = [_plain(one) for one in task.metrics]
-    if metric is not None and known and metric not in known and f"{metric}," not in "".join(known):
+    if known and _chosen(metric, known) is None:
         raise UserError(f"task {name} has no metric '{metric}'; choose one of {', '.join(known)}")
+
+
+def _chosen(metric: str | None, known: Iterable[str]) -> str | None:
+    """The metric asked for: by its name, by its name before the filter, or the first; None where there is none."""
+    return next((one for one in known if metric in (None, one, one.partition(",")[0])), None)
 
 
 def _plain(metric: str) -> str:
@@ -142,10 +147,10 @@ def _plain(metric: str) -> str:
 def _shown(name: str, metric: str | None, measured: Mapping[str, Any]) -> dict[str, Any]:
     """A task's number, and all that was found."""
     if "not_finite" in measured:
-        return {"metric": metric, "value": None, "stderr": None, **measured}
+        chosen = _chosen(metric, measured["metrics"])
+        return {"metric": chosen, "value": None, "stderr": None, **measured}
     own = measured["results"][name]
-    wanted = [one for one in own["metrics"] if metric is None or one == metric or one.startswith(f"{metric},")]
-    [chosen, *_] = wanted
+    chosen = _chosen(metric, measured["metrics"] or own["metrics"])
     return {"metric": chosen, "value": own["metrics"][chosen], "stderr": own["stderr"].get(chosen), **measured}
 
 

@@ -38,7 +38,7 @@ def evaluate(
     limit: int | None,
     batch_size: int | Literal["auto"],
 ) -> dict[str, Any]:
-    """``task`` on the first ``limit`` documents of each leaf, with ``shots`` examples (None: the task's own number).
+    """``task`` on the first ``limit`` documents of each leaf, with ``shots`` examples (None: the task's own).
 
     Returns ``results``, of the task and, for a group, of the groups and leaves within it, by name: ``metrics`` and
     ``stderr`` (None where there is none), and of leaves the ``documents`` used and ``available``. ``groups`` has

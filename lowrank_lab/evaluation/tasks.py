@@ -1,8 +1,8 @@
 """What a task name of lm-eval stands for, and its tasks built on data from elsewhere.
 
 lm-eval reads some 14,000 YAML files to know its tasks, which takes ten seconds and more. So what they are and what
-a name stands for are small artifacts, each made once for a version of lm-eval. No torch, and lm-eval only where such
-an artifact is made. This is the one file that uses parts of lm-eval that are its own affair.
+a name stands for are small artifacts, each made once for a version of lm-eval. No torch, and lm-eval only where one
+is made. This is the one file that uses parts of lm-eval that are its own affair.
 """
 
 from __future__ import annotations
