@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import socket
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,9 +69,18 @@ def write(root: Path, where: str, rows: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def known(tmp_path_factory) -> Store:
-    """What lm-eval's task names stand for: found once, for ten seconds."""
+    """What the names of some of lm-eval's tasks stand for: to read all takes ten seconds."""
+    from lm_eval.tasks._index import TaskIndex
+
+    folders = ("arc", "gsm8k", "hellaswag", "mathqa", "mmlu/default", "piqa", "squadv2", "truthfulqa", "winogrande")
+
+    def some(root: Path) -> list[Path]:
+        return [file for folder in folders for file in sorted((root / folder).glob("**/*.yaml"))]
+
     store = Store(tmp_path_factory.mktemp("known"))
-    tasks.named_task(GROUP, store)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskIndex, "_iter_yaml_files", some)
+        tasks.named_task(GROUP, store)
     return store
 
 
@@ -96,10 +106,11 @@ def mirror(tmp_path_factory, known) -> Path:
 
 
 def mmlu_rows(subject: str, count: int) -> list[dict[str, Any]]:
+    choices = ["no", "yes", "both", "none"]
     return [
-        {"question": f"{subject} {i}?", "subject": subject, "choices": [f"no {i}", "yes", "both", "none"], "answer": i % 4}
+        {"question": f"{subject} {i}?", "subject": subject, "choices": choices, "answer": i % 4}
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture
@@ -228,8 +239,6 @@ def test_a_finished_cell_needs_neither_lm_eval_nor_torch(lab):
         "assert record['status'] == 'done'\n"
         "assert not {'torch', 'lm_eval', 'transformers'} & set(sys.modules)\n"
     )
-    import subprocess
-
     cfg = json.dumps(OmegaConf.to_container(cell.cfg, resolve=True))
     done = subprocess.run([sys.executable, "-c", code, cfg], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -275,7 +284,7 @@ def test_a_mistake_is_one_line_before_the_model_is_loaded(lab, overrides, messag
 
 
 def test_data_that_is_nowhere_without_a_data_root(lab):
-    with pytest.raises(UserError, match="baber/winogrande|allenai/ai2_arc is neither on the hub nor in its local"):
+    with pytest.raises(UserError, match="allenai/ai2_arc is neither on the hub nor in its local"):
         lab.cells("eval.harness.tasks={arc_easy: acc}", "data_root=null")
 
 
@@ -342,13 +351,11 @@ def test_a_model_that_is_not_finite_has_no_number_and_names_the_layer(lab, model
     assert row["mean"] == "nan"
 
 
-class Requests:
+def requests_of(*arguments: Any) -> list[Any]:
     """Requests of lm-eval by their arguments."""
+    from lm_eval.api.instance import Instance
 
-    def __init__(self, *arguments: Any) -> None:
-        from lm_eval.api.instance import Instance
-
-        self.rolled = [Instance("loglikelihood", {}, one, number) for number, one in enumerate(arguments)]
+    return [Instance("loglikelihood", {}, one, number) for number, one in enumerate(arguments)]
 
 
 def lm(model, batch_size):
@@ -366,7 +373,7 @@ def requests():
         ("", "alone"),
         ("b" * 9, " c d"),
     ]
-    return Requests(*pairs, *pairs[::-1]).rolled
+    return requests_of(*pairs, *pairs[::-1])
 
 
 def test_answers_come_in_the_order_of_the_requests_whatever_the_batch(model, requests):
@@ -413,7 +420,7 @@ def test_texts_come_in_the_order_of_the_requests(model):
     """Greedy, against a loop without a cache."""
     settings = {"until": ["\n\n"], "max_gen_toks": 6, "do_sample": False}
     contexts = ["one", "a longer context than that", "two words"]
-    found = lm(model, 2).generate_until(Requests(*((context, settings) for context in contexts)).rolled)
+    found = lm(model, 2).generate_until(requests_of(*((context, settings) for context in contexts)))
     tokenizer = tiny.byte_tokenizer()
     for context, text in zip(contexts, found, strict=True):
         ids = tokenizer.encode(context)

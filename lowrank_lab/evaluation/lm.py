@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import datasets
 import lm_eval
 import lm_eval.api.task
+import lm_eval.evaluator
 import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ def evaluate(
     whose beginnings were dropped, ``seeds`` and ``task_versions`` are lm-eval's. Where the logits are not finite
     there is only ``not_finite``, the first layer that has such an output.
     """
-    with _quiet():
+    with _only_evaluating():
         lm = InMemory(model.to(device), tokenizer, batch_size, task)
         try:
             found = lm_eval.simple_evaluate(
@@ -174,17 +175,19 @@ class _Finite(LogitsProcessor):
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the bars and log lines of lm-eval and datasets, which would break those of this program."""
-    logger, bars, tqdm = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled(), lm_eval.api.task.tqdm
-    level = logger.level
+def _only_evaluating() -> Iterator[None]:
+    """Without the bars and log lines of lm-eval and datasets, which would break those of this program, and without
+    lm-eval's look at the machine, which takes seconds a task."""
+    logger, no_bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
+    level, tqdm, add_env_info = logger.level, lm_eval.api.task.tqdm, lm_eval.evaluator.add_env_info
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     lm_eval.api.task.tqdm = lambda items, *_, **__: items
+    lm_eval.evaluator.add_env_info = lambda _: None
     try:
         yield
     finally:
         logger.setLevel(level)
-        lm_eval.api.task.tqdm = tqdm
-        if not bars:
+        lm_eval.api.task.tqdm, lm_eval.evaluator.add_env_info = tqdm, add_env_info
+        if not no_bars:
             datasets.enable_progress_bars()
