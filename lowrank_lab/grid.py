@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -41,12 +42,22 @@ def plan(config_dir: Path, config_name: str, overrides: list[str], multirun: boo
 
 
 def spelled_out(words: list[str]) -> list[str]:
-    """A command line with ``save=true`` as ``save.checkpoint=true``.
+    """A command line with ``save=true`` as ``save.checkpoint=true``, and ``eval=a,b`` as ``eval=[a,b]``.
 
     Hydra cannot have both ``save=true`` and ``save.merge=true``: the first would replace the node that the second
-    is in, and as a group its options may not be called true and false.
+    is in, and as a group its options may not be called true and false. And it would take ``eval=a,b`` for a grid,
+    where all that is measured on a model belongs into one job.
     """
-    return [f"save.checkpoint={word.removeprefix('save=')}" if word.startswith("save=") else word for word in words]
+    return [_spelled_out(word) for word in words]
+
+
+def _spelled_out(word: str) -> str:
+    axis, _, value = word.partition("=")
+    if axis == "save":
+        return f"save.checkpoint={value}"
+    if axis == "eval" and re.fullmatch(r"\w+(,\w+)+", value):
+        return f"eval=[{value}]"
+    return word
 
 
 def _without_sweeps(overrides: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ SPEED = 1  # evaluation/timing.py
 GENERATION = 1  # evaluation/generation.py, evaluation/text.py
 OUTPUT_ERROR = 1  # evaluation/block_errors.py
 TRUNCATION = 1  # evaluation/one_truncated.py
+HARNESS = 1  # evaluation/harness.py, lm.py, tasks.py, task_data.py
 RECORD = 2  # the schema of results.py
 
 

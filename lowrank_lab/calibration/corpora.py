@@ -167,7 +167,7 @@ class HubCorpus:
     def _commit(self) -> str:
         """The commit the hub (or without a network the local cache) has for this data set."""
         try:
-            return _hub_commit(self.hub, self.revision)
+            return hub_commit(self.hub, self.revision)
         except Exception as error:  # no network, a timeout, a proxy: the client raises many kinds
             raise UserError(
                 f"data set {self.hub}: neither on the hub nor in its local cache ({type(error).__name__}); "
@@ -187,7 +187,7 @@ def _field(row: Any, name: str, where: str) -> str:
 
 
 @cache  # asked once a process, not once a cell
-def _hub_commit(name: str, revision: str | None) -> str:
+def hub_commit(name: str, revision: str | None) -> str:
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:

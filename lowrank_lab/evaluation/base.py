@@ -44,6 +44,10 @@ class Evaluator:
         """
         return {"": None}
 
+    def combination(self) -> Any:
+        """What ``combine`` depends on beside the measured parts. It enters the record's key and no artifact's."""
+        return None
+
     def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
         """Measure one part of ``parts``."""
         raise NotImplementedError

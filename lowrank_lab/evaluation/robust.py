@@ -13,15 +13,16 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 
-def in_batches(rows: Tensor, batch_size: int, run: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
-    """``run`` on consecutive batches of ``rows``; yields what it returns row by row.
+def in_batches(rows: Any, batch_size: int | Callable[[Any], int], run: Callable[[Any], Any]) -> Iterator[Any]:
+    """``run`` on consecutive batches of ``rows``, a tensor or list; yields what it returns row by row.
 
-    Where memory runs out the batch is halved, for this one and those after it. Raises the error of a single row
-    that does not fit.
+    ``batch_size`` may be a function of the batch's first row. Where memory runs out the batch is halved, and none
+    after it is larger. Raises the error of a single row that does not fit.
     """
-    start = 0
+    start, largest = 0, len(rows)
     while start < len(rows):
-        batch = rows[start : start + batch_size]
+        size = batch_size if isinstance(batch_size, int) else batch_size(rows[start])
+        batch = rows[start : start + min(size, largest)]
         try:
             results = run(batch)
         except Exception as error:
@@ -30,8 +31,8 @@ def in_batches(rows: Tensor, batch_size: int, run: Callable[[Tensor], Tensor]) -
             results = None  # outside of this block the error, which holds the batch's tensors, is gone
         if results is None:
             clear_device_cache(garbage_collection=True)
-            batch_size = len(batch) // 2
-            log.warning("out of memory with a batch of %d: going on with %d", len(batch), batch_size)
+            largest = len(batch) // 2
+            log.warning("out of memory with a batch of %d: going on with %d", len(batch), largest)
             continue
         yield from results
         start += len(batch)

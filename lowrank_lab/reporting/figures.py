@@ -17,7 +17,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from lowrank_lab.reporting.sections import OUTPUT_ERROR, PERPLEXITY, SPEED, TRUNCATION, linear_names
+from lowrank_lab.reporting.kinds.errors import linear_names
+from lowrank_lab.reporting.sections import OUTPUT_ERROR, PERPLEXITY, SPEED, TRUNCATION
 from lowrank_lab.reporting.tables import WHOLE, all_groups
 
 # Okabe and Ito's palette: told apart with every common kind of colour blindness, and by marker in grey.

@@ -11,7 +11,8 @@ from typing import Any
 import pandas as pd
 
 from lowrank_lab.reporting import tables
-from lowrank_lab.reporting.sections import REPETITION, fraction
+from lowrank_lab.reporting.section import fraction
+from lowrank_lab.reporting.sections import REPETITION
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # for what cannot be printed
 HEAD = """# Generated text

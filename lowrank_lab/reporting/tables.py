@@ -12,7 +12,8 @@ from hydra import compose, initialize_config_dir
 
 from lowrank_lab import versions
 from lowrank_lab.config import plain
-from lowrank_lab.reporting.sections import PERPLEXITY, SECTIONS, Section
+from lowrank_lab.reporting.section import Section
+from lowrank_lab.reporting.sections import PERPLEXITY, SECTIONS
 from lowrank_lab.results import frame
 from lowrank_lab.store import fingerprint
 

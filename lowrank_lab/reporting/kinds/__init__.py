@@ -1,0 +1,1 @@
+"""How each kind of measurement is tabled. One file a kind."""

@@ -1,0 +1,42 @@
+"""What a kind of measurement says about itself for tables. Each of ``kinds/`` is one; sections.py lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Measured = Mapping[str, Any]  # what an evaluator returned: metric, value, protocol and more
+
+
+@dataclass(frozen=True)
+class Section:
+    """One kind of measurement in reports.
+
+    metric        the evaluators' ``metric`` that it shows
+    title         what stands in captions: "<model>, <title> <describe(protocol)>"
+    must_agree    the entries of the protocol that must agree for two numbers to stand in one table
+    describe      the protocol in one line
+    cells         the measurement's columns as people read them, in order; of a measurement in several settings one
+                  dict for each, which is a row of its own
+    details       its numbers in full precision, by the name of their column in the CSV, beside ``value``
+    ascending     whether the lowest value ranks first
+    """
+
+    metric: str
+    title: str
+    must_agree: tuple[str, ...]
+    describe: Callable[[Mapping[str, Any]], str]
+    cells: Callable[[Measured], dict[str, str] | list[dict[str, str]]]
+    details: Callable[[Measured], dict[str, float]] = lambda measured: {}
+    ascending: bool = True
+
+
+def number(value: float | None, form: str = "{:.4g}") -> str:
+    """A number as text; nan for the None of a model whose logits are not finite."""
+    return "nan" if value is None else form.format(value)
+
+
+def fraction(value: float | None) -> str:
+    """A fraction as text; — where there is none."""
+    return "—" if value is None else f"{value:.3f}"
