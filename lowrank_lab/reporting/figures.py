@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import textwrap
 from collections.abc import Callable
@@ -172,7 +171,7 @@ def output_error_against_block(group: pd.DataFrame, caption: str) -> plt.Figure 
 
 
 def truncation_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | None:
-    """Perplexity (log scale) against the rank of one truncated linear: its activations or its weight, by block."""
+    """The rise of the loss against the rank of one truncated linear: its activations or its weight, by block."""
     finite = group[group["value"].notna()]
     if finite.empty:
         return None
@@ -192,18 +191,18 @@ def truncation_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | 
                 for kind, style in (("activation", "-"), ("weight", "--")):
                     axes.plot(
                         line["ratio"],
-                        line[f"{kind}_nll"].clip(upper=700).map(math.exp),
+                        line[f"{kind}_nll"] - measured["dense_nll"],
                         style,
                         color=COLOURS[number % len(COLOURS)],
                         marker=MARKERS[number % len(MARKERS)],
                         label=f"block {block}, {kind}",
                     )
-            axes.axhline(math.exp(measured["dense_nll"]), color="0.35", linestyle=":", label="dense")
-            axes.set_yscale("log")
+            axes.axhline(0, color="0.35", linestyle=":", label="dense")
+            axes.set_yscale("symlog", linthresh=0.01)  # from losses that are noise to models that are destroyed
             axes.set_title(name, fontsize=13)
             axes.set_xlabel("rank / min(out, in)")
         for axes in grid[:, 0]:
-            axes.set_ylabel("perplexity")
+            axes.set_ylabel("loss above dense (nats)")
         figure.suptitle(_wrapped(caption), fontsize=11)
         figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
