@@ -84,6 +84,10 @@ def _one_line(error: Exception, config_dir: Path) -> str:
     """Hydra's explanation as one line, with the options or the nearest key where that is the question."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0]
+    if "Could not load '" in first:
+        group, _, option = first.split("Could not load '")[1].partition("'")[0].rpartition("/")
+        options = sorted(file.stem for file in (config_dir / group).glob("*.yaml"))
+        return f"{group}={option}: no such option; choose among {', '.join(options)}"
     if "Could not find '" in first:
         group, _, option = first.split("Could not find '")[1].rstrip("'").rpartition("/")
         options = lines[2 : lines.index("Config search path:")] if "Config search path:" in lines else []
@@ -91,7 +95,10 @@ def _one_line(error: Exception, config_dir: Path) -> str:
     if first.startswith("Could not override '"):
         key = first.split("'")[1]
         if "." in key:
-            return f"{key}: no such setting with these options; see them with: python run.py ... --cfg job"
+            return (
+                f"{key}: no such setting with these options (see them with: python run.py ... --cfg job); "
+                f"an entry that is new begins with +"
+            )
         axes = [folder.name for folder in config_dir.iterdir() if folder.is_dir()]
         text = (config_dir / "config.yaml").read_text()
         settings = [line.split(":")[0] for line in text.splitlines() if line[:1].isalpha()]

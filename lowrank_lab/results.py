@@ -184,12 +184,12 @@ def frame(records: list[dict[str, Any]]) -> pd.DataFrame:
             "bytes": sizes.get("bytes"),
             # As if this cell ran alone: artifacts shared with other cells count with what making them took.
             "compression_seconds": _seconds(s for s in stages if _compresses(s["stage"])),
-            "evaluation_seconds": _seconds(s for s in stages if s["stage"].startswith("eval.")),
             "key": record["key"],
         }
         for name, metric in record["metrics"].items() or [(None, {})]:
             facts = {column: metric.get(column) for column in ("metric", "value", "protocol")}
-            rows.append({**row, "evaluator": name, **facts})
+            its_own = (s for s in stages if s["stage"].split(".")[:2] == ["eval", name])
+            rows.append({**row, "evaluator": name, "evaluation_seconds": _seconds(its_own), **facts})
     return pd.DataFrame(rows)
 
 

@@ -37,6 +37,8 @@ def compute(cell: Cell, record: Record) -> None:
     record.data["hardware"] = environment.hardware(device)
     bench = Bench(cell, record, device)
     _check_lengths(cell, bench.model_config)
+    for bench.evaluator, evaluator in cell.evaluators.items():
+        evaluator.check(bench)
 
     saved = cell.source.saved
     if cell.compresses:
@@ -94,7 +96,7 @@ def _save(cell: Cell, record: Record, bench: Bench, what: str, saved: Saved | No
 
 def _check_lengths(cell: Cell, model_config: Any) -> None:
     positions = getattr(model_config, "max_position_embeddings", None)
-    lengths = {f"eval.{name}.seqlen": getattr(e, "seqlen", 0) for name, e in cell.evaluators.items()}
+    lengths = {f"eval.{name}.{what}": n for name, e in cell.evaluators.items() for what, n in e.lengths().items()}
     if cell.calibration_data is not None:
         lengths["calibration.seqlen"] = cell.cfg.calibration.seqlen
     if cell.training_data is not None:

@@ -48,6 +48,17 @@ class Evaluator:
         """What ``combine`` depends on beside the measured parts. It enters the record's key and no artifact's."""
         return None
 
+    def lengths(self) -> dict[str, int]:
+        """By the name of the setting, how many positions of the model it asks for."""
+        seqlen = getattr(self, "seqlen", None)
+        return {} if seqlen is None else {"seqlen": seqlen}
+
+    def check(self, bench: Bench) -> None:
+        """Look, before the model is read, whether this suits it.
+
+        Raises SkippedCell, or UserError for a setting that no model of this kind could meet.
+        """
+
     def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
         """Measure one part of ``parts``."""
         raise NotImplementedError

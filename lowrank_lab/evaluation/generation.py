@@ -81,22 +81,27 @@ class Generation(Evaluator):
         self.seed = seed
         self.chat = chat
 
-    def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
-        """Write all answers and measure them. Raises SkippedCell where the prompts do not suit the model."""
-        from lowrank_lab.evaluation.robust import NotFiniteError
-        from lowrank_lab.evaluation.text import write
-
+    def check(self, bench: Bench) -> None:
         name = bench.cell.source.name
         if self.chat and not bench.tokenizer.chat_template:
             raise SkippedCell(f"{name} has no chat template; use eval.{bench.evaluator}.chat=false")
-        prompts = [(prompt.ids(bench.tokenizer, self.chat), prompt.shots > 0) for prompt in self.prompts]
         positions = getattr(bench.model_config, "max_position_embeddings", None)
-        longest = max(len(ids) for ids, _ in prompts) + self.max_new_tokens
+        longest = max(len(ids) for ids, _ in self._asked(bench)) + self.max_new_tokens
         if positions is not None and longest > positions:
             raise SkippedCell(
                 f"a prompt and its answer are up to {longest} tokens; {name} has {positions} positions"
             )
 
+    def _asked(self, bench: Bench) -> list[tuple[list[int], bool]]:
+        """The tokens of every prompt, and whether its answer ends with its line."""
+        return [(prompt.ids(bench.tokenizer, self.chat), prompt.shots > 0) for prompt in self.prompts]
+
+    def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
+        """Write all answers and measure them."""
+        from lowrank_lab.evaluation.robust import NotFiniteError
+        from lowrank_lab.evaluation.text import write
+
+        prompts = self._asked(bench)
         protocol = {
             "prompts": fingerprint([prompt.messages for prompt in self.prompts]),
             "zero_shot": sum(not prompt.shots for prompt in self.prompts),

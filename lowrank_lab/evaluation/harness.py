@@ -40,8 +40,8 @@ class Harness(Evaluator):
             raise ValueError(f"tasks={tasks} is not valid; it must be names with metrics, as in {{piqa: acc}}")
         checks.whole(0, optional=True, shots=shots)
         checks.whole(1, optional=True, limit=limit)
-        if batch_size != "auto":
-            checks.whole(1, batch_size=batch_size)
+        if batch_size != "auto" and not checks.is_count(batch_size, 1):
+            raise ValueError(f"batch_size={batch_size} is not valid; it must be auto or a whole number from 1")
         self.tasks = tasks
         self.shots = shots
         self.limit = limit

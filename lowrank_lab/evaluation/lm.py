@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor
 
 from lowrank_lab import progress
+from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation.robust import NotFiniteError, check_logits, in_batches
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ def evaluate(
             )
         except NotFiniteError as error:
             return {"not_finite": error.layer}
+        except AssertionError as error:  # how lm-eval says that a task has fewer examples
+            if "fewshot" not in str(error):
+                raise
+            raise UserError(f"eval: task {task} with shots={shots}: {error}".splitlines()[0]) from None
     documents = found["n-samples"]
     results = {}
     for name, numbers in found["results"].items():

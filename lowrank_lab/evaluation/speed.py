@@ -43,7 +43,10 @@ class Speed(Evaluator):
         self.new_tokens = new_tokens
         self.repeats = repeats
         self.warmup = warmup
-        self.seqlen = max(seqlens) + new_tokens  # the longest sequence, which the model must have positions for
+        self.longest = max(seqlens) + new_tokens
+
+    def lengths(self) -> dict[str, int]:
+        return {"seqlens and new_tokens": self.longest}
 
     def parts(self, cfg: DictConfig, store: Store) -> dict[str, Any]:
         return {"": {**environment.machine(), "device": cfg.device}}

@@ -51,6 +51,11 @@ class Truncation(WindowEvaluator):
         self.blocks = blocks
         self.ratios = ratios
 
+    def check(self, bench: Bench) -> None:
+        from lowrank_lab.evaluation.one_truncated import chosen_sites
+
+        chosen_sites(bench.skeleton(), bench.spec, self.linears, self.blocks)
+
     def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
         """Measure it: the value, the losses it is made of, and its protocol."""
         from lowrank_lab.evaluation.one_truncated import chosen_sites, compare

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import textwrap
 from collections.abc import Callable
@@ -15,7 +14,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from lowrank_lab.reporting.kinds.errors import linear_names
 from lowrank_lab.reporting.sections import OUTPUT_ERROR, PERPLEXITY, SPEED, TRUNCATION
@@ -62,6 +61,10 @@ def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | 
             label = f"dense ({variant}, {value:.4g})" if variant else f"dense ({value:.4g})"
             axes.axhline(value, color="0.35", linestyle="--", label=label)
         axes.set_yscale("log")
+        if group["value"].max() < 10 * group["value"].min():  # plain numbers, where powers of ten would say nothing
+            axes.yaxis.set_major_locator(MaxNLocator(6))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xticks(sorted(compressed["ratio"].unique()))
         axes.margins(x=0.1)
         words = " (remapped: words)" if (compressed["counted"] == "16-bit words").any() else ""
@@ -77,11 +80,15 @@ def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | 
 
 
 def speed_against_settings(group: pd.DataFrame, caption: str) -> plt.Figure | None:
-    """Tokens a second against batch size and prompt length, as Dobi-SVD's Figure 4; a line for each cell.
+    """Tokens a second over those of the dense model, as Dobi-SVD's Figure 4 varies batch size and prompt length.
 
-    The dense line is the median of what all cells measured beside their own model, within its extremes.
+    A line for each compressed cell: medians of the ratios in its own run, with their quartiles. Tokens a second of
+    two runs are not drawn together: a machine that does other work in one of them would decide what is faster.
     """
-    settings = [(one["batch_size"], one["prompt"]) for one in group["measured"].iloc[0]["settings"]]
+    compressed = group[group["method"] != "dense"]
+    if compressed.empty:
+        return None
+    settings = [(one["batch_size"], one["prompt"]) for one in compressed["measured"].iloc[0]["settings"]]
     batch, prompt = settings[0]
     sweeps = [
         ("batch size", f"prompts of {prompt} tokens", sorted(s for s in settings if s[1] == prompt), 0),
@@ -97,38 +104,35 @@ def speed_against_settings(group: pd.DataFrame, caption: str) -> plt.Figure | No
         for phase, of_phase in zip(("prefill", "decode"), grid, strict=True):
             for (xlabel, fixed, shown, varied), axes in zip(sweeps, of_phase, strict=True):
                 x = [setting[varied] for setting in shown]
-                dense = pd.DataFrame([_speeds(one, "dense", phase, shown) for one in group["measured"]])
-                axes.plot(x, dense.median(), color="0.35", linestyle="--", label="dense")
-                axes.fill_between(x, dense.min(), dense.max(), color="0.35", alpha=0.15, linewidth=0)
-                for number, (_, row) in enumerate(group[group["method"] != "dense"].iterrows()):
+                axes.axhline(1, color="0.35", linestyle="--", label="dense")
+                for number, (_, row) in enumerate(compressed.iterrows()):
                     name = f"{row['method']} {row['ratio']:g}"
-                    axes.plot(
+                    ratios = _ratios(row["measured"], phase, shown)
+                    axes.errorbar(
                         x,
-                        _speeds(row["measured"], "model", phase, shown),
+                        ratios["median"],
+                        yerr=[ratios["median"] - ratios["q1"], ratios["q3"] - ratios["median"]],
+                        capsize=3,
                         color=COLOURS[number % len(COLOURS)],
                         marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
                         label=textwrap.fill(f"{name} ({row['variant']})" if row["variant"] else name, 36),
                     )
                 axes.set_xscale("log")
-                axes.set_yscale("log")
                 axes.set_xticks(x, [str(value) for value in x])
-                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axes.yaxis.set_major_formatter("{x:g}")
                 axes.minorticks_off()
                 axes.set_xlabel(xlabel)
                 axes.set_title(fixed, fontsize=12)
-            of_phase[0].set_ylabel(f"{phase}, tokens/s")
+            of_phase[0].set_ylabel(f"{phase}, × dense")
         figure.suptitle(_wrapped(caption), fontsize=11)
         handles, labels = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
-def _speeds(measured: dict[str, Any], name: str, phase: str, settings: list[tuple[int, int]]) -> list[float]:
-    """Tokens a second of ``model`` or ``dense`` in these settings; nan where memory ran out."""
-    found = {(one["batch_size"], one["prompt"]): one[name] for one in measured["settings"]}
-    of_model = [found[setting] for setting in settings]
-    return [math.nan if one is None else one[phase]["tokens_per_second"] for one in of_model]
+def _ratios(measured: dict[str, Any], phase: str, settings: list[tuple[int, int]]) -> pd.DataFrame:
+    """Median and quartiles of the ratios in these settings; nan where memory ran out."""
+    found = {(one["batch_size"], one["prompt"]): one[f"{phase}_ratio"] for one in measured["settings"]}
+    return pd.DataFrame([found[setting] or {} for setting in settings], columns=["median", "q1", "q3"], dtype=float)
 
 
 def output_error_against_block(group: pd.DataFrame, caption: str) -> plt.Figure | None:

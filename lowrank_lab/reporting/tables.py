@@ -44,7 +44,12 @@ def comparison(records: list[dict[str, Any]], section: Section = PERPLEXITY) -> 
         fingerprint([name, content, *(protocol[k] for k in section.must_agree)])
         for name, content, protocol in shared
     ]
-    rows = rows.drop_duplicates(["key", "identity"])  # two evaluators of one job may have the same protocol
+    # One measurement may be in several records (another task was added to the job), and twice in one.
+    rows["same"] = [
+        fingerprint([done[key]["method"], done[key]["ratio"], _told_of(done[key]), measured])
+        for key, measured in zip(rows["key"], rows["measured"], strict=True)
+    ]
+    rows = rows.drop_duplicates(["same", "identity"]).drop(columns="same")
     order = rows["model"] + rows["protocol_text"] + rows["identity"]
     rows["group"] = pd.factorize(order, sort=True)[0]
     for _, group in rows.groupby("group"):
@@ -186,7 +191,7 @@ def _variants(records: list[dict[str, Any]]) -> dict[str, str]:
     every setting that cells with the same answer do not share, or in which an answer of the method's own differs
     from how the method has it.
     """
-    settings = {r["key"]: _settings(r["config"], calibrated="calibration" in r) for r in records}
+    settings = {r["key"]: _told_of(r) for r in records}
     variants = {}
     for record in records:
         fellows = [settings[r["key"]] for r in records if r["method"] == record["method"]]
@@ -214,6 +219,10 @@ def _word(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(str, value))}]"
     return repr(value) if isinstance(value, str) and not value.isprintable() else str(value)
+
+
+def _told_of(record: dict[str, Any]) -> dict[str, Any]:
+    return _settings(record["config"], calibrated="calibration" in record)
 
 
 def _settings(config: dict[str, Any], calibrated: bool) -> dict[str, Any]:

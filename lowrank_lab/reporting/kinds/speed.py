@@ -21,9 +21,10 @@ def _speed_cells(measured: Measured) -> list[dict[str, str]]:
     for one in measured["settings"]:
         row = {"batch": str(one["batch_size"]), "prompt": str(one["prompt"])}
         for phase, ideals in (("prefill", [one["ideal_prefill"]]), ("decode", [ideal["macs"], ideal["bytes"]])):
-            model, ratio = one["model"], one[f"{phase}_ratio"]
-            row[f"{phase} (tokens/s)"] = (
-                number(model[phase]["tokens_per_second"]) if model is not None else "out of memory"
+            ratio = one[f"{phase}_ratio"]
+            speeds = [one["model"] and one["model"][phase], one["dense"] and one["dense"][phase]]
+            row[f"{phase} (tokens/s, dense)"] = ", ".join(
+                number(speed["tokens_per_second"]) if speed is not None else "out of memory" for speed in speeds
             )
             row[f"{phase} ×"] = "{median:.2f} ({q1:.2f}–{q3:.2f})".format(**ratio) if ratio is not None else "—"
             row[f"ideal {phase} ×"] = " / ".join(dict.fromkeys(map("{:.2f}".format, ideals)))
