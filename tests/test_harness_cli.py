@@ -18,7 +18,7 @@ from lowrank_lab.store import Store
 from .conftest import REPOSITORY
 
 TASKS = ("openbookqa", "arc_easy", "arc_challenge", "winogrande", "hellaswag", "piqa", "mathqa")
-LIMIT = int(os.environ.get("LOWRANK_LAB_LIMIT", "8"))  # documents a task; 100 takes about ten times as long
+LIMIT = int(os.environ.get("LOWRANK_LAB_LIMIT", "5"))  # documents a task; 100: ten minutes of processor time
 
 
 def other_data(task: str, data_root: Path, store: Store) -> dict:
