@@ -131,16 +131,16 @@ class Cell:
 
         The artifacts know no names: a method composed by hand reuses all of the one it equals.
         """
-        content = {
-            "names": [self.cfg.method.name, self.cfg.dataset.name],
-            "model": self.compressed_key,
-            "metrics": {name: self.metric_keys(name) for name in self.evaluators},
-            "version": versions.RECORD,
-        }
-        combinations = {name: evaluator.combination() for name, evaluator in self.evaluators.items()}
-        if combined := {name: how for name, how in combinations.items() if how is not None}:
-            content["combined"] = combined  # only where there is one: records that have none keep their keys
-        return fingerprint(content)
+        texts = {self.text_of(name).name for name, evaluator in self.evaluators.items() if evaluator.reads_text}
+        return fingerprint(
+            {
+                "names": [self.cfg.method.name, *sorted(texts)],
+                "model": self.compressed_key,
+                "metrics": {name: self.metric_keys(name) for name in self.evaluators},
+                "combined": {name: evaluator.combination() for name, evaluator in self.evaluators.items()},
+                "version": versions.RECORD,
+            }
+        )
 
     @property
     def model_key(self) -> str:

@@ -59,10 +59,11 @@ class Record:
                 "training_data": cell.training_data,
             },
             "versions": environment.versions(),
-            "components": versions.current(),
+            "components": versions.used(cell.compresses, (e.component for e in cell.evaluators.values())),
             "git": environment.git(),
             "stages": [],
             "metrics": {},
+            "left_out": {},  # by evaluator, why it measured nothing
         }
 
     @contextmanager

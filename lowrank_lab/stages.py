@@ -34,11 +34,19 @@ def compute(cell: Cell, record: Record) -> None:
         raise SkippedCell(cell.why_left_out)
     torch.manual_seed(cell.cfg.seed)
     device = pick_device(cell.cfg.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what counts memory by the current device then counts on this one
     record.data["hardware"] = environment.hardware(device)
     bench = Bench(cell, record, device)
     _check_lengths(cell, bench.model_config)
+    left_out = record.data["left_out"]
     for bench.evaluator, evaluator in cell.evaluators.items():
-        evaluator.check(bench)
+        try:
+            _check_positions(f"eval.{bench.evaluator}", evaluator.lengths(), cell, bench.model_config)
+            evaluator.check(bench)
+        except SkippedCell as why:
+            left_out[bench.evaluator] = str(why)
+    _stop_without_numbers(cell, record)
 
     saved = cell.source.saved
     if cell.compresses:
@@ -58,7 +66,12 @@ def compute(cell: Cell, record: Record) -> None:
         record.data["sizes"] = sizes(bench.model, None, {}, {}, 1.0)
 
     for name in cell.evaluators:
-        record.data["metrics"][name] = _measured(cell, bench, name)
+        if name not in left_out:
+            try:
+                record.data["metrics"][name] = _measured(cell, bench, name)
+            except SkippedCell as why:  # the other numbers of the job are kept
+                left_out[name] = str(why)
+    _stop_without_numbers(cell, record)
 
     if saved is not None and "merged_checkpoint" in cell.checkpoints:
         checkpoint.merge(bench.model, saved)  # the last thing that is done with it
@@ -94,16 +107,30 @@ def _save(cell: Cell, record: Record, bench: Bench, what: str, saved: Saved | No
     log.info("%s: %s", what.replace("_", " "), made.path)
 
 
+def _stop_without_numbers(cell: Cell, record: Record) -> None:
+    """Raises SkippedCell where every evaluator is left out and no checkpoint is asked for."""
+    left_out = record.data["left_out"]
+    if cell.evaluators and set(left_out) == set(cell.evaluators) and not cell.checkpoints:
+        raise SkippedCell("; ".join(left_out.values()))
+
+
 def _check_lengths(cell: Cell, model_config: Any) -> None:
-    positions = getattr(model_config, "max_position_embeddings", None)
-    lengths = {f"eval.{name}.{what}": n for name, e in cell.evaluators.items() for what, n in e.lengths().items()}
+    lengths = {}
     if cell.calibration_data is not None:
-        lengths["calibration.seqlen"] = cell.cfg.calibration.seqlen
+        lengths["seqlen"] = cell.cfg.calibration.seqlen
+    _check_positions("calibration", lengths, cell, model_config)
     if cell.training_data is not None:
-        lengths["refinement.seqlen"] = cell.cfg.refinement.seqlen
-    for name, length in lengths.items():
+        _check_positions("refinement", {"seqlen": cell.cfg.refinement.seqlen}, cell, model_config)
+
+
+def _check_positions(of: str, lengths: dict[str, int], cell: Cell, model_config: Any) -> None:
+    """Raises SkippedCell where one of ``lengths``, by setting, is more than the model has positions."""
+    positions = getattr(model_config, "max_position_embeddings", None)
+    for setting, length in lengths.items():
         if positions is not None and length > positions:
-            raise SkippedCell(f"{name}={length} is longer than the {positions} positions of {cell.source.name}")
+            raise SkippedCell(
+                f"{of}.{setting}={length} is longer than the {positions} positions of {cell.source.name}"
+            )
 
 
 def _measured(cell: Cell, bench: Bench, name: str) -> dict[str, Any]:

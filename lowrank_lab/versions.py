@@ -4,6 +4,8 @@ Raise one when a change to the component changes what it computes: old artifacts
 Refactoring, speed and logging do not count. Library versions are written into every record instead.
 """
 
+from collections.abc import Iterable
+
 MODEL = 1  # models/load.py: conversion of GGUF files
 TOKENS = 1  # calibration/tokens.py
 STATISTICS = 1  # calibration/statistics.py
@@ -16,9 +18,21 @@ GENERATION = 1  # evaluation/generation.py, evaluation/text.py
 OUTPUT_ERROR = 1  # evaluation/block_errors.py
 TRUNCATION = 1  # evaluation/one_truncated.py
 HARNESS = 1  # evaluation/harness.py, lm.py, tasks.py, task_data.py
-RECORD = 2  # the schema of results.py
+RECORD = 3  # the schema of results.py
+
+EVALUATORS = ("PERPLEXITY", "SPEED", "GENERATION", "OUTPUT_ERROR", "TRUNCATION", "HARNESS")
+ON_COMPRESSED = ("STATISTICS", "GRADIENTS", "SPECTRA", "COMPRESSION")  # have no part in a dense model's numbers
 
 
 def current() -> dict[str, int]:
-    """All of the above by name, for the record: a report leaves out records of other versions."""
-    return {name: value for name, value in globals().items() if name.isupper()}
+    """All of the above by name."""
+    return {name: value for name, value in globals().items() if name.isupper() and isinstance(value, int)}
+
+
+def used(compresses: bool, evaluators: Iterable[str]) -> dict[str, int]:
+    """Those that have a part in a record with the numbers of these ``evaluators`` (their ``component``).
+
+    A report leaves out records of other versions.
+    """
+    left_out = set(EVALUATORS) - set(evaluators) | set(() if compresses else ON_COMPRESSED)
+    return {name: value for name, value in current().items() if name not in left_out}

@@ -258,10 +258,10 @@ def test_the_second_time_nothing_is_written(lab, monkeypatch):
         ("chat=true", "tiny-llama has no chat template; use eval.generation.chat=false"),
     ],
 )
-def test_what_does_not_suit_the_model_is_skipped(lab, override, reason):
+def test_what_does_not_suit_the_model_is_left_out(lab, override, reason):
     record = lab.run(*SHORT, "method=dense", f"eval.generation.{override}")
-    assert record["status"] == "skipped"
-    assert reason in record["reason"]
+    assert (record["status"], list(record["metrics"])) == ("done", ["ppl"])
+    assert reason in record["left_out"]["generation"]
 
 
 def test_a_model_that_is_not_finite_has_no_number_and_says_where(lab, checkpoints, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from lowrank_lab import grid, runner
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation import task_data, tasks
-from lowrank_lab.evaluation.harness import Harness
+from lowrank_lab.evaluation.harness import Harness, _check_metric
 from lowrank_lab.models import tiny
 from lowrank_lab.models.load import load_model
 from lowrank_lab.reporting import tables
@@ -474,3 +475,39 @@ def test_values_out_of_range_are_rejected(change, message):
     Harness(**good)
     with pytest.raises(ValueError, match=message):
         Harness(**{**good, **change})
+
+
+def test_a_number_that_is_none_is_left_out_with_its_reason():
+    """mc2 of a model that gives every choice a probability of zero is 0 / 0."""
+    from lowrank_lab.evaluation.lm import _metrics
+
+    found = _metrics({"alias": "x", "acc,none": float("nan"), "acc_stderr,none": float("nan"), "f1,none": 0.5})
+    assert found == {"metrics": {"acc": None, "f1": 0.5}, "stderr": {"acc": None}}
+    protocol = {"shots": {"x": 0}, "data": "d", "source": "mirror"}
+    measured = {"x": {"metrics": ["acc", "f1"], "results": {"x": found}, "protocol": protocol}}
+    combined = Harness({"x": "acc"}, 0, None, 1).combine(measured)
+    assert combined["value"] is None
+    assert combined["reason"] == "no finite number for x: acc"
+
+
+def test_tasks_on_the_same_documents_have_no_standard_error_of_their_mean():
+    found = {"metrics": {"acc": 0.5}, "stderr": {"acc": 0.1}}
+
+    def combined(*data: str) -> dict[str, Any]:
+        protocols = {
+            name: {"shots": {name: 0}, "data": one, "source": "hub"} for name, one in zip("xy", data, strict=True)
+        }
+        return Harness({"x": "acc", "y": "acc"}, 0, None, 1).combine(
+            {name: {"metrics": ["acc"], "results": {name: found}, "protocol": p} for name, p in protocols.items()}
+        )
+
+    assert combined("one", "two")["stderr"] == pytest.approx(0.1 / math.sqrt(2))
+    assert combined("one", "one")["stderr"] is None
+
+
+def test_less_is_better_is_no_accuracy():
+    task = tasks.NamedTask({}, ["perplexity,none", "acc,none"], ["perplexity,none"])
+    _check_metric("lambada", "acc", task)
+    for metric in ("perplexity", None):
+        with pytest.raises(UserError, match=r"perplexity is no accuracy.* it has acc"):
+            _check_metric("lambada", metric, task)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 
-from lowrank_lab import config
+from lowrank_lab import config, grid, runner, versions
 from lowrank_lab.reporting import figures, tables
 from lowrank_lab.reporting.sections import PERPLEXITY
 from lowrank_lab.reporting.status import status
@@ -101,6 +102,38 @@ def test_models_of_one_name_and_other_content_never_share_a_table(records):
     other = json.loads(json.dumps(records[0]))
     other["key"], other["content"]["model"] = "other", "another commit"
     assert tables.comparison([*records, other])["group"].nunique() == 2
+
+
+def test_a_measurement_in_two_records_is_one_row(records):
+    """As when a job is run again with one more evaluator: the first perplexity is in both records."""
+    again = json.loads(json.dumps(records[0]))
+    again["key"] = "again"
+    assert len(tables.comparison([*records, again])) == len(records)
+    again["metrics"]["ppl"]["value"] += 1  # another measurement, whatever else agrees
+    assert len(tables.comparison([*records, again])) == len(records) + 1
+
+
+def test_another_version_of_an_evaluator_that_was_not_used_outdates_nothing(records, monkeypatch):
+    monkeypatch.setattr(versions, "SPEED", versions.SPEED + 1)
+    assert not any(tables.outdated(record) for record in records)
+    monkeypatch.setattr(versions, "SPECTRA", versions.SPECTRA + 1)
+    assert {record["method"] for record in records if not tables.outdated(record)} == {"dense"}
+    monkeypatch.setattr(versions, "PERPLEXITY", versions.PERPLEXITY + 1)
+    assert all(tables.outdated(record) for record in records)
+
+
+def test_an_evaluator_that_does_not_suit_the_model_leaves_the_others_their_numbers(lab):
+    record = lab.run("method=svd", "eval=ppl,generation", "eval.generation.chat=true")
+    assert record["status"] == "done"
+    assert list(record["metrics"]) == ["ppl"]
+    assert "no chat template" in record["left_out"]["generation"]
+    markdown = tables.markdown([record])
+    assert "| svd " in markdown
+    assert "eval=generation (tiny-llama has no chat template" in markdown
+    alone = ["model=tiny", f"results={lab.root}", "method=svd", "eval=generation", "eval.generation.chat=true"]
+    [cell] = grid.plan(REPOSITORY / "conf", "config", alone, False)
+    skipped = runner.run(OmegaConf.create(OmegaConf.to_container(cell.cfg, resolve=False)))
+    assert (skipped["status"], skipped["metrics"]) == ("skipped", {})
 
 
 def test_failed_and_skipped_cells_stay_visible(records):

@@ -21,6 +21,7 @@ class Evaluator:
     ``reason``), ``protocol`` (how it was measured) and whatever else reports show.
 
     version             raise it when the evaluator gives another number for the same model
+    component           the name of that version in versions.py, for those that are there
     reads_text          whether it reads a text: that of its own ``dataset`` node, else that of the cell
     add_special_tokens  whether the text's tokens begin with the tokenizer's special ones
     no_influence        settings that change its speed but no number
@@ -28,6 +29,7 @@ class Evaluator:
     """
 
     version: int
+    component = ""
     reads_text = False
     add_special_tokens = True
     no_influence: tuple[str, ...] = ("batch_size",)

@@ -63,6 +63,7 @@ class Generation(Evaluator):
     """
 
     version = versions.GENERATION
+    component = "GENERATION"
 
     def __init__(
         self, prompts: dict[str, Any], max_new_tokens: int, temperature: float, top_p: float, seed: int, chat: bool

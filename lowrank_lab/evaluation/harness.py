@@ -32,6 +32,7 @@ class Harness(Evaluator):
     """
 
     version = versions.HARNESS
+    component = "HARNESS"
 
     def __init__(
         self, tasks: dict[str, str | None], shots: int | None, limit: int | None, batch_size: int | Literal["auto"]
@@ -96,6 +97,8 @@ class Harness(Evaluator):
         protocols = {name: one["protocol"] for name, one in measured.items()}
         shots = {count for protocol in protocols.values() for count in protocol["shots"].values()}
         value, stderr = _mean(list(tasks.values()))
+        if len({protocol["data"] for protocol in protocols.values()}) < len(protocols):
+            stderr = None  # the errors of two tasks on the same documents are not independent
         combined: dict[str, Any] = {
             "metric": "accuracy",
             "value": value,
@@ -113,6 +116,9 @@ class Harness(Evaluator):
         }
         if broken := [one["not_finite"] for one in measured.values() if "not_finite" in one]:
             combined["not_finite"] = broken[0]
+        elif value is None:
+            without = [f"{name}: {task['metric']}" for name, task in tasks.items() if task["value"] is None]
+            combined["reason"] = f"no finite number for {', '.join(without)}"
         return combined
 
     def _data(self, task: NamedTask, data_root: str | None, store: Store) -> dict[str, TaskData]:
@@ -132,6 +138,12 @@ def _check_metric(name: str, metric: str | None, task: NamedTask) -> None:
     known = [_plain(one) for one in task.metrics]
     if known and _chosen(metric, known) is None:
         raise UserError(f"task {name} has no metric '{metric}'; choose one of {', '.join(known)}")
+    lower = [_plain(one) for one in task.lower_is_better]
+    if known and (chosen := _chosen(metric, known)) in lower:
+        better = [one for one in known if one not in lower]
+        raise UserError(
+            f"task {name}: {chosen} is no accuracy, less of it is better; it has {', '.join(better) or 'no other'}"
+        )
 
 
 def _chosen(metric: str | None, known: Iterable[str]) -> str | None:
@@ -147,10 +159,13 @@ def _plain(metric: str) -> str:
 def _shown(name: str, metric: str | None, measured: Mapping[str, Any]) -> dict[str, Any]:
     """A task's number, and all that was found."""
     if "not_finite" in measured:
-        chosen = _chosen(metric, measured["metrics"])
+        chosen = _chosen(metric, measured["metrics"]) or metric
         return {"metric": chosen, "value": None, "stderr": None, **measured}
     own = measured["results"][name]
-    chosen = _chosen(metric, measured["metrics"] or own["metrics"])
+    known = measured["metrics"] or own["metrics"]
+    chosen = _chosen(metric, known)
+    if chosen is None:
+        raise UserError(f"task {name} has no metric '{metric}'; it has {', '.join(known)}")
     return {"metric": chosen, "value": own["metrics"][chosen], "stderr": own["stderr"].get(chosen), **measured}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +18,10 @@ import lm_eval.evaluator
 import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
-from transformers import LogitsProcessor
 
 from lowrank_lab import progress
 from lowrank_lab.errors import UserError
-from lowrank_lab.evaluation.robust import NotFiniteError, check_logits, in_batches
+from lowrank_lab.evaluation.robust import CheckScores, NotFiniteError, check_output, in_batches
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -43,10 +43,10 @@ def evaluate(
     """``task`` on the first ``limit`` documents of each leaf, with ``shots`` examples (None: the task's own).
 
     Returns ``results``, of the task and, for a group, of the groups and leaves within it, by name: ``metrics`` and
-    ``stderr`` (None where there is none), and of leaves the ``documents`` used and ``available``. ``groups`` has
-    the names of the members of each group, ``truncated`` the count of requests longer than the model's context,
-    whose beginnings were dropped, ``seeds`` and ``task_versions`` are lm-eval's. Where the logits are not finite
-    there is only ``not_finite``, the first layer that has such an output.
+    ``stderr`` (None where there is none, or none that is finite), and of leaves the ``documents`` used and
+    ``available``. ``groups`` has the names of the members of each group, ``truncated`` the count of requests longer
+    than the model's context, whose beginnings were dropped, ``seeds`` and ``task_versions`` are lm-eval's. Where
+    the logits are not finite there is only ``not_finite``, the first layer that has such an output.
     """
     with _only_evaluating():
         lm = InMemory(model.to(device), tokenizer, batch_size, task)
@@ -84,10 +84,15 @@ def _metrics(numbers: dict[str, Any]) -> dict[str, dict[str, float | None]]:
         if comma:
             of = metric.removesuffix("_stderr") + ("" if filtered == "none" else f",{filtered}")
             if metric.endswith("_stderr"):
-                stderr[of] = None if value == "N/A" else float(value)
+                stderr[of] = None if value == "N/A" else _finite(value)
             else:
-                metrics[of] = float(value)
+                metrics[of] = _finite(value)
     return {"metrics": metrics, "stderr": stderr}
+
+
+def _finite(value: Any) -> float | None:
+    """None for a number that is none: mc2 of a model that gives every choice a probability of zero, say."""
+    return float(value) if math.isfinite(value) else None
 
 
 class InMemory(HFLM):
@@ -160,23 +165,12 @@ class InMemory(HFLM):
     @torch.inference_mode()
     def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
         logits = self.model(inps, use_cache=False).logits
-        check_logits(self.model, inps, torch.stack(logits.aminmax()))  # as finite as all, without a copy of them
+        check_output(self.model, inps, torch.stack(logits.aminmax()))  # as finite as all, without a copy of them
         return logits
 
     @torch.inference_mode()
     def _model_generate(self, *arguments: Any, **settings: Any) -> Tensor:
-        return super()._model_generate(*arguments, **settings, logits_processor=[_Finite(self.model)])
-
-
-class _Finite(LogitsProcessor):
-    """Looks at the scores of every generated token, and changes none."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        check_logits(self.model, input_ids, scores.amax(-1))  # -inf is how other processors forbid a token
-        return scores
+        return super()._model_generate(*arguments, **settings, logits_processor=[CheckScores(self.model)])
 
 
 @contextmanager

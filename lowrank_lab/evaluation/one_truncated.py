@@ -66,7 +66,8 @@ def compare(
     batches = windows.split(1)  # a decomposition a window
     dense_nll = mean_nll(model, spec, batches)
     if not math.isfinite(dense_nll):
-        raise NotFiniteError(first_not_finite(model, windows.to(device)) or "the model")
+        layers = (first_not_finite(model, batch.to(device)) for batch in batches)
+        raise NotFiniteError(next((layer for layer in layers if layer), "the model"))
     here_of = by_block(sites, len(blocks_of(model, spec)))
     entering: list[Tensor] = []
     points = []

@@ -19,6 +19,7 @@ class OutputError(WindowEvaluator):
     """
 
     version = versions.OUTPUT_ERROR
+    component = "OUTPUT_ERROR"
     models = ("compressed",)
 
     def __call__(self, bench: Bench, part: str) -> dict[str, Any]:

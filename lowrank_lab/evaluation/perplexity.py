@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lowrank_lab import progress
-from lowrank_lab.evaluation.robust import NotFiniteError, check_logits, in_batches
+from lowrank_lab.evaluation.robust import NotFiniteError, check_output, in_batches
 
 Bos = Literal["text", "window"]
 
@@ -48,7 +48,7 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int, device: torch
         batch = batch.to(device)
         logits = model(batch, use_cache=False).logits[:, :-1].float()
         of_tokens = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
-        check_logits(model, batch, of_tokens)
+        check_output(model, batch, of_tokens)
         return of_tokens.view(len(batch), -1).sum(1, dtype=torch.float64).cpu()
 
     total = 0.0

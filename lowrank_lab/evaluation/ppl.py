@@ -15,6 +15,7 @@ class Perplexity(WindowEvaluator):
     """Perplexity on a text."""
 
     version = versions.PERPLEXITY
+    component = "PERPLEXITY"
 
     def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
         """Measure it: the value and its protocol."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
+from transformers import LogitsProcessor
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +47,12 @@ class NotFiniteError(ArithmeticError):
         self.layer = layer
 
 
-def check_logits(model: nn.Module, ids: Tensor, logits: Tensor) -> None:
-    """Raises NotFiniteError where ``logits`` (…) of ``ids`` (batch, length) hold an infinity or a NaN.
+def check_output(model: nn.Module, ids: Tensor, values: Tensor) -> None:
+    """Raises NotFiniteError where ``values`` that ``model`` gave for ``ids`` (batch, length) are not all finite.
 
-    The model runs once more to find the layer.
+    They are its logits, or anything that is finite where these are. The model runs once more to find the layer.
     """
-    if not torch.isfinite(logits).all():
+    if not torch.isfinite(values).all():
         raise NotFiniteError(first_not_finite(model, ids) or "the model (not reproduced when it ran again)")
 
 
@@ -82,3 +83,14 @@ def _finite(output: Any) -> bool:
     if isinstance(output, (tuple, list)):
         return all(_finite(item) for item in output)
     return True
+
+
+class CheckScores(LogitsProcessor):
+    """Looks at the scores of every generated token, and changes none."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        check_output(self.model, input_ids, scores.amax(-1))  # -inf is how other processors forbid a token
+        return scores

@@ -28,6 +28,7 @@ class Speed(Evaluator):
     """
 
     version = versions.SPEED
+    component = "SPEED"
     no_influence = ()
 
     def __init__(
@@ -36,8 +37,7 @@ class Speed(Evaluator):
         for name, values in (("batch_sizes", batch_sizes), ("seqlens", seqlens)):
             if not isinstance(values, list) or not values or not all(checks.is_count(v, 1) for v in values):
                 raise ValueError(f"{name}={values} is not valid; it must be a list of whole numbers from 1")
-        checks.whole(1, new_tokens=new_tokens, repeats=repeats)
-        checks.whole(0, warmup=warmup)
+        checks.whole(1, new_tokens=new_tokens, repeats=repeats, warmup=warmup)
         across = [(batch, seqlens[0]) for batch in batch_sizes] + [(batch_sizes[0], length) for length in seqlens]
         self.settings_measured = list(dict.fromkeys(across))
         self.new_tokens = new_tokens
@@ -49,7 +49,9 @@ class Speed(Evaluator):
         return {"seqlens and new_tokens": self.longest}
 
     def parts(self, cfg: DictConfig, store: Store) -> dict[str, Any]:
-        return {"": {**environment.machine(), "device": cfg.device}}
+        machine = environment.machine()
+        device = ("cuda" if machine["gpus"] else "cpu") if cfg.device == "auto" else cfg.device
+        return {"": {**machine, "device": device}}
 
     def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
         """Measure it: the median decode speed-up in the first setting, everything else, and the protocol."""
@@ -63,7 +65,8 @@ class Speed(Evaluator):
         protocol = {
             **measured.pop("conditions"),
             **environment.machine(),
-            "device": str(bench.device),
+            "device": bench.device.type,
+            "gpu": environment.hardware(bench.device).get("gpu"),
             "dtype": bench.cell.cfg.dtype,
             "settings": [list(setting) for setting in self.settings_measured],
             "new_tokens": self.new_tokens,

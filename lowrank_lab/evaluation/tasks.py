@@ -61,11 +61,13 @@ class Leaf:
 class NamedTask:
     """What a name stands for: its leaves by name (itself, where it is no group), and the ``metrics`` it may have.
 
-    ``metrics`` are named as in lm-eval's results, its own first; empty where they are not known beforehand.
+    ``metrics`` are named as in lm-eval's results, its own first; empty where they are not known beforehand. Of
+    ``lower_is_better`` there is no accuracy to average.
     """
 
     leaves: dict[str, Leaf]
     metrics: list[str]
+    lower_is_better: list[str]
 
 
 def named_task(name: str, store: Store) -> NamedTask:
@@ -76,7 +78,8 @@ def named_task(name: str, store: Store) -> NamedTask:
         _write(folder / "task.json", _describe(name, store))
 
     told = json.loads((store.get_or_make("tasks", key, make).path / "task.json").read_text())
-    return NamedTask({leaf: Leaf(**facts) for leaf, facts in told["leaves"].items()}, told["metrics"])
+    leaves = {leaf: Leaf(**facts) for leaf, facts in told["leaves"].items()}
+    return NamedTask(leaves, told["metrics"], told["lower_is_better"])
 
 
 def task_manager(store: Store, data: Mapping[str, Mapping[str, Any]]) -> TaskManager:
@@ -146,7 +149,13 @@ def _describe(name: str, store: Store) -> dict[str, Any]:
     else:
         filters = {metric.partition(",")[2] for metric in _metrics(next(iter(leaves.values())))}
         metrics = [f"{metric},{name}" for metric in groups[name] for name in sorted(filters)]
-    return {"leaves": {leaf: _leaf(cfg) for leaf, cfg in leaves.items()}, "metrics": metrics}
+    listed = [one for cfg in leaves.values() for one in cfg.get("metric_list") or []]
+    lower = {str(_name_of(one)) for one in listed if _lower_is_better(one)}
+    return {
+        "leaves": {leaf: _leaf(cfg) for leaf, cfg in leaves.items()},
+        "metrics": metrics,
+        "lower_is_better": [metric for metric in metrics if metric.partition(",")[0] in lower],
+    }
 
 
 def _built(name: str, store: Store) -> tuple[dict[str, list[str]], dict[str, dict[str, Any]]]:
@@ -212,10 +221,20 @@ def _leaf(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 def _metrics(cfg: Mapping[str, Any]) -> list[str]:
     """The names that the metrics of a leaf have in results; none where it leaves them to lm-eval."""
-    metrics = [one["metric"] for one in cfg.get("metric_list") or []]
     filters = [one["name"] for one in cfg.get("filter_list") or [{"name": "none"}]]
-    names = [getattr(metric, "__name__", metric) for metric in metrics]
-    return [f"{metric},{name}" for metric in names for name in filters]
+    return [f"{_name_of(one)},{name}" for one in cfg.get("metric_list") or [] for name in filters]
+
+
+def _name_of(metric: Mapping[str, Any]) -> Any:
+    """Of an entry of ``metric_list``, which may be a function."""
+    return getattr(metric["metric"], "__name__", metric["metric"])
+
+
+def _lower_is_better(metric: Mapping[str, Any]) -> bool:
+    """As the entry says, or lm-eval does where it says nothing."""
+    from lm_eval.api.registry import HIGHER_IS_BETTER_REGISTRY
+
+    return not metric.get("higher_is_better", HIGHER_IS_BETTER_REGISTRY.get(_name_of(metric), True))
 
 
 def _write(file: Path, value: Any) -> None:

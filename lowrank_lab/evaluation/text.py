@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList
 
 from lowrank_lab import progress
-from lowrank_lab.evaluation.robust import check_logits
+from lowrank_lab.evaluation.robust import CheckScores
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def write(
     """
     model.to(device)
     ends = _end_tokens(model, tokenizer)
-    check = LogitsProcessorList([_Finite(model)])
+    check = LogitsProcessorList([CheckScores(model)])
     ways: tuple[dict[str, Any], ...] = ({"do_sample": False}, {"do_sample": True, "top_k": 0, **sampling})
     written = []
     with _own_settings_aside(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -101,14 +100,3 @@ def _own_settings_aside(model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-class _Finite(LogitsProcessor):
-    """Raises NotFiniteError where the logits of a step (1, vocabulary) are not finite; changes nothing."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        check_logits(self.model, input_ids, scores)
-        return scores

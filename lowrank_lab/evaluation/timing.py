@@ -136,7 +136,7 @@ def _compare(
         memory = _alone(models, name, device, partial(_memory, prompts=prompts, new_tokens=new_tokens))
         if memory is not None:
             found[name] = memory
-    seconds = _take_turns({name: models[name] for name in found}, prompts, new_tokens, repeats, warmup)
+    seconds = _take_turns(models, list(found), prompts, new_tokens, repeats, warmup)
     tokens = {"prefill": batch * length, "decode": batch * new_tokens}
     for name, of_model in seconds.items():
         for phase in PHASES:
@@ -160,10 +160,13 @@ def _compare(
 
 
 def _take_turns(
-    models: Models, prompts: Tensor, new_tokens: int, repeats: int, warmup: int
+    models: Models, fitting: Sequence[str], prompts: Tensor, new_tokens: int, repeats: int, warmup: int
 ) -> dict[str, dict[str, list[float]]]:
-    """By model and phase the seconds of every repeat; the model that went second goes first in the next."""
-    seconds: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in models}
+    """By model and phase the seconds of every repeat; the model that went second goes first in the next.
+
+    Only the ``fitting`` of ``models`` run; on a GPU the others are moved away.
+    """
+    seconds: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in fitting}
 
     def warm_up(names: Sequence[str]) -> bool:
         _bring(models, names, prompts.device)
@@ -172,9 +175,9 @@ def _take_turns(
                 _run(models[name], prompts, new_tokens)
         return True
 
-    together = _unless_out_of_memory(lambda: warm_up(list(models))) is not None
+    together = _unless_out_of_memory(lambda: warm_up(fitting)) is not None
     for repeat in range(repeats):
-        for name in list(models) if repeat % 2 == 0 else list(models)[::-1]:
+        for name in fitting if repeat % 2 == 0 else fitting[::-1]:
             if not together:  # each fits alone, but not both
                 warm_up([name])
             for phase, taken in zip(PHASES, _run(models[name], prompts, new_tokens), strict=True):

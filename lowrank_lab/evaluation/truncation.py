@@ -26,6 +26,7 @@ class Truncation(WindowEvaluator):
     """
 
     version = versions.TRUNCATION
+    component = "TRUNCATION"
     models = ("dense",)
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -79,12 +80,9 @@ def counted(config: dict[str, Any]) -> str:
 
 
 def outdated(record: dict[str, Any]) -> bool:
-    """Whether a record was made by other versions of the components than the present ones.
-
-    A component that came later has no part in it.
-    """
-    made_by = record.get("components", {})
-    return any(version != made_by.get(name, version) for name, version in versions.current().items())
+    """Whether a record was made by other versions of its components than the present ones."""
+    present = versions.current()
+    return any(version != present.get(name) for name, version in record.get("components", {"none": 0}).items())
 
 
 def groups(records: list[dict[str, Any]], section: Section) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -146,6 +144,14 @@ def markdown(records: list[dict[str, Any]]) -> str:
         states = [old if outdated(r) else f"{r['status']} ({r['reason']})" for r in unfinished]
         lines = [f"- {r['label']}: {state}" for r, state in zip(unfinished, states, strict=True)]
         parts.append("**Cells without a number**\n\n" + "\n".join(lines))
+    left_out = [
+        f"- {r['label']}: eval={name} ({why})"
+        for r in records
+        if r["status"] == "done"
+        for name, why in r.get("left_out", {}).items()
+    ]
+    if left_out:
+        parts.append("**Left out, since the model does not suit it**\n\n" + "\n".join(left_out))
     return "\n\n".join(parts) + "\n"
 
 
@@ -154,7 +160,7 @@ def latex(records: list[dict[str, Any]]) -> str:
     parts = []
     for section, caption, group in all_groups(records):
         table = presentable(group, section)
-        escaped = caption.replace("_", r"\_")
+        escaped = re.sub(r"[_&%#$]", r"\\\g<0>", caption.replace("\\", "/"))
         alignment = "".join("l" if column in ("method", "variant", "counts") else "r" for column in table)
         parts.append(table.to_latex(index=False, caption=escaped, column_format=alignment, escape=True))
     return "\n".join(parts)

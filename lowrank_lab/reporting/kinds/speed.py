@@ -9,7 +9,7 @@ from lowrank_lab.reporting.section import Measured, Section, number
 
 
 def _describe_speed(protocol: Mapping[str, Any]) -> str:
-    where = protocol["cpu"] if protocol["device"] == "cpu" else f"{protocol['device']} of {protocol['gpus']}"
+    where = protocol["cpu"] if protocol["device"] == "cpu" else str(protocol["gpu"])
     how = f"threads: {protocol['threads']}, {protocol['new_tokens']} tokens decoded after each prompt"
     return f"{where}, {how}, median of {protocol['repeats']}"
 
@@ -50,7 +50,7 @@ def _speed_details(measured: Measured) -> dict[str, float]:
 SPEED = Section(
     metric="speed",
     title="speed on",
-    must_agree=("cpu", "cores", "gpus", "device", "threads", "settings", "new_tokens", "repeats", "warmup"),
+    must_agree=("cpu", "cores", "gpu", "device", "threads", "settings", "new_tokens", "repeats", "warmup"),
     describe=_describe_speed,
     cells=_speed_cells,
     details=_speed_details,
