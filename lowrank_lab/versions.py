@@ -17,7 +17,7 @@ SPEED = 1  # evaluation/timing.py
 GENERATION = 1  # evaluation/generation.py, evaluation/text.py
 OUTPUT_ERROR = 1  # evaluation/block_errors.py
 TRUNCATION = 1  # evaluation/one_truncated.py
-HARNESS = 1  # evaluation/harness.py, lm.py, tasks.py, task_data.py
+HARNESS = 2  # evaluation/harness.py, lm.py, tasks.py, task_data.py
 RECORD = 3  # the schema of results.py
 
 EVALUATORS = ("PERPLEXITY", "SPEED", "GENERATION", "OUTPUT_ERROR", "TRUNCATION", "HARNESS")
