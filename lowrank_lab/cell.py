@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from lowrank_lab import config, versions
 from lowrank_lab.calibration.corpora import Corpus, Part
+from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation.base import Evaluator
 from lowrank_lab.models.arch import spec_for
 from lowrank_lab.models.source import ModelSource, resolve
@@ -50,6 +51,7 @@ class Cell:
     metric: Any
     allocation: Any
     refinement: Any
+    quantization: Any
     calibration_data: str | None
     evaluators: dict[str, Evaluator]
     left_out: tuple[str, ...]
@@ -73,10 +75,13 @@ class Cell:
             metric = config.build(cfg.metric)
             allocation = config.build(cfg.allocation)
             refinement = config.build(cfg.refinement) if cfg.refinement is not None else None
-            if _calibrates(metric, allocation, refinement):
-                calibration_data = _content(cfg.calibration.dataset, "calibration", cfg.data_root, store)
             if refinement is not None and "dataset" in cfg.refinement:
                 training_data = _content(cfg.refinement.dataset, "calibration", cfg.data_root, store)
+        quantization = config.build(cfg.quantization) if cfg.quantization is not None else None
+        if quantization is not None and source.saved is not None and source.saved.quantized:
+            raise UserError(f"model.path={cfg.model.path} is quantized already; use quantization=none")
+        if _calibrates(metric, allocation, refinement, quantization):
+            calibration_data = _content(cfg.calibration.dataset, "calibration", cfg.data_root, store)
         kind = "checkpoint" if source.saved else "dense" if cfg.allocation is None else "compressed"
         asked = {name: config.build(node) for name, node in cfg.eval.items()}
         evaluators = {name: evaluator for name, evaluator in asked.items() if kind in evaluator.models}
@@ -93,6 +98,7 @@ class Cell:
             metric,
             allocation,
             refinement,
+            quantization,
             calibration_data,
             evaluators,
             tuple(name for name in asked if name not in evaluators),
@@ -122,8 +128,16 @@ class Cell:
 
     @property
     def label(self) -> str:
-        what = f"{self.cfg.method.name} ratio={self.ratio:g}" if self.compressed else self.cfg.method.name
+        name = self.cfg.method.name
+        what = f"{name} ratio={self.ratio:g}" if self.compressed else name
+        what += self.described.removeprefix(name)
         return f"{what} {self.source.name} {self.cfg.dataset.name}"
+
+    @property
+    def described(self) -> str:
+        """The method and the quantization, as a checkpoint tells them."""
+        name = self.cfg.method.name
+        return name if self.quantization is None else f"{name} {self.quantization.name}"
 
     @cached_property
     def key(self) -> str:
@@ -241,6 +255,22 @@ class Cell:
     @cached_property
     def compressed_key(self) -> str:
         """Identifies the weights that are evaluated."""
+        if self.quantization is None:
+            return self._factored_key
+        sites = [config.for_key(self.cfg.grouping), self.cfg.targets.linears]
+        return fingerprint(
+            {
+                "model": self._factored_key,
+                "sites": None if self.compresses else sites,
+                "quantization": config.for_key(self.cfg.quantization),
+                "tokens": self.calibration_tokens_key if self.quantization.needs_calibration else None,
+                "version": versions.QUANTIZATION,
+            }
+        )
+
+    @property
+    def _factored_key(self) -> str:
+        """Identifies the weights before they are quantized."""
         if not self.compresses:
             return fingerprint(self._weights)
         return fingerprint(
@@ -267,11 +297,14 @@ class Cell:
         name = self.source.name
         if self.compresses:
             name = f"{self.cfg.method.name}-{self.ratio:g}-{name}"
+        if self.quantization is not None:
+            name += f"-{self.quantization.name}"
         readable = re.sub(r"[^\w.-]+", "_", f"{name}-{self.compressed_key[:8]}")
         asked = {}
-        if self.cfg.save.checkpoint and self.compresses:
+        changed = self.compresses or self.quantization is not None
+        if self.cfg.save.checkpoint and changed:
             asked["checkpoint"] = readable
-        if self.cfg.save.merge and self.compressed:
+        if self.cfg.save.merge and (changed or self.compressed):
             asked["merged_checkpoint"] = f"{readable}-merged"
         return asked
 
@@ -326,7 +359,7 @@ def _content(dataset: DictConfig, which: str, data_root: str | None, store: Stor
     return corpus.content(part.split, data_root, store)
 
 
-def _calibrates(metric: Any, allocation: Any, refinement: Any) -> bool:
-    """Whether any answer reads the calibration text."""
-    reads = metric.needs_inputs or metric.needs_gradients or allocation.needs_calibration
-    return reads or (refinement is not None and refinement.needs_calibration)
+def _calibrates(metric: Any, *answers: Any) -> bool:
+    """Whether any answer that there is reads the calibration text."""
+    of_metric = metric is not None and (metric.needs_inputs or metric.needs_gradients)
+    return of_metric or any(answer is not None and answer.needs_calibration for answer in answers)

@@ -12,20 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank_lab.errors import UserError
-from lowrank_lab.lowrank.factorized import FactorizedLinear, factorize, factors_of
+from lowrank_lab.lowrank.factorized import FactorizedLinear, dense_weight, factorize, factors_of
 from lowrank_lab.lowrank.mixed import MixedLinear, install_empty
-from lowrank_lab.lowrank.ranks import Ranks, Sites
+from lowrank_lab.lowrank.quantized import QuantizedLinear
+from lowrank_lab.lowrank.ranks import Ranks, Site, Sites
 from lowrank_lab.models.arch import ArchSpec, spec_for
+from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.saved import QUANT_METHOD, Saved
 
-HALVES = {nn.Linear: "factors", MixedLinear: "remap"}  # what the factors of each kind are made of
+# What the factors of each kind are made of.
+HALVES = {nn.Linear: "factors", QuantizedLinear: "factors", MixedLinear: "remap"}
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -62,6 +65,14 @@ class LowRankQuantizer(HfQuantizer):
                 for member in site.members:
                     parent: Any = block.get_submodule(member.rpartition(".")[0])
                     parent._is_hf_initialized = True
+        for name, form in saved.quantized.items():
+            index, _, path = name.partition(".")
+            block = _block(model, int(index))
+            linear: Any = block.get_submodule(path)
+            shape = dense_weight(linear).shape
+            block.set_submodule(path, QuantizedLinear.empty(form, (shape[0], shape[1]), linear.bias))
+            owner: Any = block.get_submodule(path.rpartition(".")[0])
+            owner._is_hf_initialized = True
         self._shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
         return model
 
@@ -73,7 +84,7 @@ class LowRankQuantizer(HfQuantizer):
                     f"the checkpoint is damaged: {name} is {tuple(tensor.shape)}, not {tuple(self._shapes[name])}"
                 )
         for module in model.modules():
-            if isinstance(module, MixedLinear):
+            if isinstance(module, (MixedLinear, QuantizedLinear)):
                 module.requires_grad_(False)
         return model
 
@@ -85,12 +96,19 @@ class LowRankQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return self.quantization_config.saved.kind == "factors"
+        saved = self.quantization_config.saved
+        return saved.kind == "factors" and not saved.quantized
 
 
 def describe(model: nn.Module, spec: ArchSpec, sites: Sites, ranks: Ranks, method: str, ratio: float) -> Saved:
     """How ``model`` was compressed. Raises UserError for a storage that checkpoints cannot hold."""
     found = set()
+    quantized = {
+        f"{index}.{path}": module.format
+        for index, block in enumerate(blocks_of(model, spec))
+        for path, module in block.named_modules()
+        if isinstance(module, QuantizedLinear)
+    }
     for name, site in sites.items():
         if ranks[name] is None:
             continue
@@ -101,7 +119,7 @@ def describe(model: nn.Module, spec: ArchSpec, sites: Sites, ranks: Ranks, metho
     kind = found.pop() if len(found) == 1 else "factors" if not found else None
     if kind is None:
         raise UserError("save=true: a checkpoint cannot hold this storage; use storage=uv, u, v or remap")
-    return Saved(method, ratio, kind, dict(sites), dict(ranks))
+    return Saved(method, ratio, kind, dict(sites), dict(ranks), quantized)
 
 
 def save(folder: Path, model: Any, tokenizer: Any, use_cache: bool, saved: Saved | None) -> None:
@@ -129,16 +147,16 @@ def merge(model: Any, saved: Saved) -> Any:
     dense_blocks = _blocks(skeleton, saved.sites)
     for (block, name), (dense_block, _) in zip(_blocks(model, saved.sites), dense_blocks, strict=True):
         site = saved.sites[name]
-        factors = factors_of(block, site)
-        if factors is None:
+        weight = _product(block, site)
+        if weight is None:
             continue
-        left, right = factors
-        rows = (left.float() @ right.float()).to(dtype).split(site.outs)
-        for member, weight in zip(site.members, rows, strict=True):
+        rows = weight.to(dtype).split(site.outs)
+        for member, its_rows in zip(site.members, rows, strict=True):
             linear: Any = dense_block.get_submodule(member)
-            weight = weight.T if isinstance(linear, Conv1D) else weight
-            linear.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
-            bias = getattr(block.get_submodule(member).left, "bias", None)
+            its_rows = its_rows.T if isinstance(linear, Conv1D) else its_rows
+            linear.weight = nn.Parameter(its_rows.clone(memory_format=torch.contiguous_format))
+            module: Any = block.get_submodule(member)
+            bias = getattr(module.left if isinstance(module, FactorizedLinear) else module, "bias", None)
             if bias is not None:
                 linear.bias = nn.Parameter(bias.detach())
             block.set_submodule(member, linear)
@@ -147,10 +165,26 @@ def merge(model: Any, saved: Saved) -> Any:
     return model
 
 
+def _product(block: nn.Module, site: Site) -> Tensor | None:
+    """The weight (out, in), float32, that a site multiplies with; None where it is dense as it was."""
+    factors = factors_of(block, site)
+    if factors is not None:
+        left, right = factors
+        return left.float() @ right.float()
+    members: list[Any] = [block.get_submodule(name) for name in site.members]
+    if all(isinstance(member, QuantizedLinear) for member in members):
+        return torch.cat([member.weight for member in members])
+    return None
+
+
 def _blocks(model: Any, sites: Sites) -> list[tuple[nn.Module, str]]:
-    """The block of each site, with the site's name; ``model`` may also be a bare one, without lm_head."""
+    """The block of each site, with the site's name."""
+    return [(_block(model, site.block), name) for name, site in sites.items()]
+
+
+def _block(model: Any, index: int) -> nn.Module:
+    """One block of ``model``, which may also be a bare one, without lm_head."""
     path = spec_for(model.config.model_type).blocks
     if model.base_model is model:
         path = path.removeprefix(f"{model.base_model_prefix}.")
-    blocks = model.get_submodule(path)
-    return [(blocks[site.block], name) for name, site in sites.items()]
+    return model.get_submodule(path)[index]

@@ -85,7 +85,7 @@ def validate(cfg: DictConfig) -> None:
         node = cfg.get(name)
         few = node is not None and "dataset" not in node and is_count(node.get("samples"), calibration_samples + 1)
         _check(f"{name}.samples", node.get("samples") if node else None, not few, "at most calibration.samples")
-    built = {name: cfg[name] for name in (*answers, "allocation", "refinement", "tracker")}
+    built = {name: cfg[name] for name in (*answers, "allocation", "refinement", "quantization", "tracker")}
     for name, node in {**built, **{f"eval.{name}": node for name, node in cfg.eval.items()}}.items():
         try:
             build(node) if node is not None else None

@@ -59,7 +59,9 @@ class Record:
                 "training_data": cell.training_data,
             },
             "versions": environment.versions(),
-            "components": versions.used(cell.compresses, (e.component for e in cell.evaluators.values())),
+            "components": versions.used(
+                cell.compresses, cell.quantization is not None, (e.component for e in cell.evaluators.values())
+            ),
             "git": environment.git(),
             "stages": [],
             "metrics": {},

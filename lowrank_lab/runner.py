@@ -29,7 +29,7 @@ def run(cfg: DictConfig, grid: str | None = None) -> dict[str, Any]:
     if (saved := cell.source.saved) is not None:
         known = (cell.source.name, saved.method, saved.ratio)
         log.info("%s is compressed already (%s, ratio %g): it is evaluated as it is", *known)
-    elif cell.asks_for_checkpoint and not cell.compresses:
+    elif cell.asks_for_checkpoint and not cell.checkpoints:
         log.info("%s: nothing is compressed, so there is no checkpoint to save", cell.label)
     if (record := finished(cell)) is not None:
         log.info("%s: %s already (%s)", cell.label, record["status"], summary(record))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.ranks import Ranks, Site
+from lowrank_lab.quantization.formats import Format
 
 QUANT_METHOD = "lowrank_lab"  # the name under which transformers knows these checkpoints
-VERSION = 1  # raise when a checkpoint of the present kind could no longer be read
+VERSION = 2  # raise when a checkpoint of the present kind could no longer be read
+READABLE = (1, 2)  # 1 has no quantized linears
 KINDS = ("factors", "remap")
 
 
@@ -21,6 +23,7 @@ class Saved:
     method, ratio   the method's name and the ratio that was asked of it
     kind            ``factors``: two linears in the model's dtype; ``remap``: two MixedLinear
     sites, ranks    by full name, as everywhere; a rank of None is a site that stayed dense
+    quantized       the formats of the linears in few bits, factors or dense: by "<block>.<name within the block>"
     """
 
     method: str
@@ -28,6 +31,7 @@ class Saved:
     kind: str
     sites: dict[str, Site]
     ranks: Ranks
+    quantized: dict[str, Format] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for JSON."""
@@ -51,12 +55,13 @@ class Saved:
             "ratio": self.ratio,
             "storage": self.kind,
             "sites": sites,
+            "quantized": {name: asdict(form) for name, form in self.quantized.items()},
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Saved:
         """What ``to_dict`` gave. Raises UserError for another version and for what is not whole."""
-        if data.get("version") != VERSION or data.get("storage") not in KINDS:
+        if data.get("version") not in READABLE or data.get("storage") not in KINDS:
             raise UserError(
                 f"a lowrank_lab checkpoint of version {data.get('version')} and storage {data.get('storage')}; "
                 f"this lowrank_lab reads version {VERSION} ({', '.join(KINDS)}): use the one that wrote it"
@@ -69,7 +74,8 @@ class Saved:
                 site = Site(int(entry["block"]), tuple(entry["members"]), outs, int(entry["inp"]), *cost)
                 sites[str(entry["name"])] = site
                 ranks[str(entry["name"])] = None if entry["rank"] is None else int(entry["rank"])
-            return cls(str(data["method"]), float(data["ratio"]), data["storage"], sites, ranks)
+            quantized = {str(name): Format(**form) for name, form in data.get("quantized", {}).items()}
+            return cls(str(data["method"]), float(data["ratio"]), data["storage"], sites, ranks, quantized)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"a lowrank_lab checkpoint whose quantization_config is damaged ({type(error).__name__}: {error})"

@@ -49,21 +49,23 @@ def compute(cell: Cell, record: Record) -> None:
     _stop_without_numbers(cell, record)
 
     saved = cell.source.saved
+    ranks: Ranks = dict(saved.ranks) if saved is not None else {}
     if cell.compresses:
         with record.stage("allocation"):
             ranks = cell.allocation(bench)
         squared_error = _compress(cell, record, bench, ranks)
         record.data["compression"] = {"ranks": ranks, "squared_error": squared_error}
-        record.data["sizes"] = sizes(bench.model, bench.spec, bench.sites, ranks, cell.ratio)
-        if cell.checkpoints:
-            what = (cell.cfg.method.name, cell.ratio)
-            saved = checkpoint.describe(bench.model, bench.spec, bench.sites, ranks, *what)
-        if "checkpoint" in cell.checkpoints:
-            _save(cell, record, bench, "checkpoint", saved)
-    elif saved is not None:
-        record.data["sizes"] = sizes(bench.model, bench.spec, saved.sites, saved.ranks, saved.ratio)
-    else:
-        record.data["sizes"] = sizes(bench.model, None, {}, {}, 1.0)
+    if cell.quantization is not None:
+        ranks = ranks or dict.fromkeys(bench.sites)
+        with record.stage("quantization"):
+            cell.quantization(bench)
+    changed = bool(ranks)
+    spec, sites = (bench.spec, bench.sites) if changed else (None, {})
+    record.data["sizes"] = sizes(bench.model, spec, sites, ranks, cell.ratio)
+    if changed and cell.checkpoints:
+        saved = checkpoint.describe(bench.model, bench.spec, sites, ranks, cell.described, cell.ratio)
+    if "checkpoint" in cell.checkpoints:
+        _save(cell, record, bench, "checkpoint", saved)
 
     for name in cell.evaluators:
         if name not in left_out:

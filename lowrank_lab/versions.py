@@ -12,6 +12,7 @@ STATISTICS = 1  # calibration/statistics.py
 GRADIENTS = 1  # calibration/gradients.py
 SPECTRA = 1  # lowrank/solver.py, lowrank/spectra.py, metric/
 COMPRESSION = 1  # allocation/, refinement/, storage/, training.py, the rest of lowrank/
+QUANTIZATION = 1  # quantization/, lowrank/quantized.py
 PERPLEXITY = 1  # evaluation/perplexity.py
 SPEED = 1  # evaluation/timing.py
 GENERATION = 1  # evaluation/generation.py, evaluation/text.py
@@ -29,10 +30,11 @@ def current() -> dict[str, int]:
     return {name: value for name, value in globals().items() if name.isupper() and isinstance(value, int)}
 
 
-def used(compresses: bool, evaluators: Iterable[str]) -> dict[str, int]:
+def used(compresses: bool, quantizes: bool, evaluators: Iterable[str]) -> dict[str, int]:
     """Those that have a part in a record with the numbers of these ``evaluators`` (their ``component``).
 
     A report leaves out records of other versions.
     """
-    left_out = set(EVALUATORS) - set(evaluators) | set(() if compresses else ON_COMPRESSED)
+    left_out = set(EVALUATORS) - set(evaluators)
+    left_out |= set(() if compresses else ON_COMPRESSED) | set(() if quantizes else ("QUANTIZATION",))
     return {name: value for name, value in current().items() if name not in left_out}

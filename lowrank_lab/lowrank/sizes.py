@@ -9,9 +9,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_lab.lowrank.mixed import MixedLinear
+from lowrank_lab.lowrank.quantized import QuantizedLinear
 from lowrank_lab.lowrank.ranks import Site, Sites, total_cost
 from lowrank_lab.models.arch import ArchSpec, kv_cache_values_per_token
 from lowrank_lab.models.walk import blocks_of
+
+# Tensors of quantized layers that are no weights as such.
+OF_QUANTIZED = ("codes", "scale", "zero", "codebook")
 
 
 def sizes(
@@ -33,18 +37,18 @@ def sizes(
                              latent for all three r (E + q + k + v) / E (q + k + v) and r / (k + v)
     """
     tensors = list(model.parameters())
+    packed = {id(p) for name, p in model.named_parameters() if name.split(".")[-1] in OF_QUANTIZED}
     value_bytes = model.get_input_embeddings().weight.element_size()  # type: ignore[operator]
     of_sites = [tensor for site in sites.values() for tensor in _weights(model, spec, site)]
     parameters = sum(site.parameters(ranks[name]) for name, site in sites.items())
-    counted = sum(tensor.numel() for name, tensor in of_sites if name != "scale")
-    assert counted == parameters, "the tensors do not have the planned ranks"
+    assert _counted(model, spec, sites) == parameters, "the tensors do not have the planned ranks"
     dense = sum(site.dense for site in sites.values())
     cached = kv_cache_values_per_token(model.config)
     latent = None if spec is not None and "kv" not in spec.roles else cached - _latent_saves(spec, sites, ranks)
     return {
         "ratio_asked": ratio,
         "ratio_reached": total_cost(sites, ranks) / dense if sites else 1.0,
-        "parameters": sum(p.numel() for p in tensors),
+        "parameters": _in_few_bits(model) + sum(p.numel() for p in tensors if id(p) not in packed),
         "bytes": sum(p.numel() * p.element_size() for p in tensors),
         "sites": {
             "count": len(sites),
@@ -62,14 +66,28 @@ def sizes(
     }
 
 
+def _counted(model: nn.Module, spec: ArchSpec | None, sites: Sites) -> int:
+    """How many weights the linears of all sites have, whatever bits they are kept in."""
+    kept = [item for site in sites.values() for item in _weights(model, spec, site)]
+    return _in_few_bits(model) + sum(tensor.numel() for name, tensor in kept if name not in OF_QUANTIZED)
+
+
+def _in_few_bits(model: nn.Module) -> int:
+    """How many weights are kept as packed codes."""
+    quantized = (module for module in model.modules() if isinstance(module, QuantizedLinear))
+    return sum(module.out_features * module.in_features for module in quantized)
+
+
 def linear_tensors(model: nn.Module) -> list[Tensor]:
-    """The weights that a token is multiplied with: of all linear layers with lm_head, biases and scales apart."""
+    """What a token is multiplied with: the weights of all linear layers with lm_head, biases and scales apart."""
     linears = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))]
-    return linears + [t for m in model.modules() if isinstance(m, MixedLinear) for t in (m.int8, m.float16)]
+    linears += [t for m in model.modules() if isinstance(m, MixedLinear) for t in (m.int8, m.float16)]
+    return linears + [t for n, t in model.named_parameters() if n.split(".")[-1] == "codes"]
 
 
 def macs_per_token(model: nn.Module) -> int:
-    return sum(tensor.numel() for tensor in linear_tensors(model))
+    packed = sum(t.numel() for n, t in model.named_parameters() if n.split(".")[-1] == "codes")
+    return sum(tensor.numel() for tensor in linear_tensors(model)) - packed + _in_few_bits(model)
 
 
 def _weights(model: nn.Module, spec: ArchSpec | None, site: Site) -> list[tuple[str, nn.Parameter]]:

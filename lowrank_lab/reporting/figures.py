@@ -46,7 +46,10 @@ def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | 
         figure, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
         # Ratios of part of the model would stand at the wrong place on this axis.
         compressed = group[(group["method"] != "dense") & group["counted"].isin(WHOLE)]
-        for number, ((method, variant), line) in enumerate(compressed.groupby(["method", "variant"], sort=True)):
+        several = group["kept_in"].nunique() > 1
+        lines = compressed.groupby(["method", "variant", "kept_in"], sort=True)
+        for number, ((method, variant, kept_in), line) in enumerate(lines):
+            told = ", ".join(word for word in (variant, kept_in if several else "") if word)
             line = line.sort_values("ratio_reached")
             axes.plot(
                 line["ratio_reached"],
@@ -54,11 +57,12 @@ def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | 
                 color=COLOURS[number % len(COLOURS)],
                 # Shifted once the colours are used up, so that no pair comes twice.
                 marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
-                label=textwrap.fill(f"{method} ({variant})" if variant else method, 36),
+                label=textwrap.fill(f"{method} ({told})" if told else method, 36),
             )
         dense = group[group["method"] == "dense"]
-        for value, variant in zip(dense["value"], dense["variant"], strict=True):
-            label = f"dense ({variant}, {value:.4g})" if variant else f"dense ({value:.4g})"
+        for value, variant, kept_in in zip(dense["value"], dense["variant"], dense["kept_in"], strict=True):
+            told = ", ".join(word for word in (variant, kept_in if several else "", f"{value:.4g}") if word)
+            label = f"dense ({told})"
             axes.axhline(value, color="0.35", linestyle="--", label=label)
         axes.set_yscale("log")
         if group["value"].max() < 10 * group["value"].min():  # plain numbers, where powers of ten would say nothing

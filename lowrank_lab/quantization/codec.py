@@ -1,0 +1,146 @@
+"""From numbers to the codes of a ``Format`` and back.
+
+A matrix is cut into groups along its rows, the last of which may be short; each group has a scale, and a zero point
+or a codebook where the format has one. Nothing here knows of models.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank_lab.quantization.formats import Format
+
+# The 16 values of NormalFloat 4 (QLoRA, Dettmers et al. 2023, appendix E): quantiles of a normal distribution.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+@dataclass
+class Quantized:
+    """A matrix (rows, width) in a format.
+
+    codes     (rows, width) uint8, 0 … 2^bits − 1
+    scale     (rows, groups) float; (1, 1) for ``tensor``
+    zero      like ``scale``, a float whose value is a whole code; None where the grid has none
+    codebook  (rows, groups, 2^bits) float, for a codebook grid
+    """
+
+    format: Format
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+    codebook: Tensor | None = None
+
+    def dequantize(self) -> Tensor:
+        """The matrix (rows, width) that the codes stand for, in the dtype of ``scale``."""
+        width = self.codes.shape[1]
+        scale = spread(self.scale, self.format, width)
+        if self.codebook is None:
+            zero = None if self.zero is None else spread(self.zero, self.format, width)
+            return decode(self.codes, self.format, scale, zero)
+        group = torch.arange(width, device=self.codes.device) // self.format.group_of(width)
+        rows = torch.arange(len(self.codes), device=self.codes.device).unsqueeze(1)
+        return self.codebook.expand(len(rows), *self.codebook.shape[1:])[rows, group, self.codes.long()] * scale
+
+
+def quantize(x: Tensor, form: Format) -> Quantized:
+    """Round a matrix ``x`` (rows, width) to the nearest values of an integer or NF4 format.
+
+    Raises FloatingPointError where x is not finite.
+    """
+    check_finite(x)
+    x = x.float()
+    scale, zero = grids(x, form)
+    width = x.shape[1]
+    codes = encode(x, form, spread(scale, form, width), None if zero is None else spread(zero, form, width))
+    return Quantized(form, codes, scale, zero)
+
+
+def grids(x: Tensor, form: Format) -> tuple[Tensor, Tensor | None]:
+    """The scale and the zero point of every group of ``x`` (rows, width), each (rows, groups).
+
+    Asymmetric: scale = (max − min) / (2^b − 1) with 0 always among the values; symmetric: 2 max|x| / (2^b − 1),
+    codes around 2^(b−1); NF4: max|x|. The scale of a group of zeros is 1.
+    """
+    low, high = _extremes(x, form)
+    largest = torch.maximum(low.abs(), high.abs())
+    steps = 2**form.bits - 1
+    if form.grid == "nf4":
+        return _kept(largest, form), None
+    if form.symmetric:
+        return _kept(2 * largest / steps, form), None
+    scale = _kept((high - low) / steps, form)
+    return scale, (-low / scale).round().clamp(0, steps)
+
+
+def encode(x: Tensor, form: Format, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """The codes (uint8) of the values nearest to ``x``; ``scale`` and ``zero`` are as large as it."""
+    if form.grid == "nf4":
+        table = x.new_tensor(NF4)
+        return torch.bucketize(x / scale, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    middle = 2 ** (form.bits - 1) if zero is None else zero
+    return ((x / scale).round() + middle).clamp(0, 2**form.bits - 1).to(torch.uint8)
+
+
+def decode(codes: Tensor, form: Format, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """The values that codes of an integer or NF4 grid stand for; the other way round from ``encode``."""
+    if form.grid == "nf4":
+        return scale.new_tensor(NF4)[codes.long()] * scale
+    return (codes - (float(2 ** (form.bits - 1)) if zero is None else zero)) * scale
+
+
+def check_finite(x: Tensor) -> None:
+    if not torch.isfinite(x).all():
+        raise FloatingPointError("a weight to be quantized is not finite")
+
+
+def spread(values: Tensor, form: Format, width: int) -> Tensor:
+    """One value a group (rows, groups) as one a column (rows, width)."""
+    return values.repeat_interleave(form.group_of(width), dim=1)[:, :width]
+
+
+def _kept(scale: Tensor, form: Format) -> Tensor:
+    """``scale`` as its dtype keeps it, in the dtype that it has; 1 where it is zero, also after rounding."""
+    kept = scale.to(getattr(torch, form.scale_dtype)).to(scale.dtype)
+    if torch.isinf(kept).any():
+        raise FloatingPointError(f"a scale is too large for {form.scale_dtype}; choose scale_dtype=float32")
+    return torch.where(kept > 0, kept, torch.ones_like(kept))
+
+
+def _extremes(x: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+    """The lowest value or 0, and the highest or 0, of every group: each (rows, groups), (1, 1) for ``tensor``."""
+    if form.granularity == "tensor":
+        low, high = x.amin().view(1, 1), x.amax().view(1, 1)
+    else:
+        width = x.shape[1]
+        group = form.group_of(width)
+        # The last group is filled up with its last value, which changes no extreme.
+        whole = torch.nn.functional.pad(x.unsqueeze(0), (0, -width % group), mode="replicate")[0]
+        grouped = whole.view(len(x), -1, group)
+        low, high = grouped.amin(2), grouped.amax(2)
+    return low.clamp(max=0), high.clamp(min=0)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes (…) uint8 below 2^bits as a stream of their bits: uint8 (⌈count · bits / 8⌉,)."""
+    shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device)
+    stream = ((codes.flatten().unsqueeze(-1) >> shifts) & 1).flatten()
+    stream = torch.nn.functional.pad(stream, (0, -len(stream) % 8)).view(-1, 8)
+    return (stream << torch.arange(8, dtype=torch.uint8, device=codes.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """The codes that ``pack`` was given, of this ``shape``."""
+    count = math.prod(shape)
+    stream = ((packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1).flatten()
+    of_codes = stream[: count * bits].view(count, bits)
+    codes = (of_codes << torch.arange(bits, dtype=torch.uint8, device=packed.device)).sum(1, dtype=torch.uint8)
+    return codes.view(shape)

@@ -1,0 +1,66 @@
+"""How many bits a number is kept in: one description for weights, activations and the KV cache. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from lowrank_lab import checks
+
+Grid = Literal["integer", "nf4", "codebook"]
+Granularity = Literal["tensor", "channel"] | int
+
+
+@dataclass(frozen=True)
+class Format:
+    """bits         of a code, 2 to 8
+    grid         ``integer``: evenly spaced; ``nf4``: the 16 NormalFloat values; ``codebook``: values of its own
+    symmetric    integer grid: around zero with a scale alone; else with a zero point too
+    granularity  what shares a scale: the ``tensor``, a ``channel`` (row of a weight, token of an activation), or a
+                 whole number of neighbours in a row
+    scale_dtype  of scales and codebooks. Codes are found with the scale as it is kept, so that a short dtype costs
+                 no more than a slightly wider or narrower grid
+    """
+
+    bits: int
+    grid: Grid = "integer"
+    symmetric: bool = False
+    granularity: Granularity = "channel"
+    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+
+    def __post_init__(self) -> None:
+        if not (checks.is_count(self.bits, 2) and self.bits <= 8):
+            raise ValueError(f"bits={self.bits} is not valid; it must be a whole number from 2 to 8")
+        checks.one_of(("integer", "nf4", "codebook"), grid=self.grid)
+        if self.grid == "nf4" and self.bits != 4:
+            raise ValueError(f"bits={self.bits} is not valid with grid=nf4, which has 4")
+        if self.granularity not in ("tensor", "channel"):
+            checks.whole(1, granularity=self.granularity)
+        checks.one_of(("float32", "float16", "bfloat16"), scale_dtype=self.scale_dtype)
+
+    @property
+    def name(self) -> str:
+        """Short, as tables show it: INT4, INT4 sym g128, NF4 g64."""
+        kind = {"integer": f"INT{self.bits}", "nf4": "NF4", "codebook": f"K{2**self.bits}"}[self.grid]
+        parts = [kind, "sym" if self.symmetric and self.grid == "integer" else ""]
+        parts.append({"channel": "", "tensor": "per tensor"}.get(str(self.granularity), f"g{self.granularity}"))
+        return " ".join(part for part in parts if part)
+
+    @property
+    def has_zero(self) -> bool:
+        return self.grid == "integer" and not self.symmetric
+
+    def scales(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """The shape of the scales of a matrix of this ``shape``."""
+        if self.granularity == "tensor":
+            return 1, 1
+        return shape[0], math.ceil(shape[1] / self.group_of(shape[1]))
+
+    def packed(self, shape: tuple[int, ...]) -> int:
+        """How many bytes the codes of a tensor of this ``shape`` take."""
+        return math.ceil(math.prod(shape) * self.bits / 8)
+
+    def group_of(self, width: int) -> int:
+        """How many neighbours of a row of ``width`` share a scale; ``tensor`` counts as the row here."""
+        return min(width, self.granularity) if isinstance(self.granularity, int) else width

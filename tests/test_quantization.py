@@ -1,0 +1,214 @@
+"""Quantization: codes and bytes, GPTQ against OBQ, models whose linears are kept in few bits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lowrank_lab.errors import UserError
+from lowrank_lab.lowrank.quantized import QuantizedLinear
+from lowrank_lab.quantization.codec import NF4, encode, pack, quantize, spread, unpack
+from lowrank_lab.quantization.formats import Format
+from lowrank_lab.quantization.optimal_brain import gptq, obq
+
+RAGGED = 137  # a rank that no group size divides
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+FORMATS = [
+    Format(bits, symmetric=symmetric, granularity=granularity, scale_dtype="float32")
+    for bits in range(2, 9)
+    for symmetric in (False, True)
+    for granularity in ("tensor", "channel", 32, 500)
+]
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+def test_every_value_is_within_half_a_step(form):
+    """But that the symmetric grid ends half a step before its largest value on the upper side."""
+    x = random(5, RAGGED)
+    quantized = quantize(x, form)
+    step = spread(quantized.scale, form, RAGGED)
+    allowed = step * (1.0 if form.symmetric else 0.5) * (1 + 1e-5)
+    assert ((quantized.dequantize() - x).abs() <= allowed).all()
+    if not form.symmetric:
+        assert (quantize(quantized.dequantize(), form).codes == quantized.codes).float().mean() > 0.99
+
+
+def test_nf4_takes_the_nearest_of_its_values():
+    x = random(3, 100)
+    form = Format(4, grid="nf4", granularity=64, scale_dtype="float32")
+    quantized = quantize(x, form)
+    scale = spread(quantized.scale, form, 100)
+    nearest = (x / scale).unsqueeze(-1).sub(torch.tensor(NF4)).abs().argmin(-1)
+    assert (quantized.codes.long() == nearest).all()
+    assert quantized.scale[1, 1] == x[1, 64:].abs().max()  # the short group at the end has its own
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("count", [1, 7, 8, 685])
+def test_packed_codes_take_their_bits_and_come_back(bits, count):
+    codes = torch.randint(2**bits, (count,), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    packed = pack(codes, bits)
+    assert len(packed) == math.ceil(count * bits / 8)
+    assert (unpack(packed, bits, (count,)) == codes).all()
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.zeros(4, RAGGED),
+        torch.full((4, RAGGED), 7.0),
+        torch.full((4, RAGGED), 1e-9),
+        torch.cat([torch.full((4, 1), 1e4), 0.01 * random(4, RAGGED - 1)], dim=1),
+        random(4, 1),
+        random(1, RAGGED),
+    ],
+    ids=["zeros", "constant", "tiny", "outlier", "one input", "one output"],
+)
+@pytest.mark.parametrize(
+    "form", [Format(4), Format(3, symmetric=True), Format(2, granularity=32), Format(4, grid="nf4", granularity=64)]
+)
+def test_odd_weights_stay_finite(weight, form):
+    moment = torch.eye(weight.shape[1]) * random(weight.shape[1]).abs()
+    moment[0, 0] = 0.0  # a dead channel
+    for quantized in (quantize(weight, form), gptq(weight, moment, form)):
+        error = (quantized.dequantize() - weight).abs()
+        assert torch.isfinite(error).all()
+        assert error.max() <= weight.abs().max()
+
+
+def test_a_weight_that_is_not_finite_raises():
+    with pytest.raises(FloatingPointError, match="not finite"):
+        quantize(torch.tensor([[1.0, math.nan]]), Format(4))
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_gptq_is_obq_with_a_fixed_order(bits, granularity):
+    x = random(400, 40) @ random(40, 40, seed=1)
+    weight, moment, form = random(6, 40, seed=2), x.T @ x / 400, Format(bits, granularity=granularity)
+    found = gptq(weight, moment, form, damping=0.0).dequantize()
+    torch.testing.assert_close(found.double(), obq(weight, moment, form), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("granularity", ["channel", 32])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_has_a_smaller_output_error_than_rounding(granularity, act_order):
+    x = random(2000, RAGGED) @ random(RAGGED, RAGGED, seed=1)
+    weight, moment, form = random(48, RAGGED, seed=2), x.T @ x / 2000, Format(3, granularity=granularity)
+    error = lambda quantized: ((quantized.dequantize() - weight) @ x.T).norm()
+    assert error(gptq(weight, moment, form, act_order=act_order)) < 0.9 * error(quantize(weight, form))
+
+
+def test_gptq_of_white_inputs_is_rounding():
+    weight, form = random(8, 50), Format(4)
+    assert (gptq(weight, torch.eye(50), form).codes == quantize(weight, form).codes).all()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [Format(3), Format(4, symmetric=True, granularity=32), Format(4, grid="nf4", granularity=64), Format(8)],
+    ids=lambda form: form.name,
+)
+def test_a_linear_multiplies_with_the_values_of_its_codes(form):
+    weight, bias, x = random(9, RAGGED), random(9), random(4, RAGGED, seed=3)
+    quantized = quantize(weight, form)
+    linear = QuantizedLinear.of(quantized, bias)
+    torch.testing.assert_close(linear.weight, quantized.dequantize(), rtol=0, atol=0)
+    torch.testing.assert_close(linear(x), x @ quantized.dequantize().T + bias)
+    empty = QuantizedLinear.empty(form, (9, RAGGED), bias)
+    shapes = lambda module: {name: (p.shape, p.dtype) for name, p in module.named_parameters()}
+    assert shapes(empty) == shapes(linear)
+    assert linear.codes.numel() == math.ceil(9 * RAGGED * form.bits / 8)
+
+
+def test_values_between_two_codes_go_to_the_nearest():
+    form = Format(2, symmetric=False)
+    codes = encode(torch.tensor([[0.0, 0.4, 0.6, 9.0]]), form, torch.ones(1, 4), torch.zeros(1, 4))
+    assert codes.tolist() == [[0, 0, 1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 1}, "bits"), ({"bits": 9}, "bits"), ({"bits": 8, "grid": "nf4"}, "nf4"),
+        ({"bits": 4, "grid": "hexagonal"}, "grid"), ({"bits": 4, "granularity": 0}, "granularity"),
+        ({"bits": 4, "granularity": "row"}, "granularity"), ({"bits": 4, "scale_dtype": "int8"}, "scale_dtype"),
+    ],
+)  # fmt: skip
+def test_formats_out_of_range_are_rejected(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Format(**settings)
+
+
+@pytest.mark.parametrize("method", ["dense", "svdllm", "dobi_untrained", "svdllm grouping=qkv"])
+@pytest.mark.parametrize("quantization", ["int8", "nf4", "gptq"])
+def test_a_cell_in_few_bits(lab, method, quantization):
+    """Its bytes are those of its tensors, its parameters those of the cell that is not quantized."""
+    overrides = [f"method={method.split()[0]}", *method.split()[1:], "ratio=0.8"]
+    plain = lab.run(*overrides)
+    record = lab.run(*overrides, f"quantization={quantization}")
+    assert record["key"] != plain["key"]
+    assert record["sizes"]["parameters"] == plain["sizes"]["parameters"]
+    assert record["sizes"]["macs_per_token"] == plain["sizes"]["macs_per_token"]
+    assert record["sizes"]["bytes"] < plain["sizes"]["bytes"]
+    value = record["metrics"]["ppl"]["value"]
+    assert value != plain["metrics"]["ppl"]["value"]
+    assert value == pytest.approx(plain["metrics"]["ppl"]["value"], rel=0.05)
+
+
+def test_bytes_by_hand(lab):
+    """INT4 by channel: half a byte a weight, a 16-bit scale and a 4-bit zero point a row."""
+    plain, record = lab.run("method=dense"), lab.run("method=dense", "quantization=int4")
+    [cell] = lab.cells("method=dense", "quantization=int4")
+    from lowrank_lab.bench import Bench, pick_device
+    from lowrank_lab.results import Record
+
+    sites = Bench(cell, Record(cell, None), pick_device("cpu")).sites.values()
+    dense = sum(site.out * site.inp * 4 for site in sites)
+    packed = sum(math.ceil(site.out * site.inp / 2) + 2 * site.out + math.ceil(site.out / 2) for site in sites)
+    assert record["sizes"]["bytes"] == plain["sizes"]["bytes"] - dense + packed
+    assert record["sizes"]["sites"]["bytes"] == packed
+
+
+def test_the_quantization_of_a_cell_is_told_in_its_label_and_key(lab):
+    cells = lab.cells("method=dense,svd", "quantization=none,int4,gptq", multirun=True)
+    assert len({cell.key for cell in cells}) == 6
+    assert [cell.calibration_data is None for cell in cells] == [True, True, False] * 2
+    assert ["INT4" in cell.label for cell in cells] == [False, True, True] * 2
+    assert ["GPTQ" in cell.label for cell in cells] == [False, False, True] * 2
+
+
+@pytest.mark.parametrize("method", ["dense", "svdllm", "dobi_untrained", "svdllm grouping=qkv"])
+def test_a_checkpoint_in_few_bits_is_the_model_in_memory(lab, method):
+    overrides = [f"method={method.split()[0]}", *method.split()[1:], "ratio=0.8", "quantization=int3"]
+    made = lab.run(*overrides, "save=true", "save.merge=true")
+    folder = lab.root / made["checkpoint"]
+    loaded = lab.run(f"model.path={folder}")
+    assert loaded["metrics"]["ppl"]["value"] == made["metrics"]["ppl"]["value"]
+    assert loaded["method"] == f"{method.split()[0]} INT3"
+    for count in ("parameters", "bytes", "macs_per_token"):
+        assert loaded["sizes"][count] == made["sizes"][count]
+    tensors = load_file(folder / "model.safetensors")
+    packed = sum(tensor.numel() for name, tensor in tensors.items() if name.endswith(".codes"))
+    weights = made["sizes"]["sites"]["parameters"]
+    assert weights * 3 / 8 <= packed < weights * 3 / 8 + len(tensors)
+    merged = lab.run(f"model.path={lab.root / made['merged_checkpoint']}", "method=dense")
+    assert merged["metrics"]["ppl"]["value"] == pytest.approx(made["metrics"]["ppl"]["value"], rel=1e-4)
+    with pytest.raises(UserError, match="quantized already"):
+        lab.cells(f"model.path={folder}", "quantization=int4")
+
+
+def test_a_compressed_checkpoint_is_quantized_as_its_cell_is(lab):
+    made = lab.run("method=svdllm", "ratio=0.6", "save=true")
+    here = lab.run("method=svdllm", "ratio=0.6", "quantization=int4")
+    there = lab.run(f"model.path={lab.root / made['checkpoint']}", "quantization=int4")
+    assert there["metrics"]["ppl"]["value"] == here["metrics"]["ppl"]["value"]
+    assert there["sizes"]["bytes"] == here["sizes"]["bytes"]
