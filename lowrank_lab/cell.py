@@ -25,6 +25,7 @@ from lowrank_lab.store import Store, fingerprint
 
 KINDS = {
     "dense": "the dense model",
+    "quantized": "a dense model in few bits",
     "compressed": "a compressed model",
     "checkpoint": "a model that is compressed already, whose dense original is not known",
 }
@@ -36,7 +37,8 @@ class Cell:
 
     ``metric``, ``allocation`` and ``refinement`` are None for the dense model, and for a checkpoint that is
     compressed already, whatever was asked for; the last also for no refinement.
-    ``kind`` is what the evaluated model is: ``dense``, ``compressed`` here, or a compressed ``checkpoint``.
+    ``kind`` is what the evaluated model is: ``dense``, the dense one ``quantized``, ``compressed`` here, or a
+    compressed ``checkpoint``.
     ``evaluators`` are those that measure something on that kind; ``left_out`` are the names of the others.
     ``calibration_data`` is the content hash of the calibration text (None where nothing reads it),
     ``evaluation_data`` that of the text of each evaluator that reads one, ``training_data`` that of the text that
@@ -69,9 +71,9 @@ class Cell:
         if source.saved is not None:
             cfg = _evaluation_only(cfg, source.saved)
         metric = allocation = refinement = calibration_data = training_data = None
+        if source.model_type is not None and (cfg.allocation is not None or cfg.quantization is not None):
+            spec_for(source.model_type)
         if cfg.allocation is not None:
-            if source.model_type is not None:
-                spec_for(source.model_type)
             metric = config.build(cfg.metric)
             allocation = config.build(cfg.allocation)
             refinement = config.build(cfg.refinement) if cfg.refinement is not None else None
@@ -82,7 +84,8 @@ class Cell:
             raise UserError(f"model.path={cfg.model.path} is quantized already; use quantization=none")
         if _calibrates(metric, allocation, refinement, quantization):
             calibration_data = _content(cfg.calibration.dataset, "calibration", cfg.data_root, store)
-        kind = "checkpoint" if source.saved else "dense" if cfg.allocation is None else "compressed"
+        kind = "compressed" if cfg.allocation is not None else "dense" if quantization is None else "quantized"
+        kind = "checkpoint" if source.saved is not None else kind
         asked = {name: config.build(node) for name, node in cfg.eval.items()}
         evaluators = {name: evaluator for name, evaluator in asked.items() if kind in evaluator.models}
         evaluation_data = {

@@ -117,12 +117,9 @@ def _stop_without_numbers(cell: Cell, record: Record) -> None:
 
 
 def _check_lengths(cell: Cell, model_config: Any) -> None:
-    lengths = {}
-    if cell.calibration_data is not None:
-        lengths["seqlen"] = cell.cfg.calibration.seqlen
-    _check_positions("calibration", lengths, cell, model_config)
-    if cell.training_data is not None:
-        _check_positions("refinement", {"seqlen": cell.cfg.refinement.seqlen}, cell, model_config)
+    for of, text in (("calibration", cell.calibration_data), ("refinement", cell.training_data)):
+        if text is not None:
+            _check_positions(of, {"seqlen": cell.cfg[of].seqlen}, cell, model_config)
 
 
 def _check_positions(of: str, lengths: dict[str, int], cell: Cell, model_config: Any) -> None:

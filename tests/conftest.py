@@ -18,11 +18,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need a network
 os.environ["WANDB_ERROR_REPORTING"] = "false"
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from lowrank_lab import grid, runner
 from lowrank_lab.cell import Cell
 from lowrank_lab.models import tiny
+from lowrank_lab.models.load import load_model
 from lowrank_lab.results import Results
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -63,6 +65,34 @@ class Lab:
         done = subprocess.run(self.command(*overrides), cwd=REPOSITORY, capture_output=True, text=True)
         assert not check or done.returncode == 0, done.stderr
         return done
+
+
+def mirror() -> str:
+    """The mirror of the real data sets, for slow tests; skips the test where there is none."""
+    if not (folder := os.environ.get("LOWRANK_LAB_DATA")):
+        pytest.skip("set LOWRANK_LAB_DATA to a mirror of the data sets")
+    return folder
+
+
+def run_on_mirror(root: Path, data_root: str, *overrides: str) -> dict[str, Any]:
+    """The record of one job through run.py, as a user runs it, with its results in ``root``."""
+    command = [sys.executable, "run.py", *overrides, f"data_root={data_root}", f"results={root}"]
+    subprocess.run(command, cwd=REPOSITORY, check=True)
+    [record] = Results(root).records()
+    return record
+
+
+def load_lively(folder: Path, weights: float, bias: float) -> Any:
+    """The tiny model in ``folder`` with its matrices times ``weights``, so that they matter to its outputs, and all
+    biases set to ``bias``."""
+    model = load_model(str(folder), None, "float32", False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.fill_(bias)
+            elif parameter.ndim == 2:
+                parameter.mul_(weights)
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,9 @@ import pytest
 import yaml
 
 from lowrank_lab.evaluation import tasks
-from lowrank_lab.results import Results
 from lowrank_lab.store import Store
 
-from .conftest import REPOSITORY
+from .conftest import mirror, run_on_mirror
 
 TASKS = ("openbookqa", "arc_easy", "arc_challenge", "winogrande", "hellaswag", "piqa", "mathqa")
 LIMIT = int(os.environ.get("LOWRANK_LAB_LIMIT", "5"))  # documents a task; 100: ten minutes of processor time
@@ -44,13 +43,9 @@ def other_data(task: str, data_root: Path, store: Store) -> dict:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_accuracies_equal_those_of_lm_evals_command_line(tmp_path):
-    data_root = os.environ.get("LOWRANK_LAB_DATA")
-    if not data_root:
-        pytest.skip("set LOWRANK_LAB_DATA to a mirror of the data sets")
-    command = [sys.executable, "run.py", "method=dense", "model=smollm2", "eval=zeroshot"]
-    command += [f"eval.zeroshot.limit={LIMIT}", f"data_root={data_root}", f"results={tmp_path / 'results'}"]
-    subprocess.run(command, cwd=REPOSITORY, check=True)
-    [record] = Results(tmp_path / "results").records()
+    data_root = mirror()
+    job = ["method=dense", "model=smollm2", "eval=zeroshot", f"eval.zeroshot.limit={LIMIT}"]
+    record = run_on_mirror(tmp_path / "results", data_root, *job)
     ours = record["metrics"]["zeroshot"]["tasks"]
 
     store = Store(tmp_path / "results" / "artifacts")

@@ -21,7 +21,6 @@ from lowrank_lab.lowrank.ranks import Ranks
 from lowrank_lab.lowrank.spectra import compress, load_spectrum, load_tails, make_spectra
 from lowrank_lab.metric.second_moment import SecondMoment
 from lowrank_lab.models.arch import ARCHITECTURES
-from lowrank_lab.models.load import load_model
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.reporting import figures, tables
 from lowrank_lab.reporting.sections import OUTPUT_ERROR
@@ -29,7 +28,7 @@ from lowrank_lab.storage.absorb import Absorb
 from lowrank_lab.storage.remap import Remap
 from tests.sites import sites_in
 
-from .conftest import REPOSITORY
+from .conftest import REPOSITORY, load_lively
 
 CPU = torch.device("cpu")
 CASES = [("llama", ()), ("llama", ("qkv", "gate_up")), ("gpt2", ()), ("opt", ()), ("gemma2", ())]
@@ -52,14 +51,7 @@ class Setting:
         make_spectra(self.spectra, self.dense, self.spec, self.sites, metric, self.statistics, None, CPU)
 
     def load(self) -> Any:
-        model = load_model(str(self.checkpoint), None, "float32", False)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith("bias"):
-                    parameter.fill_(0.05)
-                elif parameter.ndim == 2:
-                    parameter.mul_(3)
-        return model
+        return load_lively(self.checkpoint, weights=3, bias=0.05)
 
     def ranks(self, fraction: float) -> Ranks:
         return {name: max(1, round(fraction * site.full)) for name, site in self.sites.items()}

@@ -206,6 +206,28 @@ def test_a_checkpoint_in_few_bits_is_the_model_in_memory(lab, method):
         lab.cells(f"model.path={folder}", "quantization=int4")
 
 
+def test_a_dense_model_in_few_bits_is_no_dense_model(lab):
+    """Its speed is against the dense one, and what needs a dense model goes without it."""
+    small = [
+        "eval.speed.batch_sizes=[1]",
+        "eval.speed.seqlens=[8]",
+        "eval.speed.new_tokens=1",
+        "eval.speed.repeats=1",
+    ]
+    record = lab.run("method=dense", "quantization=int4", "eval=ppl,speed,truncation,output_error", *small)
+    assert set(record["metrics"]) == {"ppl", "speed"}
+    assert set(record["metrics"]["speed"]["macs"]) == {"dense", "model"}
+    [setting] = record["metrics"]["speed"]["settings"]
+    assert setting["dense"]["decode"] != setting["model"]["decode"]
+
+
+def test_an_unknown_architecture_stops_before_work(lab, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="'mamba' has no compressible layer"):
+        lab.cells(f"model.path={tmp_path}", "method=dense", "quantization=int4")
+
+
 def test_a_compressed_checkpoint_is_quantized_as_its_cell_is(lab):
     made = lab.run("method=svdllm", "ratio=0.6", "save=true")
     here = lab.run("method=svdllm", "ratio=0.6", "quantization=int4")

@@ -22,7 +22,7 @@ from lowrank_lab.reporting import tables
 from lowrank_lab.results import Results
 from tests.sites import site
 
-from .conftest import REPOSITORY
+from .conftest import REPOSITORY, mirror, run_on_mirror
 
 REAL = ("model=smollm2", "dataset=wikipedia")
 
@@ -61,14 +61,8 @@ def test_svd_svdllm_and_the_dense_model(lab):
 @pytest.mark.timeout(900)
 def test_dense_perplexity_on_wikitext2(tmp_path):
     """23.48 on the first 20 windows of 1024 tokens of the official test split."""
-    data_root = os.environ.get("LOWRANK_LAB_DATA")
-    if not data_root:
-        pytest.skip("set LOWRANK_LAB_DATA to a mirror of the data sets")
-    command = [sys.executable, "run.py", "method=dense", "model=smollm2", "dataset=wikitext2"]
     limits = ["eval.ppl.seqlen=1024", "eval.ppl.max_windows=20"]
-    command += [f"data_root={data_root}", *limits, f"results={tmp_path}"]
-    subprocess.run(command, cwd=REPOSITORY, check=True)
-    [record] = Results(tmp_path).records()
+    record = run_on_mirror(tmp_path, mirror(), "method=dense", "model=smollm2", "dataset=wikitext2", *limits)
     assert record["metrics"]["ppl"]["value"] == pytest.approx(23.48, abs=0.02)
     assert record["metrics"]["ppl"]["protocol"]["windows"] == 20
 

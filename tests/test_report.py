@@ -223,6 +223,11 @@ def test_a_table_tells_answers_by_name_and_settings_where_they_differ(lab):
     assert told(lab, "method=svdllm_lora refinement.r=4") == ["refinement.r=4"]
     assert told(lab, "method=svdllm allocation=none") == ["allocation=none"]
     assert told(lab, "method=dense") == [""]
+    assert told(lab, "method=svdllm quantization=int4") == ["quantization=INT4"]
+    assert told(lab, "method=dense", "method=dense quantization=gptq") == [
+        "quantization=none",
+        "quantization=GPTQ INT4",
+    ]
     both = told(lab, "method=svdllm allocation=strs", "method=svdllm allocation=strs allocation.samples=2")
     assert both == ["allocation=Strs, allocation.samples=1", "allocation=Strs, allocation.samples=2"]
     [joined] = told(lab, "method=svdllm dataset.calibration.join=x")

@@ -17,9 +17,10 @@ from lowrank_lab.evaluation.truncation import Truncation
 from lowrank_lab.lowrank.factorized import dense_weight
 from lowrank_lab.lowrank.masked import TruncatedActivation
 from lowrank_lab.models.arch import ARCHITECTURES
-from lowrank_lab.models.load import load_model
 from lowrank_lab.reporting import figures, tables
 from lowrank_lab.reporting.sections import TRUNCATION
+
+from .conftest import load_lively
 
 CPU = torch.device("cpu")
 FAMILIES = ["llama", "gpt2", "opt", "gemma2"]
@@ -32,14 +33,7 @@ def family(request: Any) -> str:
 
 def load(checkpoints: dict[str, Path], family: str) -> Any:
     """A tiny model whose loss depends on its weights, with biases that are not zero."""
-    model = load_model(str(checkpoints[family]), None, "float32", False)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.fill_(0.5)
-            elif parameter.ndim == 2:
-                parameter.mul_(4)
-    return model
+    return load_lively(checkpoints[family], weights=4, bias=0.5)
 
 
 def some_windows(count: int = 2, length: int = 90) -> torch.Tensor:

@@ -33,7 +33,7 @@ class Evaluator:
     reads_text = False
     add_special_tokens = True
     no_influence: tuple[str, ...] = ("batch_size",)
-    models: tuple[str, ...] = ("dense", "compressed", "checkpoint")
+    models: tuple[str, ...] = ("dense", "quantized", "compressed", "checkpoint")
 
     def settings(self, node: DictConfig) -> Any:
         """What of its config ``node`` every number depends on."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def in_batches(rows: Any, batch_size: int | Callable[[Any], int], run: Callable[[Any], Any]) -> Iterator[Any]:
@@ -24,19 +26,24 @@ def in_batches(rows: Any, batch_size: int | Callable[[Any], int], run: Callable[
     while start < len(rows):
         size = batch_size if isinstance(batch_size, int) else batch_size(rows[start])
         batch = rows[start : start + min(size, largest)]
-        try:
-            results = run(batch)
-        except Exception as error:
-            if len(batch) == 1 or not should_reduce_batch_size(error):
-                raise
-            results = None  # outside of this block the error, which holds the batch's tensors, is gone
+        results = run(batch) if len(batch) == 1 else unless_out_of_memory(partial(run, batch))
         if results is None:
-            clear_device_cache(garbage_collection=True)
             largest = len(batch) // 2
             log.warning("out of memory with a batch of %d: going on with %d", len(batch), largest)
             continue
         yield from results
         start += len(batch)
+
+
+def unless_out_of_memory(work: Callable[[], T]) -> T | None:
+    """What ``work()`` returns; None where memory ran out."""
+    try:
+        return work()
+    except Exception as error:
+        if not should_reduce_batch_size(error):
+            raise
+    clear_device_cache(garbage_collection=True)  # here the error, which held the tensors, is gone
+    return None
 
 
 class NotFiniteError(ArithmeticError):

@@ -58,7 +58,7 @@ class Speed(Evaluator):
         from lowrank_lab.evaluation.timing import measure
 
         models = {"model": bench.model}
-        if bench.cell.compressed:
+        if bench.cell.kind != "dense":
             models = {"dense": bench.dense_model(), **models}
         work = (self.settings_measured, self.new_tokens, self.repeats, self.warmup)
         measured = measure(models, *work, bench.device)

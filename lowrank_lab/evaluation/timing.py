@@ -16,11 +16,11 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lowrank_lab import environment, progress
+from lowrank_lab.evaluation.robust import unless_out_of_memory
 from lowrank_lab.lowrank.sizes import linear_tensors, macs_per_token
 
 T = TypeVar("T")
@@ -175,7 +175,7 @@ def _take_turns(
                 _run(models[name], prompts, new_tokens)
         return True
 
-    together = _unless_out_of_memory(lambda: warm_up(fitting)) is not None
+    together = unless_out_of_memory(lambda: warm_up(fitting)) is not None
     for repeat in range(repeats):
         for name in fitting if repeat % 2 == 0 else fitting[::-1]:
             if not together:  # each fits alone, but not both
@@ -256,18 +256,7 @@ def _alone(models: Models, name: str, device: torch.device, work: Callable[[nn.M
         _bring(models, [name], device)
         return work(models[name])
 
-    return _unless_out_of_memory(bring_and_work)
-
-
-def _unless_out_of_memory(work: Callable[[], T]) -> T | None:
-    """What ``work()`` returns; None where memory ran out."""
-    try:
-        return work()
-    except Exception as error:
-        if not should_reduce_batch_size(error):
-            raise
-    clear_device_cache(garbage_collection=True)  # here the error, which held the tensors, is gone
-    return None
+    return unless_out_of_memory(bring_and_work)
 
 
 def _spread(reference: Sequence[float], seconds: Sequence[float]) -> dict[str, float]:

@@ -14,9 +14,6 @@ from lowrank_lab.lowrank.ranks import Site, Sites, total_cost
 from lowrank_lab.models.arch import ArchSpec, kv_cache_values_per_token
 from lowrank_lab.models.walk import blocks_of
 
-# Tensors of quantized layers that are no weights as such.
-OF_QUANTIZED = ("codes", "scale", "zero", "codebook")
-
 
 def sizes(
     model: nn.Module, spec: ArchSpec | None, sites: Sites, ranks: Mapping[str, int | None], ratio: float
@@ -24,7 +21,7 @@ def sizes(
     """What was asked for and what came out.
 
     ratio_reached            of what the ratio counts (parameters, 16-bit words, cached values)
-    parameters, bytes        of the whole model; tied tensors count once
+    parameters, bytes        of the whole model, tied tensors once; scales and zero points count to the bytes alone
     sites                    of what is compressed, biases apart: ``parameters`` now and dense, whatever their
                              bits; ``bytes`` with the scales of quantized tensors
     macs_per_token           multiply-accumulates of all linear layers with lm_head, attention products apart
@@ -36,25 +33,25 @@ def sizes(
                              the query, key and value projections, and R2, kv_latent over kv_cache bytes: with one
                              latent for all three r (E + q + k + v) / E (q + k + v) and r / (k + v)
     """
-    tensors = list(model.parameters())
-    packed = {id(p) for name, p in model.named_parameters() if name.split(".")[-1] in OF_QUANTIZED}
     value_bytes = model.get_input_embeddings().weight.element_size()  # type: ignore[operator]
-    of_sites = [tensor for site in sites.values() for tensor in _weights(model, spec, site)]
+    members = [linear for site in sites.values() for linear in _members(model, spec, site)]
+    of_sites = [p for linear in members for name, p in linear.named_parameters() if not name.endswith("bias")]
     parameters = sum(site.parameters(ranks[name]) for name, site in sites.items())
-    assert _counted(model, spec, sites) == parameters, "the tensors do not have the planned ranks"
+    counted = sum(macs_per_token(linear) for linear in members)
+    assert counted == parameters, "the tensors do not have the planned ranks"
     dense = sum(site.dense for site in sites.values())
     cached = kv_cache_values_per_token(model.config)
     latent = None if spec is not None and "kv" not in spec.roles else cached - _latent_saves(spec, sites, ranks)
     return {
         "ratio_asked": ratio,
         "ratio_reached": total_cost(sites, ranks) / dense if sites else 1.0,
-        "parameters": _in_few_bits(model) + sum(p.numel() for p in tensors if id(p) not in packed),
-        "bytes": sum(p.numel() * p.element_size() for p in tensors),
+        "parameters": _parameters(model),
+        "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "sites": {
             "count": len(sites),
             "parameters_dense": sum(site.parameters(None) for site in sites.values()),
             "parameters": parameters,
-            "bytes": sum(tensor.numel() * tensor.element_size() for _, tensor in of_sites),
+            "bytes": sum(p.numel() * p.element_size() for p in of_sites),
         },
         "macs_per_token": macs_per_token(model),
         "kv_cache_bytes_per_token": cached * value_bytes,
@@ -66,36 +63,41 @@ def sizes(
     }
 
 
-def _counted(model: nn.Module, spec: ArchSpec | None, sites: Sites) -> int:
-    """How many weights the linears of all sites have, whatever bits they are kept in."""
-    kept = [item for site in sites.values() for item in _weights(model, spec, site)]
-    return _in_few_bits(model) + sum(tensor.numel() for name, tensor in kept if name not in OF_QUANTIZED)
-
-
-def _in_few_bits(model: nn.Module) -> int:
-    """How many weights are kept as packed codes."""
-    quantized = (module for module in model.modules() if isinstance(module, QuantizedLinear))
-    return sum(module.out_features * module.in_features for module in quantized)
-
-
 def linear_tensors(model: nn.Module) -> list[Tensor]:
     """What a token is multiplied with: the weights of all linear layers with lm_head, biases and scales apart."""
-    linears = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))]
-    linears += [t for m in model.modules() if isinstance(m, MixedLinear) for t in (m.int8, m.float16)]
-    return linears + [t for n, t in model.named_parameters() if n.split(".")[-1] == "codes"]
+    return [tensor for module in model.modules() for tensor in _linear(module)[0]]
 
 
 def macs_per_token(model: nn.Module) -> int:
-    packed = sum(t.numel() for n, t in model.named_parameters() if n.split(".")[-1] == "codes")
-    return sum(tensor.numel() for tensor in linear_tensors(model)) - packed + _in_few_bits(model)
+    """How many weights all linear layers with lm_head have, whatever bits they are kept in."""
+    return sum(_linear(module)[1] for module in model.modules())
 
 
-def _weights(model: nn.Module, spec: ArchSpec | None, site: Site) -> list[tuple[str, nn.Parameter]]:
-    """The tensors of a site without its biases, by the last part of their names."""
+def _linear(module: nn.Module) -> tuple[list[Tensor], int]:
+    """The tensors that hold the weights of a linear layer, and how many weights it has; of other modules none."""
+    if isinstance(module, QuantizedLinear):
+        return [module.get_parameter("codes")], module.out_features * module.in_features
+    tensors: list[Tensor] = []
+    if isinstance(module, (nn.Linear, Conv1D)):
+        tensors = [module.weight]
+    elif isinstance(module, MixedLinear):
+        tensors = [module.int8, module.float16]
+    return tensors, sum(tensor.numel() for tensor in tensors)
+
+
+def _parameters(model: nn.Module) -> int:
+    """Those of the whole model, tied ones once; scales and the like of few bits are bytes, but no parameters."""
+    in_few_bits = [module for module in model.modules() if isinstance(module, (QuantizedLinear, MixedLinear))]
+    kept = {id(p) for module in in_few_bits for name, p in module.named_parameters() if name != "bias"}
+    others = sum(p.numel() for p in model.parameters() if id(p) not in kept)
+    return others + sum(_linear(module)[1] for module in in_few_bits)
+
+
+def _members(model: nn.Module, spec: ArchSpec | None, site: Site) -> list[nn.Module]:
+    """The linears of a site, dense or factorized."""
     assert spec is not None
     block = blocks_of(model, spec)[site.block]
-    named = [item for member in site.members for item in block.get_submodule(member).named_parameters()]
-    return [(name.split(".")[-1], tensor) for name, tensor in named if not name.endswith("bias")]
+    return [block.get_submodule(member) for member in site.members]
 
 
 def _kept_of_qkv(model: nn.Module, spec: ArchSpec | None, sites: Sites, ranks: Mapping[str, int | None]) -> float:

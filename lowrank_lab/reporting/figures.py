@@ -38,6 +38,17 @@ STYLE: Any = {
 }
 
 
+def _look(number: int) -> dict[str, Any]:
+    """Colour and marker of a line; shifted once the colours are used up, so that no pair comes twice."""
+    marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+    return {"color": COLOURS[number % len(COLOURS)], "marker": marker}
+
+
+def _label(name: str, variant: str) -> str:
+    """A line's name in the legend."""
+    return textwrap.fill(f"{name} ({variant})" if variant else name, 36)
+
+
 def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | None:
     """Perplexity (log scale) against the fraction of all linears kept, a line for each method."""
     if not ((group["method"] != "dense") & group["counted"].isin(WHOLE)).any():
@@ -46,23 +57,17 @@ def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | 
         figure, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
         # Ratios of part of the model would stand at the wrong place on this axis.
         compressed = group[(group["method"] != "dense") & group["counted"].isin(WHOLE)]
-        several = group["kept_in"].nunique() > 1
-        lines = compressed.groupby(["method", "variant", "kept_in"], sort=True)
-        for number, ((method, variant, kept_in), line) in enumerate(lines):
-            told = ", ".join(word for word in (variant, kept_in if several else "") if word)
+        for number, ((method, variant), line) in enumerate(compressed.groupby(["method", "variant"], sort=True)):
             line = line.sort_values("ratio_reached")
             axes.plot(
                 line["ratio_reached"],
                 line["value"],
-                color=COLOURS[number % len(COLOURS)],
-                # Shifted once the colours are used up, so that no pair comes twice.
-                marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
-                label=textwrap.fill(f"{method} ({told})" if told else method, 36),
+                **_look(number),
+                label=_label(method, variant),
             )
         dense = group[group["method"] == "dense"]
-        for value, variant, kept_in in zip(dense["value"], dense["variant"], dense["kept_in"], strict=True):
-            told = ", ".join(word for word in (variant, kept_in if several else "", f"{value:.4g}") if word)
-            label = f"dense ({told})"
+        for value, variant in zip(dense["value"], dense["variant"], strict=True):
+            label = f"dense ({variant}, {value:.4g})" if variant else f"dense ({value:.4g})"
             axes.axhline(value, color="0.35", linestyle="--", label=label)
         axes.set_yscale("log")
         if group["value"].max() < 10 * group["value"].min():  # plain numbers, where powers of ten would say nothing
@@ -110,16 +115,14 @@ def speed_against_settings(group: pd.DataFrame, caption: str) -> plt.Figure | No
                 x = [setting[varied] for setting in shown]
                 axes.axhline(1, color="0.35", linestyle="--", label="dense")
                 for number, (_, row) in enumerate(compressed.iterrows()):
-                    name = f"{row['method']} {row['ratio']:g}"
                     ratios = _ratios(row["measured"], phase, shown)
                     axes.errorbar(
                         x,
                         ratios["median"],
                         yerr=[ratios["median"] - ratios["q1"], ratios["q3"] - ratios["median"]],
                         capsize=3,
-                        color=COLOURS[number % len(COLOURS)],
-                        marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
-                        label=textwrap.fill(f"{name} ({row['variant']})" if row["variant"] else name, 36),
+                        **_look(number),
+                        label=_label(f"{row['method']} {row['ratio']:g}", row["variant"]),
                     )
                 axes.set_xscale("log")
                 axes.set_xticks(x, [str(value) for value in x])
@@ -159,14 +162,12 @@ def output_error_against_block(group: pd.DataFrame, caption: str) -> plt.Figure 
         for axes, (kind, title) in zip(grid.flat, panels.items(), strict=True):
             for number, (_, row) in enumerate(finite.iterrows()):
                 errors = row["measured"]["blocks"][kind]
-                what = f"{row['method']} {row['ratio']:g}"
                 axes.plot(
                     range(len(errors)),
                     errors,
-                    color=COLOURS[number % len(COLOURS)],
-                    marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
+                    **_look(number),
                     markevery=max(1, len(errors) // 8),
-                    label=textwrap.fill(f"{what} ({row['variant']})" if row["variant"] else what, 36),
+                    label=_label(f"{row['method']} {row['ratio']:g}", row["variant"]),
                 )
             axes.set_title(title, fontsize=13)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -202,8 +203,7 @@ def truncation_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | 
                         line["ratio"],
                         line[f"{kind}_nll"] - measured["dense_nll"],
                         style,
-                        color=COLOURS[number % len(COLOURS)],
-                        marker=MARKERS[number % len(MARKERS)],
+                        **_look(number),
                         label=f"block {block}, {kind}",
                     )
             axes.axhline(0, color="0.35", linestyle=":", label="dense")

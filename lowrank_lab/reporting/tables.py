@@ -56,7 +56,6 @@ def comparison(records: list[dict[str, Any]], section: Section = PERPLEXITY) -> 
     rows["group"] = pd.factorize(order, sort=True)[0]
     for _, group in rows.groupby("group"):
         rows.loc[group.index, "variant"] = group["key"].map(_variants([done[key] for key in group["key"]]))
-    rows["kept_in"] = rows["key"].map(lambda key: kept_in(done[key]["config"]))
     rows["counted"] = rows["key"].map(lambda key: counted(done[key]["config"]))
     rows["value"] = rows["value"].astype(float)
     rows["_dense_first"] = rows["method"] != "dense"
@@ -65,12 +64,6 @@ def comparison(records: list[dict[str, Any]], section: Section = PERPLEXITY) -> 
     rising = [section.ascending if name == "value" else name != "ratio" for name in order_of_rows]
     rows = rows.sort_values(order_of_rows, ascending=rising, kind="stable")
     return rows.drop(columns=["_dense_first", "_whole_first"]).reset_index(drop=True)
-
-
-def kept_in(config: dict[str, Any]) -> str:
-    """The format of a cell's weights in a few letters."""
-    quantization = config.get("quantization")
-    return str(config["dtype"]) if quantization is None else build(OmegaConf.create(quantization)).name
 
 
 WHOLE = ("weights", "16-bit words")  # what ratios of all linears count; other ratios rank below, they mean less
@@ -118,12 +111,10 @@ def presentable(group: pd.DataFrame, section: Section) -> pd.DataFrame:
             "variant": group["variant"],
             "ratio": group["ratio"].map("{:g}".format),
             "counts": group["counted"],
-            "kept in": group["kept_in"],
             "reached": group["ratio_reached"].map("{:.4f}".format),
         }
     )
-    usual = {"variant": "", "counts": "weights", "kept in": "float32"}
-    same = [name for name, value in usual.items() if (what[name] == value).all()]
+    same = [name for name, usual in (("variant", ""), ("counts", "weights")) if (what[name] == usual).all()]
     cells = group["measured"].map(section.cells).map(lambda found: found if isinstance(found, list) else [found])
     # The first setting of all rows, then the second: what is to be compared stands together.
     settings = [(number, index, row) for index, found in cells.items() for number, row in enumerate(found)]
@@ -171,9 +162,7 @@ def latex(records: list[dict[str, Any]]) -> str:
     for section, caption, group in all_groups(records):
         table = presentable(group, section)
         escaped = re.sub(r"[_&%#$]", r"\\\g<0>", caption.replace("\\", "/"))
-        alignment = "".join(
-            "l" if column in ("method", "variant", "counts", "kept in") else "r" for column in table
-        )
+        alignment = "".join("l" if column in ("method", "variant", "counts") else "r" for column in table)
         parts.append(table.to_latex(index=False, caption=escaped, column_format=alignment, escape=True))
     return "\n".join(parts)
 
@@ -225,7 +214,7 @@ def _is_told(name: str, here: dict[str, Any], fellows: list[dict[str, Any]], own
     if any(name in fellow and fellow[name] != here[name] for fellow in fellows):
         return True
     answer = name.split(".")[0]
-    if own is None or answer not in ANSWERS:
+    if own is None or answer not in (*ANSWERS, "quantization"):
         return False
     if name != answer and own.get(answer) != here[answer]:
         return False  # a setting of another answer than the method's: the answer itself is told
@@ -246,21 +235,23 @@ def _told_of(record: dict[str, Any]) -> dict[str, Any]:
 def _settings(config: dict[str, Any], calibrated: bool) -> dict[str, Any]:
     """The settings that may tell two cells of one method apart, flat, by their names on the command line."""
     if config["allocation"] is None:
-        flat: dict[str, Any] = {"allocation": "none", "dtype": config["dtype"]}
-        return flat | _beside_the_format(config)
+        return {"allocation": "none", "dtype": config["dtype"], **_quantization(config)}
     refinement = config["refinement"]
     if refinement is not None and refinement.get("dataset") == config["calibration"]["dataset"]:
         config = {**config, "refinement": {k: v for k, v in refinement.items() if k != "dataset"}}
-    flat = {}
+    flat: dict[str, Any] = {}
     for name in (*ANSWERS, "dtype", *(["calibration"] if calibrated else [])):
         _flatten(name, config[name], flat)
-    return flat | _beside_the_format(config)
+    return flat | _quantization(config)
 
 
-def _beside_the_format(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the quantization; its method and format have a column of their own."""
-    settings = config.get("quantization") or {}
-    return {f"quantization.{k}": v for k, v in settings.items() if k not in ("_target_", "weights")}
+def _quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """Method and format in a few letters, and the settings beside the format."""
+    settings = config["quantization"]
+    if settings is None:
+        return {"quantization": "none"}
+    beside = {f"quantization.{k}": v for k, v in settings.items() if k not in ("_target_", "weights")}
+    return {"quantization": build(OmegaConf.create(settings)).name, **beside}
 
 
 def _flatten(name: str, value: Any, into: dict[str, Any]) -> None:
