@@ -39,7 +39,7 @@ $(VENV)/.libraries: $(VENV)/.ready
 	@touch $@
 
 test-libraries: $(VENV)/.libraries ## our quantization against bitsandbytes and llm-compressor, which it installs
-	$(PYTEST) tests/test_against_libraries.py
+	$(PYTEST) tests/test_against_libraries.py tests/test_quantization_presets.py
 
 check: setup     ## lint, format and types
 	$(BIN)/ruff check .

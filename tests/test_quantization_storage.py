@@ -1,15 +1,17 @@
 """In which factor the singular values are best kept where both are rounded (ASVD §A.8, Table 6).
 
 Σ^a goes to the left factor and Σ^(1−a) to the right one. Rounding row i to steps Δᵢ adds an error of variance
-Δᵢ²/12 to each of its values, which reaches the output through the other factor. For inputs that the right factor makes
-white, as SVD-LLM's whitening does:
+Δᵢ²/12 to each of its values, which reaches the output through the other factor. For inputs that the right factor
+makes white, as SVD-LLM's whitening does:
 
 - Right factor (rank, in), a scale a row: its scales take Σ^(1−a) up, and its error is the same whatever a is.
 - Left factor (out, rank), a scale a row: Σᵢ Δᵢ(a)² · Σⱼ σⱼ^(2(1−a)), where Δᵢ(a)² goes with maxⱼ σⱼ^(2a) uᵢⱼ². Both
   are log-convex in a, and so is their product: the error of a=½ is at most the geometric mean of those of 1 and 0,
   never the worst. It is the best where the singular values decay: with a=1 the first column makes the steps of all
   so coarse, with a=0 the largest of all uᵢⱼ does, and the columns that matter most get no finer ones than the rest.
-- With one scale for the tensor this holds for the left factor and, a being turned round, for the right one.
+- With one scale for the tensor the bound holds for the right factor too. There ½ is the best where the rows of the
+  right factor are as long as their singular values. SVD-LLM's are not: it is Σ^−a UᵀW, where UᵀW is as even as W
+  itself, so that a=0 may be better.
 """
 
 from __future__ import annotations
