@@ -36,7 +36,8 @@ PRESETS = sorted(file.stem for file in CONF.glob("*.yaml") if file.stem != "none
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
 METHODS = {
     "dense": ["method=dense"],
-    "svdllm": ["method=svdllm", "ratio=0.8"],
+    # Ranks below that of the calibration text, some 25 letters: beyond it latents are noise, which may be blown up.
+    "svdllm": ["method=svdllm", "ratio=0.6"],
     "rank 1": ["method=svdllm", "ratio=0.064"],
 }
 
@@ -152,7 +153,6 @@ def test_a_preset_runs_and_comes_back_as_it_was(shared, lively, plain, tmp_path,
     assert math.isfinite(perplexity(bench, found))
     weights = quantization.weights.bits if quantization.method is not None else 8
     activations = quantization.activations.form.bits if quantization.activations is not None else 8
-    print(preset, method, quantization.name, away)
     assert 0 < away < (0.05 if min(weights, activations) == 8 else 0.8)
     linears = [module for module in bench.model.modules() if isinstance(module, QuantizedLinear)]
     assert len(linears) == (0 if quantization.method is None else 42 if method == "svdllm" else 21)
@@ -187,12 +187,11 @@ def test_every_family_in_8_bits_says_what_it_said(shared, lively, plain, family,
     except SkippedCell as reason:
         pytest.skip(str(reason))
     away = distance(logits(bench, bench.model), plain(family, "svdllm"))
-    print(family, bench.cell.quantization.name, away)
-    assert 0 < away < 0.1
+    assert 0 < away < 0.05
 
 
 # What a method needs of the format beside the bits.
-FORMATS = {"bnb": ["quantization=bnb4"]}
+FORMATS = {"bnb": ["quantization=bnb4"], "kmeans": ["quantization=kmeans"]}
 
 
 @pytest.mark.parametrize("activations", options("activations"))
@@ -203,7 +202,6 @@ def test_every_method_with_every_kind_of_activations(shared, lively, plain, meth
     chosen = [f"quantization/method={method}", f"quantization/activations={activations}"]
     bench, _ = made(shared, lively["llama"], "svdllm", *settings, *chosen)
     away = distance(logits(bench, bench.model), plain("llama", "svdllm"))
-    print(method, activations, away)
     assert 0 < away < 0.8
 
 
