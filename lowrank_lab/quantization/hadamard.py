@@ -58,7 +58,7 @@ def pieces(width: int) -> tuple[int, ...]:
 
 @cache
 def _orders(width: int) -> tuple[int, ...] | None:
-    """Orders of Hadamard matrices with the product ``width``: Paley's, then powers of two. None where none are known."""
+    """Orders of Hadamard matrices with the product ``width``, Paley's first; None where none are known."""
     if width & (width - 1) == 0:
         fast = [RADIX] * int(math.log2(width) // math.log2(RADIX))
         return tuple(size for size in (width // math.prod(fast), *fast) if size > 1)
