@@ -1,7 +1,7 @@
-"""A small training loop that can be stopped and goes on: for learned ranks and for fine-tuning.
+"""A small training loop that can be stopped and goes on: for learned ranks and rotations, and for fine-tuning.
 
-Nothing here is special: AdamW by default, a schedule from transformers, batches in an order that the seed settles. It exists
-so that both trainings resume in the same way, to the same numbers.
+Nothing here is special: AdamW unless told otherwise, a schedule from transformers, batches in an order that the
+seed settles. It exists so that all trainings resume in the same way, to the same numbers.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def learn(bench: Bench, quantization: Quantization, settings: SpinQuant, folder:
 def attach(
     model: Any, bench: Bench, quantization: Quantization, round_weights: bool, r1: nn.Parameter, r2: nn.Parameter
 ) -> None:
-    """Let all of ``model`` follow ``r1`` and ``r2``, and round what ``quantization`` will round, straight through."""
+    """Let ``model`` follow ``r1`` and ``r2``, and round straight through what ``quantization`` will round."""
     values = values_width(model.config)
     members = members_by_block(bench)
     for index, block in enumerate(blocks_of(model, bench.spec)):
@@ -116,7 +116,7 @@ class Following(nn.Module):
     def forward(self, tensor: Tensor) -> Tensor:
         here = self.turn, self.r1.to(tensor), self.r2[self.block].to(tensor), self.values
         if tensor.ndim == 1:
-            return turned_rows(tensor.unsqueeze(1), *here).squeeze(1)
+            return turned_rows(tensor, *here)
         followed = turned(tensor, *here)
         return followed if self.form is None else straight_through(followed, self.form)
 

@@ -1,9 +1,9 @@
 """Rotations folded into a model, which then computes the same with activations that have no outliers.
 
-With R1 the residual stream h becomes h R1: what reads it (the linears behind a norm) is multiplied by R1 on its input
-side, what writes it (embedding, o_proj, down_proj) on its output side. An RMSNorm commutes with R1 once its weight has
-moved into the linears that it feeds. With R2 each head's values v become v R2 between v_proj and o_proj. QuaRot
-(Ashkboos et al. 2024) and SpinQuant (Liu et al. 2024) differ in where R1 and R2 come from.
+With R1 the residual stream h becomes h R1: what reads it (the linears behind a norm) is multiplied by R1 on its
+input side, what writes it (embedding, o_proj, down_proj) on its output side. An RMSNorm commutes with R1 once its
+weight has moved into the linears that it feeds. With R2 each head's values v become v R2 between v_proj and o_proj.
+QuaRot (Ashkboos et al. 2024) and SpinQuant (Liu et al. 2024) differ in where R1 and R2 come from.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -45,7 +46,9 @@ def start(model: Any, seed: int) -> tuple[Tensor, Tensor]:
 def check(spec: ArchSpec, label: str) -> None:
     """Raises SkippedCell for a model whose residual stream cannot be rotated."""
     if spec.norm == "layer":
-        raise SkippedCell(f"{label} rotates the residual stream, which a LayerNorm, unlike an RMSNorm, does not allow")
+        raise SkippedCell(
+            f"{label} rotates the residual stream, which a LayerNorm, unlike an RMSNorm, does not allow"
+        )
     if not spec.residual:
         raise SkippedCell(f"{label} rotates the residual stream, which norms after attention and MLP do not allow")
 
@@ -96,12 +99,13 @@ def turned(weight: Tensor, turn: Turn, r1: Tensor, r2: Tensor, values: int) -> T
 
 
 def turned_rows(weight: Tensor, turn: Turn, r1: Tensor, r2: Tensor, values: int) -> Tensor:
-    """The output side of ``turned``, for a weight (out, in), or a bias (out, 1)."""
+    """The output side of ``turned``, for a weight (out, in) or a bias (out,)."""
     if turn.outputs == "residual":
         return r1.T @ weight
     if turn.outputs == "heads":
         others, of_values = weight[:-values], weight[-values:]
-        return torch.cat([others, (r2.T @ of_values.unflatten(0, (-1, len(r2)))).flatten(0, 1)])
+        of_heads = of_values.unflatten(0, (-1, len(r2)))
+        return torch.cat([others, torch.einsum("hi...,ij->hj...", of_heads, r2).flatten(0, 1)])
     return weight
 
 
@@ -120,14 +124,13 @@ def fold_norms(model: nn.Module, spec: ArchSpec) -> None:
         norms = {}
         for path, norm in behind_norms(block, spec):
             norms[id(norm)] = norm
-            gain = norm.weight.detach().double()
-            change_weight(block, path, lambda weight, gain=gain: weight * gain)
+            change_weight(block, path, partial(torch.mul, norm.weight.detach().double()))
         for norm in norms.values():
             norm.weight.data = torch.ones_like(norm.weight)
 
 
 def rotate_online(block: nn.Module, member: str, step: Step) -> None:
-    """Put an orthogonal ``step`` in front of a ``member`` that shares its input with no other, and undo it in it."""
+    """Put an orthogonal ``step`` in front of a ``member`` that alone reads its input, and undo it in its weight."""
     path = input_side(block, member)
     change_weight(block, path, step)  # its rows are turned as the tokens that they meet
     set_steps(block, [path], [step])
@@ -148,17 +151,17 @@ def hadamards(model: Any, spec: ArchSpec, heads: bool, down: bool) -> None:
 def rotate(model: Any, spec: ArchSpec, r1: Tensor, r2: Tensor) -> None:
     """Fold ``r1`` (hidden, hidden) and ``r2`` (blocks, head, head), orthogonal, float64, into ``model``, in place.
 
-    The weights of the norms in the blocks must be 1 (``fold_norms``). That of the last, g, moves into lm_head; where
-    the embedding E is also lm_head, E becomes E R1 for both, and what the last norm gives is multiplied by
+    The weights of the norms in the blocks must be 1 (``fold_norms``). That of the last, g, moves into lm_head;
+    where the embedding E is also lm_head, E becomes E R1 for both, and what the last norm gives is multiplied by
     R1ᵀ diag(g) R1.
     """
     values = values_width(model.config)
     for block, of_heads in zip(blocks_of(model, spec), r2, strict=True):
         for path, turn in turns(block, spec).items():
-            weight: Any = block.get_submodule(path).weight
-            here = turn, r1.to(weight.device), of_heads.to(weight.device), values
-            change_weight(block, path, lambda weight, here=here: turned(weight, *here))
-            change_bias(block, path, lambda bias, here=here: turned_rows(bias.unsqueeze(1), *here).squeeze(1))
+            device = next(block.parameters()).device
+            here = {"turn": turn, "r1": r1.to(device), "r2": of_heads.to(device), "values": values}
+            change_weight(block, path, partial(turned, **here))
+            change_bias(block, path, partial(turned_rows, **here))
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     norm: Any = model.get_submodule(spec.final_norm)

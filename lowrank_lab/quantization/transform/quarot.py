@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class QuaRot(Transform):
     """Ashkboos et al. 2024, but for the rotation of queries and keys, which is the KV cache's (kv_cache.rotate).
 
-    heads  whether values are also mixed between the heads before o_proj, online; without: within each head, for free
+    heads  whether values are also mixed between the heads before o_proj, online; within each head they always are
     down   whether the inputs of down_proj are rotated, online
 
     Raises SkippedCell for models whose norms do not allow it.

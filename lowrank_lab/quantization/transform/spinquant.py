@@ -43,8 +43,8 @@ class SpinQuant(Transform):
         rotation.check(bench.spec, self.label)
         if quantization.activations is None and not self.round_weights:
             raise UserError(
-                "quantization/transform=spinquant learns from rounded numbers; choose quantization/activations=int4 "
-                "or quantization.transform.round_weights=true"
+                "quantization/transform=spinquant learns from rounded numbers; choose "
+                "quantization/activations=int4 or quantization.transform.round_weights=true"
             )
         rotation.fold_norms(bench.model, bench.spec)
         rotation.hadamards(bench.model, bench.spec, False, self.down)
