@@ -261,11 +261,11 @@ class Cell:
     def compressed_key(self) -> str:
         """Identifies the weights that are evaluated."""
         if self.quantization is None:
-            return self._factored_key
+            return self.factored_key
         sites = [config.for_key(self.cfg.grouping), self.cfg.targets.linears]
         return fingerprint(
             {
-                "model": self._factored_key,
+                "model": self.factored_key,
                 "sites": None if self.compresses else sites,
                 "quantization": config.for_key(self.cfg.quantization),
                 "seed": self.cfg.seed if self.quantization.transform or self.quantization.latent else None,
@@ -275,7 +275,7 @@ class Cell:
         )
 
     @property
-    def _factored_key(self) -> str:
+    def factored_key(self) -> str:
         """Identifies the weights before they are quantized."""
         if not self.compresses:
             return fingerprint(self._weights)
