@@ -13,10 +13,9 @@ from lowrank_lab.checkpoint import merge
 from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.factorized import factorize
 from lowrank_lab.models.walk import blocks_of
-from lowrank_lab.quantization import hadamard, rotation
+from lowrank_lab.quantization import hadamard, learned_rotation, rotation
 from lowrank_lab.quantization.cayley import CayleySgd
 from lowrank_lab.quantization.learned_rotation import attach, load
-from lowrank_lab.quantization.linears import output_side
 from lowrank_lab.quantization.steps import Hadamard
 from lowrank_lab.results import Record
 from lowrank_lab.saved import Saved
@@ -137,27 +136,29 @@ def test_models_that_cannot_be_rotated_are_skipped(lab, checkpoints, family, pre
     assert "rotates the residual stream" in record["reason"]
 
 
-def outliers(bench):
+def outliers(model):
     """Make two channels of the residual stream stand out, as in a trained model."""
-    for linear in ("self_attn.o_proj", "mlp.down_proj"):
-        for block in blocks_of(bench.model, bench.spec):
-            block.get_submodule(output_side(block, linear)).weight.data[[5, 17]] *= 30.0
+    model.get_input_embeddings().weight.data[:, [5, 17]] *= 30.0
 
 
-@pytest.mark.parametrize("joint", [None, False, True])
-def test_rotations_lose_less_in_few_bits_where_channels_stand_out(lab, checkpoints, joint):
+@pytest.mark.parametrize(
+    ("sites", "weights"),
+    [("dense", "rtn"), ("dense", "none"), ("factors", "none"), ("joint factors", "none")],
+)
+def test_rotations_lose_less_in_few_bits_where_channels_stand_out(lab, checkpoints, sites, weights):
     errors = {}
     for preset in ("w4a4", "quarot", "spinquant"):
+        overrides = [f"quantization={preset}", f"quantization/method={weights}"]
         steps = ["quantization.transform.steps=2"] if preset == "spinquant" else []
-        bench = bench_of(lab, checkpoints["mistral"], f"quantization={preset}", *steps, joint=bool(joint))
-        if joint is not None:
+        bench = bench_of(lab, checkpoints["mistral"], *overrides, *steps, joint=sites == "joint factors")
+        if sites != "dense":
             factor(bench, 24)
-        outliers(bench)
+        outliers(bench.model)
         exact = logits_of(bench.model)
         bench.cell.quantization(bench)
         errors[preset] = (logits_of(bench.model) - exact).norm() / exact.norm()
-    assert errors["quarot"] < 0.8 * errors["w4a4"]
-    assert errors["spinquant"] < 0.8 * errors["w4a4"]
+    assert errors["quarot"] < 0.85 * errors["w4a4"]
+    assert errors["spinquant"] < 0.85 * errors["w4a4"]
 
 
 def test_latent_hadamards_spread_the_latent_values(lab, checkpoints):
@@ -205,45 +206,77 @@ def test_learned_rotations_are_made_once_for_all_weight_formats(lab):
             f"quantization.weights.bits={bits}",
         ]
         record = lab.run("method=dense", *overrides)
-        rotations += [stage for stage in record["stages"] if stage["name"] == "rotations"]
+        rotations += [stage for stage in record["stages"] if stage["stage"] == "rotations"]
     first, second = rotations
-    assert first["key"] == second["key"]
-    assert not first["cached"] and second["cached"]
+    assert not first["reused"] and second["reused"]
 
 
-def test_learning_sees_the_network_that_is_made(lab, checkpoints):
-    """With weights rounded to nearest in training too, its loss is that of the network with the same rotations."""
-    overrides = ["quantization=spinquant", "quantization.transform.round_weights=true"]
-    for joint in (None, True):
-        logits = []
-        for way in ("training", "applied"):
-            bench = bench_of(lab, checkpoints["qwen2"], *overrides, joint=bool(joint))
-            if joint:
-                factor(bench, 16)
-            quantization = bench.cell.quantization
-            with torch.no_grad():
-                rotation.fold_norms(bench.model, bench.spec)
-            r1, r2 = rotation.start(bench.model, 0)
-            if way == "training":
-                attach(bench.model, bench, quantization, True, r1, r2)
-            else:
-                with torch.no_grad():
-                    rotation.rotate(bench.model, bench.spec, r1, r2)
-                quantization.transform = None
-                quantization(bench)
-            logits.append(logits_of(bench.model))
-        torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize("joint", [None, True])
+@torch.no_grad()
+def test_learning_sees_the_network_that_is_made(lab, checkpoints, joint):
+    """With weights rounded in training too, it is the one that rotation and rounding to nearest then make.
+
+    In float64, since in float32 a few numbers are rounded the other way.
+    """
+    logits = []
+    for way in ("learning", "made"):
+        overrides = ["quantization=spinquant", "quantization.weights.scale_dtype=float32"]
+        bench = bench_of(lab, checkpoints["qwen2"], *overrides, joint=bool(joint))
+        bench.model.double()
+        if joint:
+            factor(bench, 16)
+        quantization = bench.cell.quantization
+        rotation.fold_norms(bench.model, bench.spec)
+        rotation.hadamards(bench.model, bench.spec, False, True)
+        r1, r2 = rotation.start(bench.model, 0)
+        if way == "learning":
+            attach(bench.model, bench, quantization, True, r1, r2)
+        else:
+            rotation.rotate(bench.model, bench.spec, r1, r2)
+            quantization.transform = None
+            quantization(bench)
+        logits.append(logits_of(bench.model))
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-9)
 
 
-def test_learning_lowers_the_loss_of_the_rounded_model(lab, checkpoints):
-    bench = bench_of(lab, checkpoints["mistral"], "quantization=spinquant", "quantization.transform.steps=20")
-    outliers(bench)
+def test_without_rounding_the_loss_depends_on_no_rotation(lab, checkpoints, monkeypatch):
+    """So its gradient is zero in all directions in which they stay orthogonal."""
+    monkeypatch.setattr(learned_rotation, "straight_through", lambda x, form: x)
+    bench = bench_of(lab, checkpoints["qwen2"], "quantization=spinquant")
+    bench.model.double().requires_grad_(False)
+    rotation.fold_norms(bench.model, bench.spec)
+    rotations = [torch.nn.Parameter(r) for r in rotation.start(bench.model, 0)]
+    attach(bench.model, bench, bench.cell.quantization, True, *rotations)
+    ids = bench.calibration_ids
+    bench.model(ids, labels=ids).loss.backward()
+    for r in rotations:
+        turned = r.grad @ r.detach().mT
+        assert (turned - turned.mT).norm() < 1e-6 * turned.norm()
+
+
+def test_learning_lowers_the_loss_of_the_rounded_model(lab, checkpoints, monkeypatch):
+    """Of one that has learned its text with two large channels; it begins without rotations here."""
+    begin = torch.eye(48).double(), torch.eye(12).double().repeat(3, 1, 1)
+    monkeypatch.setattr(learned_rotation, "start", lambda model, seed: begin)
+    few = [
+        "quantization.activations.bits=3",
+        "quantization.transform.steps=20",
+        "quantization.transform.batch_size=12",
+    ]
+    bench = bench_of(lab, checkpoints["mistral"], "quantization=spinquant", *few)
+    bench.model = load_lively(checkpoints["mistral"], 1.0, 0.0)
+    outliers(bench.model)
+    ids, optimizer = bench.calibration_ids, torch.optim.Adam(bench.model.requires_grad_(True).parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        bench.model(ids, labels=ids).loss.backward()
+        optimizer.step()
     with torch.no_grad():
         bench.cell.quantization.transform(bench, bench.cell.quantization)
-    [folder] = (lab.root / "artifacts" / "rotations").iterdir()
-    facts = json.loads((folder / "facts.json").read_text())
-    assert facts["loss_after"] < facts["loss_before"]
-    r1, r2 = load(folder)
+    [file] = (lab.root / "artifacts" / "rotations").glob("*/facts.json")
+    facts = json.loads(file.read_text())
+    assert facts["loss_after"] < 0.95 * facts["loss_before"]
+    r1, r2 = load(file.parent)
     for r in (r1, *r2):
         torch.testing.assert_close(r @ r.T, torch.eye(len(r)).double(), rtol=0, atol=1e-9)
 
