@@ -318,3 +318,9 @@ def test_the_step_over_heads_leaves_each_in_place(stride):
     x = random(3, 48).double()
     whole = torch.kron(hadamard.matrix(48 // stride), torch.eye(stride).double())
     torch.testing.assert_close(Hadamard(48, stride)(x), x @ whole)
+
+
+def test_a_rotated_model_is_not_compared_layer_by_layer(lab):
+    record = lab.run("method=svdllm", "quantization=quarot", "eval=[ppl,output_error]")
+    assert set(record["metrics"]) == {"ppl"}
+    assert "changes the inputs of linears" in record["left_out"]["output_error"]

@@ -44,7 +44,7 @@ def start(model: Any, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def check(spec: ArchSpec, label: str) -> None:
-    """Raises SkippedCell for a model whose residual stream cannot be rotated."""
+    """Raises SkippedCell for an architecture whose residual stream cannot be rotated."""
     if spec.norm == "layer":
         raise SkippedCell(
             f"{label} rotates the residual stream, which a LayerNorm, unlike an RMSNorm, does not allow"

@@ -9,6 +9,7 @@ from lowrank_lab.quantization.base import Quantization, Transform
 
 if TYPE_CHECKING:
     from lowrank_lab.bench import Bench
+    from lowrank_lab.models.arch import ArchSpec
 
 
 class QuaRot(Transform):
@@ -27,10 +28,14 @@ class QuaRot(Transform):
         checks.flag(heads=heads, down=down)
         self.heads, self.down = heads, down
 
+    def check(self, spec: ArchSpec) -> None:
+        from lowrank_lab.quantization.rotation import check
+
+        check(spec, self.label)
+
     def __call__(self, bench: Bench, quantization: Quantization) -> None:
         from lowrank_lab.quantization import rotation
 
-        rotation.check(bench.spec, self.label)
         rotation.fold_norms(bench.model, bench.spec)
         rotation.hadamards(bench.model, bench.spec, self.heads, self.down)
         rotation.rotate(bench.model, bench.spec, *rotation.start(bench.model, bench.cell.cfg.seed))

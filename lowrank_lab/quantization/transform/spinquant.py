@@ -11,6 +11,7 @@ from lowrank_lab.quantization.base import Quantization, Transform
 
 if TYPE_CHECKING:
     from lowrank_lab.bench import Bench
+    from lowrank_lab.models.arch import ArchSpec
 
 
 class SpinQuant(Transform):
@@ -37,10 +38,14 @@ class SpinQuant(Transform):
         self.steps, self.learning_rate, self.batch_size = steps, learning_rate, batch_size
         self.micro_batch, self.round_weights, self.down = micro_batch, round_weights, down
 
+    def check(self, spec: ArchSpec) -> None:
+        from lowrank_lab.quantization.rotation import check
+
+        check(spec, self.label)
+
     def __call__(self, bench: Bench, quantization: Quantization) -> None:
         from lowrank_lab.quantization import learned_rotation, rotation
 
-        rotation.check(bench.spec, self.label)
         if quantization.activations is None and not self.round_weights:
             raise UserError(
                 "quantization/transform=spinquant learns from rounded numbers; choose "
