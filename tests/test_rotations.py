@@ -321,6 +321,8 @@ def test_the_step_over_heads_leaves_each_in_place(stride):
 
 
 def test_a_rotated_model_is_not_compared_layer_by_layer(lab):
+    kept = lab.run("method=svdllm", "quantization=w4a4", "quantization/latent=hadamard", "eval=[ppl,output_error]")
+    assert 0 < kept["metrics"]["output_error"]["value"] < 1
     record = lab.run("method=svdllm", "quantization=quarot", "eval=[ppl,output_error]")
     assert set(record["metrics"]) == {"ppl"}
     assert "changes the inputs of linears" in record["left_out"]["output_error"]

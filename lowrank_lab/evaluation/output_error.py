@@ -28,8 +28,7 @@ class OutputError(WindowEvaluator):
         quantization = bench.cell.quantization
         if quantization is not None and quantization.transform is not None:
             raise SkippedCell(
-                f"{quantization.name} changes the inputs of linears, so that they cannot be compared with the dense "
-                "model's one by one"
+                f"{quantization.name} changes the inputs of linears, so that they cannot be compared one by one"
             )
 
     def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
