@@ -83,7 +83,8 @@ def count_macs(model: nn.Module, prompt: Tensor) -> dict[str, int]:
 
     ``linears`` of all linear layers, ``steps`` of what a quantization does to their inputs, ``attention`` of the
     products with ``context`` keys and values (and of the angles of rotary embeddings, a few dozen). Raises
-    RuntimeError where the shapes say something else than what runs, for the prompt or for that token: one of them would be a bug.
+    RuntimeError where the shapes say something else than what runs, for the prompt or for that token: one of them
+    would be a bug.
     """
     with _counter() as of_prefill:
         cache, token = _prefill(model, prompt)
