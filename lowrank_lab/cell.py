@@ -82,6 +82,8 @@ class Cell:
         quantization = config.build(cfg.quantization) if cfg.quantization is not None else None
         if quantization is not None and source.saved is not None and source.saved.quantized:
             raise UserError(f"model.path={cfg.model.path} is quantized already; use quantization=none")
+        if quantization is not None and quantization.online and cfg.save.merge:
+            raise UserError(f"save.merge=true: dense weights cannot hold {quantization.name}; use save=true")
         if _calibrates(metric, allocation, refinement, quantization):
             calibration_data = _content(cfg.calibration.dataset, "calibration", cfg.data_root, store)
         kind = "compressed" if cfg.allocation is not None else "dense" if quantization is None else "quantized"
@@ -266,6 +268,7 @@ class Cell:
                 "model": self._factored_key,
                 "sites": None if self.compresses else sites,
                 "quantization": config.for_key(self.cfg.quantization),
+                "seed": self.cfg.seed if self.quantization.transform or self.quantization.latent else None,
                 "tokens": self.calibration_tokens_key if self.quantization.needs_calibration else None,
                 "version": versions.QUANTIZATION,
             }

@@ -25,6 +25,8 @@ from lowrank_lab.lowrank.quantized import QuantizedLinear
 from lowrank_lab.lowrank.ranks import Ranks, Site, Sites
 from lowrank_lab.models.arch import ArchSpec, spec_for
 from lowrank_lab.models.walk import blocks_of
+from lowrank_lab.quantization import steps
+from lowrank_lab.quantization.linears import output_side, prepared_in, set_steps
 from lowrank_lab.saved import QUANT_METHOD, Saved
 
 # What the factors of each kind are made of.
@@ -65,6 +67,12 @@ class LowRankQuantizer(HfQuantizer):
                 for member in site.members:
                     parent: Any = block.get_submodule(member.rpartition(".")[0])
                     parent._is_hf_initialized = True
+        for names, described in saved.steps.items():
+            places = [name.partition(".") for name in names.split(",")]
+            block = _block(model, int(places[0][0]))
+            set_steps(block, [path for _, _, path in places], steps.empty(described))
+            for _, _, path in places:
+                block.get_submodule(path)._is_hf_initialized = True  # type: ignore[assignment]
         for name, form in saved.quantized.items():
             index, _, path = name.partition(".")
             block = _block(model, int(index))
@@ -84,7 +92,7 @@ class LowRankQuantizer(HfQuantizer):
                     f"the checkpoint is damaged: {name} is {tuple(tensor.shape)}, not {tuple(self._shapes[name])}"
                 )
         for module in model.modules():
-            if isinstance(module, (MixedLinear, QuantizedLinear)):
+            if isinstance(module, (MixedLinear, QuantizedLinear, steps.Step)):
                 module.requires_grad_(False)
         return model
 
@@ -97,7 +105,7 @@ class LowRankQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         saved = self.quantization_config.saved
-        return saved.kind == "factors" and not saved.quantized
+        return saved.kind == "factors" and not saved.quantized and not saved.steps
 
 
 def describe(model: nn.Module, spec: ArchSpec, sites: Sites, ranks: Ranks, method: str, ratio: float) -> Saved:
@@ -115,11 +123,17 @@ def describe(model: nn.Module, spec: ArchSpec, sites: Sites, ranks: Ranks, metho
         block = model.get_submodule(f"{spec.blocks}.{site.block}")
         for member in site.members:
             module: Any = block.get_submodule(member)
-            found.add(HALVES.get(type(module.left)) if isinstance(module, FactorizedLinear) else None)
+            left = block.get_submodule(output_side(block, member))
+            found.add(HALVES.get(type(left)) if isinstance(module, FactorizedLinear) else None)
+    steps_of = {
+        ",".join(f"{index}.{path}" for path in paths): steps.describe(prepared)
+        for index, block in enumerate(blocks_of(model, spec))
+        for paths, prepared in prepared_in(block)
+    }
     kind = found.pop() if len(found) == 1 else "factors" if not found else None
     if kind is None:
         raise UserError("save=true: a checkpoint cannot hold this storage; use storage=uv, u, v or remap")
-    return Saved(method, ratio, kind, dict(sites), dict(ranks), quantized)
+    return Saved(method, ratio, kind, dict(sites), dict(ranks), quantized, steps_of)
 
 
 def save(folder: Path, model: Any, tokenizer: Any, use_cache: bool, saved: Saved | None) -> None:
@@ -140,7 +154,12 @@ def save(folder: Path, model: Any, tokenizer: Any, use_cache: bool, saved: Saved
 
 
 def merge(model: Any, saved: Saved) -> Any:
-    """Put dense linears in the place of all factors of ``model``, in its dtype; the product is made in float32."""
+    """Put dense linears in the place of all factors of ``model``, in its dtype; the product is made in float32.
+
+    Raises UserError for a model that does more in its forward than multiply.
+    """
+    if saved.steps:
+        raise UserError("dense weights cannot hold what this model does to the inputs of its linears")
     with torch.device("meta"):
         skeleton = type(model)(model.config)  # it knows whether a linear is a Linear or a Conv1D
     dtype = model.get_input_embeddings().weight.dtype

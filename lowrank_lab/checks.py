@@ -35,3 +35,10 @@ def one_of(options: tuple[str, ...], **settings: Any) -> None:
     for name, value in settings.items():
         if value not in options:
             raise ValueError(f"{name}={value} is not valid; it must be one of {', '.join(options)}")
+
+
+def flag(**settings: Any) -> None:
+    """Raise ValueError for a setting that is neither true nor false."""
+    for name, value in settings.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value} is not valid; it must be true or false")

@@ -11,8 +11,8 @@ from lowrank_lab.lowrank.ranks import Ranks, Site
 from lowrank_lab.quantization.formats import Format
 
 QUANT_METHOD = "lowrank_lab"  # the name under which transformers knows these checkpoints
-VERSION = 2  # raise when a checkpoint of the present kind could no longer be read
-READABLE = (1, 2)  # 1 has no quantized linears
+VERSION = 3  # raise when a checkpoint of the present kind could no longer be read
+READABLE = (1, 2, 3)  # 1 has no quantized linears, 2 no steps in front of them
 KINDS = ("factors", "remap")
 
 
@@ -24,6 +24,8 @@ class Saved:
     kind            ``factors``: two linears in the model's dtype; ``remap``: two MixedLinear
     sites, ranks    by full name, as everywhere; a rank of None is a site that stayed dense
     quantized       the formats of the linears in few bits, factors or dense: by "<block>.<name within the block>"
+    steps           what is done to the input of linears, described, by the names, as above, of those that share it,
+                    with commas between them
     """
 
     method: str
@@ -32,6 +34,7 @@ class Saved:
     sites: dict[str, Site]
     ranks: Ranks
     quantized: dict[str, Format] = field(default_factory=dict)
+    steps: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for JSON."""
@@ -56,6 +59,7 @@ class Saved:
             "storage": self.kind,
             "sites": sites,
             "quantized": {name: asdict(form) for name, form in self.quantized.items()},
+            "steps": self.steps,
         }
 
     @classmethod
@@ -75,7 +79,8 @@ class Saved:
                 sites[str(entry["name"])] = site
                 ranks[str(entry["name"])] = None if entry["rank"] is None else int(entry["rank"])
             quantized = {str(name): Format(**form) for name, form in data.get("quantized", {}).items()}
-            return cls(str(data["method"]), float(data["ratio"]), data["storage"], sites, ranks, quantized)
+            steps = {str(names): [dict(step) for step in found] for names, found in data.get("steps", {}).items()}
+            return cls(str(data["method"]), float(data["ratio"]), data["storage"], sites, ranks, quantized, steps)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"a lowrank_lab checkpoint whose quantization_config is damaged ({type(error).__name__}: {error})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -234,3 +235,99 @@ def test_a_compressed_checkpoint_is_quantized_as_its_cell_is(lab):
     there = lab.run(f"model.path={lab.root / made['checkpoint']}", "quantization=int4")
     assert there["metrics"]["ppl"]["value"] == here["metrics"]["ppl"]["value"]
     assert there["sizes"]["bytes"] == here["sizes"]["bytes"]
+
+
+@pytest.mark.parametrize("method", ["dense", "svdllm", "svdllm grouping=qkv"])
+@pytest.mark.parametrize("granularity", ["token", "8", "tensor"])
+def test_inputs_are_rounded_and_saved_with_their_scales(lab, method, granularity):
+    overrides = [f"method={method.split()[0]}", *method.split()[1:], "quantization=w8a8"]
+    made = lab.run(*overrides, f"quantization.activations.granularity={granularity}", "save=true")
+    weights_alone = lab.run(*overrides, "quantization/activations=none")
+    value = made["metrics"]["ppl"]["value"]
+    assert value != weights_alone["metrics"]["ppl"]["value"]
+    if granularity != "tensor":  # one scale for all tokens loses more
+        assert value == pytest.approx(weights_alone["metrics"]["ppl"]["value"], rel=0.01)
+    loaded = lab.run(f"model.path={lab.root / made['checkpoint']}")
+    assert loaded["metrics"]["ppl"]["value"] == value
+    assert loaded["sizes"]["bytes"] == made["sizes"]["bytes"]
+    with pytest.raises(UserError, match="dense weights cannot hold"):
+        lab.cells(*overrides, "save.merge=true")
+
+
+def test_inputs_of_linears_in_front_of_one_another_are_rounded_once():
+    """q, k and v share their rounding, and so do the left factors of a joint site."""
+    from lowrank_lab.lowrank.factorized import factorize
+    from lowrank_lab.lowrank.ranks import Site
+    from lowrank_lab.models.arch import LLAMA
+    from lowrank_lab.quantization.linears import linears_in, prepared_in, set_steps, shared_inputs
+    from lowrank_lab.quantization.steps import Round
+
+    block = torch.nn.ModuleDict(
+        {
+            "self_attn": torch.nn.ModuleDict({f"{n}_proj": torch.nn.Linear(16, 16) for n in "qkvo"}),
+            "mlp": torch.nn.ModuleDict({f"{n}_proj": torch.nn.Linear(16, 16) for n in ("gate", "up", "down")}),
+        }
+    )
+    members = LLAMA.linears
+    qkv = tuple(f"self_attn.{n}_proj" for n in "qkv")
+    factorize(block, Site(0, qkv, (16, 16, 16), 16, 768, 64), random(48, 4), random(4, 16))
+    groups = shared_inputs(block, LLAMA, members)
+    assert [len(group) for group in groups] == [1, 1, 2, 1, 3]
+    assert sorted(path for group in groups for path in group) == sorted(linears_in(block, members))
+    for group in groups:
+        set_steps(block, group, [Round({"bits": 8})])
+    assert [group for group, _ in prepared_in(block)] == [groups[0], groups[4], *groups[1:4]]
+    calls = []
+    for _, steps in prepared_in(block):
+        steps.register_forward_hook(lambda *_: calls.append(1))
+    x = random(3, 16)
+    for name in "qkv":
+        block["self_attn"][f"{name}_proj"](x)
+    assert len(calls) == 2
+
+
+def test_a_fixed_scale_covers_the_calibration_text_and_clips_beyond():
+    from lowrank_lab.quantization.steps import Round
+
+    for symmetric in (True, False):
+        step = Round({"bits": 8, "granularity": "tensor", "symmetric": symmetric, "scale_dtype": "float32"})
+        x = random(50, 16)
+        step.fix(x.amin(), x.amax())
+        scale = float(step.scale)
+        assert ((step(x) - x).abs() <= scale * (1 + 1e-5)).all()
+        assert (step(10 * x).abs() <= x.abs().max() + scale).all()
+
+
+def test_each_factor_may_have_a_format_of_its_own(lab):
+    record = lab.run("method=svdllm", "quantization=int4", "quantization.left.bits=8", "save=true")
+    alike = lab.run("method=svdllm", "quantization=int4")
+    assert record["sizes"]["bytes"] > alike["sizes"]["bytes"]
+    settings = json.loads((lab.root / record["checkpoint"] / "config.json").read_text())["quantization_config"]
+    bits = {name.rpartition(".")[2]: form["bits"] for name, form in settings["quantized"].items()}
+    assert bits == {"left": 8, "right": 4}
+    [cell] = lab.cells("method=svdllm", "quantization=int4", "quantization.left.bits=8")
+    assert cell.quantization.name == "INT8·INT4"
+
+
+def test_calibration_on_unquantized_blocks_differs_from_the_second_block_on(lab):
+    values = [
+        lab.run("method=dense", "quantization=gptq3", f"quantization.sequential={sequential}")["metrics"]["ppl"][
+            "value"
+        ]
+        for sequential in ("true", "false")
+    ]
+    assert values[0] != values[1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["quantization/method=none"], "nothing is quantized"),
+        (["quantization.weights.grid=codebook"], "kmeans"),
+        (["quantization/activations=int8", "quantization.activations.granularity=channel"], "granularity"),
+        (["quantization.sequential=1"], "true or false"),
+    ],
+)
+def test_mistakes_stop_before_work(lab, overrides, message):
+    with pytest.raises(UserError, match=message):
+        lab.cells("method=dense", "quantization=int4", *overrides)

@@ -73,8 +73,7 @@ class Generation(Evaluator):
         checks.above(0, temperature=temperature, top_p=top_p)
         if top_p > 1:
             raise ValueError(f"top_p={top_p} is not valid; it must be a number above 0, at most 1")
-        if not isinstance(chat, bool):
-            raise ValueError(f"chat={chat} is not valid; it must be true or false")
+        checks.flag(chat=chat)
         self.prompts = _prompts(prompts)
         self.max_new_tokens = max_new_tokens
         self.temperature = float(temperature)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lowrank_lab import checks
 from lowrank_lab.metric.base import InputStatistics, OutputStatistics, Weights
 
 
@@ -21,8 +22,7 @@ class SecondMoment:
     needs_outer = False
 
     def __init__(self, cholesky: bool) -> None:
-        if not isinstance(cholesky, bool):
-            raise ValueError(f"cholesky={cholesky} is not valid; it must be true or false")
+        checks.flag(cholesky=cholesky)
         self.cholesky = cholesky
 
     def __call__(self, inputs: InputStatistics | None, outputs: OutputStatistics | None) -> Weights:

@@ -6,8 +6,8 @@ A new architecture is a new row of ``ARCHITECTURES``. This module imports no tor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from lowrank_lab.errors import UserError
 
@@ -20,11 +20,21 @@ class ArchSpec:
     block, grouped by the input they share: linears of one group see the same activations, so they share one input
     statistic. Embeddings and lm_head are never listed: they are left alone, tied or not. ``roles`` names sets of
     these linears that methods speak of; a fused linear is its own role.
+
+    The rest is what rotations and scales of activations need. ``norm`` is the kind of all norms (``rms_plus_one``
+    multiplies by 1 + weight); ``norms`` has for each group of ``inputs`` the one that feeds it, within the block
+    (None: another linear does); ``final_norm`` is the path of the last. ``residual`` lists the linears whose output
+    is added to the residual stream as it is; ``feeds`` has, by linear, the one whose output rows scale its input.
     """
 
     blocks: str
     inputs: tuple[tuple[str, ...], ...]
     roles: Mapping[str, tuple[str, ...]] = field(hash=False)
+    norm: Literal["rms", "rms_plus_one", "layer"]
+    norms: tuple[str | None, ...]
+    final_norm: str
+    residual: tuple[str, ...]
+    feeds: Mapping[str, str] = field(hash=False)
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -46,6 +56,19 @@ LLAMA = ArchSpec(
         "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
         "mlp": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     },
+    norm="rms",
+    norms=("input_layernorm", None, "post_attention_layernorm", None),
+    final_norm="model.norm",
+    residual=("self_attn.o_proj", "mlp.down_proj"),
+    feeds={"self_attn.o_proj": "self_attn.v_proj", "mlp.down_proj": "mlp.up_proj"},
+)
+
+# Norms stand also after attention and MLP, before their outputs are added to the residual stream.
+GEMMA = replace(
+    LLAMA,
+    norm="rms_plus_one",
+    norms=("input_layernorm", None, "pre_feedforward_layernorm", None),
+    residual=(),
 )
 
 OPT = ArchSpec(
@@ -62,6 +85,11 @@ OPT = ArchSpec(
         "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
         "mlp": ("fc1", "fc2"),
     },
+    norm="layer",
+    norms=("self_attn_layer_norm", None, "final_layer_norm", None),
+    final_norm="model.decoder.final_layer_norm",
+    residual=("self_attn.out_proj", "fc2"),
+    feeds={"self_attn.out_proj": "self_attn.v_proj"},
 )
 
 # transformers stores these weights as Conv1D, shape (in, out); q, k and v are one fused matrix.
@@ -73,6 +101,11 @@ GPT2 = ArchSpec(
         "attention": ("attn.c_attn", "attn.c_proj"),
         "mlp": ("mlp.c_fc", "mlp.c_proj"),
     },
+    norm="layer",
+    norms=("ln_1", None, "ln_2", None),
+    final_norm="transformer.ln_f",
+    residual=("attn.c_proj", "mlp.c_proj"),
+    feeds={},
 )
 
 # q|k|v and gate|up are each one fused linear, compressed as one matrix.
@@ -85,6 +118,11 @@ PHI3 = ArchSpec(
         "gate_up": ("mlp.gate_up_proj",),
         "mlp": ("mlp.gate_up_proj", "mlp.down_proj"),
     },
+    norm="rms",
+    norms=("input_layernorm", None, "post_attention_layernorm", None),
+    final_norm="model.norm",
+    residual=("self_attn.o_proj", "mlp.down_proj"),
+    feeds={},
 )
 
 ARCHITECTURES: dict[str, ArchSpec] = {  # by config.json's model_type
@@ -92,8 +130,8 @@ ARCHITECTURES: dict[str, ArchSpec] = {  # by config.json's model_type
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
-    "gemma2": LLAMA,
-    "gemma3_text": LLAMA,
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
     "opt": OPT,
     "gpt2": GPT2,
     "phi3": PHI3,

@@ -1,1 +1,1 @@
-"""Quantization: how many bits a number is kept in, beside how many numbers there are. One file a method."""
+"""Quantization: how many bits a number is kept in, beside how many numbers there are."""

@@ -1,80 +1,121 @@
-"""A model's linears replaced by quantized ones, block by block."""
+"""A quantization applied to a model: transforms, then activations and weights block by block, then the cache."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from lowrank_lab import progress
-from lowrank_lab.calibration.statistics import gather
-from lowrank_lab.lowrank.factorized import FactorizedLinear, SharedLatent, dense_weight, plain_linear
-from lowrank_lab.lowrank.mixed import MixedLinear
+from lowrank_lab.lowrank.factorized import dense_weight
 from lowrank_lab.lowrank.quantized import QuantizedLinear
 from lowrank_lab.lowrank.spectra import by_block
 from lowrank_lab.models.walk import blocks_of, walk
+from lowrank_lab.quantization.formats import Format
+from lowrank_lab.quantization.inputs import Inputs, fix_scales, gather_inputs
+from lowrank_lab.quantization.linears import linears_in, make_plain, set_steps, shared_inputs
+from lowrank_lab.quantization.steps import Round
 
 if TYPE_CHECKING:
     from lowrank_lab.bench import Bench
-    from lowrank_lab.quantization.base import WeightQuantizer
+    from lowrank_lab.quantization.base import Quantization
 
 
-def quantize_linears(bench: Bench, method: WeightQuantizer) -> None:
-    """Quantize the linears of every site: its factors, or its members where it is dense.
+@torch.no_grad()
+def apply(bench: Bench, quantization: Quantization) -> None:
+    """Quantize ``bench.model`` in place; the linears of its sites alone are rounded.
 
-    A method that needs calibration sees the inputs that the blocks quantized before give; within a block all
-    linears see those of the block as it was. Raises FloatingPointError, naming the linear, where something is not
-    finite.
+    Raises FloatingPointError, naming the linear, where something is not finite.
     """
-    model, spec, device = bench.model, bench.spec, bench.device
-    sites = by_block(bench.sites, len(blocks_of(model, spec)))
-    members = [[member for site in here.values() for member in site.members] for here in sites]
-    if not method.needs_calibration:
-        for block, names in progress.track(
-            list(zip(blocks_of(model, spec), members, strict=True)), "quantization", "block"
-        ):
-            for name in linears_in(block, names):
-                replace(block, name, method, None)
+    members = members_by_block(bench)
+    for block, names in zip(blocks_of(bench.model, bench.spec), members, strict=True):
+        make_plain(block, names)
+    if quantization.transform is not None:
+        quantization.transform(bench, quantization)
+    if quantization.latent is not None:
+        quantization.latent(bench, quantization)
+    if quantization.activations is not None or quantization.method is not None:
+        _round(bench, quantization, members)
+    if quantization.kv_cache is not None:
+        quantization.kv_cache(bench)
+
+
+def members_by_block(bench: Bench) -> list[list[str]]:
+    """The linears that the cell targets, by block: names within it."""
+    sites = by_block(bench.sites, len(blocks_of(bench.model, bench.spec)))
+    return [[member for site in here.values() for member in site.members] for here in sites]
+
+
+def _round(bench: Bench, quantization: Quantization, members: list[list[str]]) -> None:
+    """Round inputs and weights, block by block.
+
+    What needs calibration sees the outputs of the blocks before, quantized if ``sequential``; within a block all
+    linears see its inputs rounded and its weights as they were.
+    """
+    model, spec, method = bench.model, bench.spec, quantization.method
+    activations = quantization.activations
+    calibrates = method is not None and (method.needs_inputs or method.needs_rows)
+    static = activations is not None and activations.static
+    if not (calibrates or static):
+        blocks = list(zip(blocks_of(model, spec), members, strict=True))
+        for block, names in progress.track(blocks, "quantization", "block"):
+            _round_inputs(bench, quantization, block, names)
+            _round_weights(block, names, quantization, {})
         return
     batches = bench.calibration_ids.split(bench.cell.cfg.calibration.batch_size)
-    for index, block, run in progress.track(
-        walk(model, spec, batches, device), "quantization", "block", len(members)
-    ):
-        names = linears_in(block, members[index])
-        inputs = gather(block, names, partial(run, advance=False), device)
-        for name in names:
-            replace(block, name, method, inputs.pop(name).second_moment())
-        run()
+    hidden: list[Tensor] = []
+    blocks_run = walk(model, spec, batches, bench.device, hidden)
+    for index, block, run in progress.track(blocks_run, "quantization", "block", len(members)):
+        names, passed = members[index], partial(run, advance=False)
+        entering, leaving = list(hidden), None
+        if not quantization.sequential:
+            run()
+            leaving, hidden[:] = list(hidden), entering
+        _round_inputs(bench, quantization, block, names)
+        if static:
+            fix_scales(block, linears_in(block, names), passed)
+        inputs = {}
+        if method is not None and calibrates:
+            paths = linears_in(block, names)
+            inputs = gather_inputs(block, paths, passed, len(batches), method.needs_rows, bench.device)
+        _round_weights(block, names, quantization, inputs)
+        if leaving is None:
+            run()
+        else:
+            hidden[:] = leaving
 
 
-def linears_in(block: nn.Module, members: list[str]) -> list[str]:
-    """The names within ``block`` of the linears that make up its ``members``: themselves, or their factors.
-
-    Remapped factors become plain ones.
-    """
-    found = []
-    for name in members:
-        module: Any = block.get_submodule(name)
-        if not isinstance(module, FactorizedLinear):
-            found.append(name)
-            continue
-        if "right" in module._modules:  # else it belongs to another member of the site
-            found.append(f"{name}.right.linear" if isinstance(module.right, SharedLatent) else f"{name}.right")
-        found.append(f"{name}.left")
-    for name in found:
-        mixed = block.get_submodule(name)
-        if isinstance(mixed, MixedLinear):  # remapped factors are quantized anew, from the values they stand for
-            block.set_submodule(name, plain_linear(mixed.weight, mixed.bias))
-    return found
+def _round_inputs(bench: Bench, quantization: Quantization, block: nn.Module, members: list[str]) -> None:
+    if quantization.activations is None:
+        return
+    device = next(block.parameters()).device
+    for group in shared_inputs(block, bench.spec, members):
+        set_steps(block, group, [Round(asdict(quantization.activations.form)).to(device)])
 
 
-def replace(block: nn.Module, name: str, method: WeightQuantizer, second_moment: Tensor | None) -> None:
-    """Put the quantized linear in the place of the linear ``name``."""
-    linear: Any = block.get_submodule(name)
-    weight = dense_weight(linear).detach()
-    try:
-        quantized = method.quantize(weight, second_moment)
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{name}: {error}") from None
-    block.set_submodule(name, QuantizedLinear.of(quantized, linear.bias).to(weight.device))
+def _round_weights(
+    block: nn.Module, members: list[str], quantization: Quantization, inputs: dict[str, Inputs]
+) -> None:
+    """Put quantized linears in the place of those that make up ``members``; ``inputs`` are by path, if any."""
+    method = quantization.method
+    if method is None:
+        return
+    for path in linears_in(block, members):
+        linear: Any = block.get_submodule(path)
+        weight = dense_weight(linear).detach()
+        try:
+            quantized = method.quantize(weight, format_of(path, quantization), inputs.pop(path, None))
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{path}: {error}") from None
+        block.set_submodule(path, QuantizedLinear.of(quantized, linear.bias).to(weight.device))
+
+
+def format_of(path: str, quantization: Quantization) -> Format:
+    """The format of the weight at ``path``: that of left or right factors, or of dense linears."""
+    parts = path.split(".")
+    return (
+        quantization.left if "left" in parts else quantization.right if "right" in parts else quantization.weights
+    )

@@ -1,42 +1,120 @@
-"""What a quantization is: something that puts a model's linears, dense or factors, into few bits, in place."""
+"""What a quantization is made of. No torch.
+
+transform → latent → activations and weights, block by block → kv_cache: apply.py reads like that.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lowrank_lab import checks
 from lowrank_lab.quantization.formats import Format
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lowrank_lab.bench import Bench
+    from lowrank_lab.quantization.activations import Activations
     from lowrank_lab.quantization.codec import Quantized
+    from lowrank_lab.quantization.inputs import Inputs
 
 
-class WeightQuantizer:
-    """Quantizes weights one linear at a time; ``weights`` is the fields of a ``Format``.
+class Transform:
+    """Changes ``bench.model`` in place, but not what it computes, so that less is lost when it is quantized.
 
-    needs_calibration  whether ``quantize`` reads the second moment of the linear's input
-    label              what stands before the format in tables; nothing for plain rounding
+    label              as tables show it
+    needs_calibration  whether it reads the calibration text
+    online             whether it leaves something to do in the forward, which dense weights cannot hold
     """
 
-    needs_calibration = False
     label = ""
+    needs_calibration = False
+    online = False
 
-    def __init__(self, weights: dict[str, Any]) -> None:
-        self.weights = Format(**weights)
+    def __call__(self, bench: Bench, quantization: Quantization) -> None:
+        raise NotImplementedError
+
+
+class WeightMethod:
+    """Quantizes weights one linear at a time, dense ones as factors.
+
+    label         what stands before the format in tables; nothing for plain rounding
+    needs_inputs  whether ``quantize`` reads what the linear is given on the calibration text
+    needs_rows    whether it also reads a sample of tokens
+    """
+
+    label = ""
+    needs_inputs = False
+    needs_rows = False
+
+    def check(self, form: Format) -> None:
+        """Raises ValueError for a format that the method cannot make."""
+        if form.grid == "codebook":
+            raise ValueError("weights.grid=codebook is for quantization/method=kmeans; choose integer or nf4")
+
+    def quantize(self, weight: Tensor, form: Format, inputs: Inputs | None) -> Quantized:
+        """``weight`` (out, in) in the format."""
+        raise NotImplementedError
+
+
+class Quantization:
+    """What is done to a model, compressed or not, after it has its ranks.
+
+    transform, latent  changes that lose nothing: of the whole model, and between the two factors of a site
+    method, weights    how the weights are rounded, and in which format; no method: they stay as they are
+    left, right        the formats of the factors
+    activations        the format of the inputs of all linears that are quantized; None: as they are
+    kv_cache           that of keys and values
+    sequential         whether a block is calibrated on what the quantized blocks before it give, or on what these
+                       gave before they were quantized
+    """
+
+    def __init__(
+        self,
+        transform: Transform | None,
+        latent: Transform | None,
+        method: WeightMethod | None,
+        weights: dict[str, Any],
+        left: dict[str, Any],
+        right: dict[str, Any],
+        activations: Activations | None,
+        kv_cache: Any,
+        sequential: bool,
+    ) -> None:
+        checks.flag(sequential=sequential)
+        if all(part is None for part in (transform, latent, method, activations, kv_cache)):
+            raise ValueError("nothing is quantized; use quantization=none")
+        self.transform, self.latent, self.method = transform, latent, method
+        self.weights, self.left, self.right = Format(**weights), Format(**left), Format(**right)
+        self.activations, self.kv_cache, self.sequential = activations, kv_cache, sequential
+        for form in (self.weights, self.left, self.right):
+            if method is not None:
+                method.check(form)
+
+    @property
+    def needs_calibration(self) -> bool:
+        calibrated = any(part is not None and part.needs_calibration for part in (self.transform, self.latent))
+        of_weights = self.method is not None and (self.method.needs_inputs or self.method.needs_rows)
+        return calibrated or of_weights or (self.activations is not None and self.activations.static)
+
+    @property
+    def online(self) -> bool:
+        """Whether anything is left to do in the forward beside multiplying, which dense weights cannot hold."""
+        of_transforms = any(part is not None and part.online for part in (self.transform, self.latent))
+        return of_transforms or self.activations is not None or self.kv_cache is not None
 
     @property
     def name(self) -> str:
-        """Method and format in a few letters, as tables show them."""
-        return f"{self.label} {self.weights.name}".strip()
-
-    def quantize(self, weight: Tensor, second_moment: Tensor | None) -> Quantized:
-        """``weight`` (out, in) in the format, given the mean x xᵀ (in, in), float64, of its inputs."""
-        raise NotImplementedError
+        """All of it in a few letters, as tables show it: QuaRot GPTQ INT4 A4 KV4."""
+        parts = [part.label for part in (self.transform, self.latent, self.method) if part is not None]
+        if self.method is not None:
+            forms = dict.fromkeys((self.weights.name, self.left.name, self.right.name))
+            parts.append(self.weights.name if len(forms) == 1 else f"{self.left.name}·{self.right.name}")
+        parts += [part.label for part in (self.activations, self.kv_cache) if part is not None]
+        return " ".join(part for part in parts if part)
 
     def __call__(self, bench: Bench) -> None:
-        """Quantize every target of ``bench.model`` in place."""
-        from lowrank_lab.quantization.apply import quantize_linears
+        """Quantize ``bench.model`` in place."""
+        from lowrank_lab.quantization.apply import apply
 
-        quantize_linears(bench, self)
+        apply(bench, self)

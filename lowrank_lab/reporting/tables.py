@@ -246,12 +246,17 @@ def _settings(config: dict[str, Any], calibrated: bool) -> dict[str, Any]:
 
 
 def _quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """Method and format in a few letters, and the settings beside the format."""
+    """Its name, which tells all formats, and the settings that this does not tell."""
     settings = config["quantization"]
     if settings is None:
         return {"quantization": "none"}
-    beside = {f"quantization.{k}": v for k, v in settings.items() if k not in ("_target_", "weights")}
-    return {"quantization": build(OmegaConf.create(settings)).name, **beside}
+    flat = {"quantization": build(OmegaConf.create(settings)).name}
+    flat |= {f"quantization.{name}": settings[name] for name in ("sequential",)}
+    for part in ("transform", "latent", "method", "kv_cache"):
+        beside: dict[str, Any] = {}
+        _flatten(f"quantization.{part}", settings[part], beside)
+        flat |= {name: value for name, value in beside.items() if name.count(".") > 1}
+    return flat
 
 
 def _flatten(name: str, value: Any, into: dict[str, Any]) -> None:

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lowrank_lab import checks
-from lowrank_lab.quantization.base import WeightQuantizer
+from lowrank_lab.quantization.base import WeightMethod
+from lowrank_lab.quantization.formats import Format
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lowrank_lab.quantization.codec import Quantized
+    from lowrank_lab.quantization.inputs import Inputs
 
 
-class Gptq(WeightQuantizer):
+class Gptq(WeightMethod):
     """Frantar et al. 2023, on dense linears as on factors: optimal_brain.py.
 
     damping    the share of the mean diagonal of the second moment that is added to it
     act_order  columns with large inputs first
     """
 
-    needs_calibration = True
     label = "GPTQ"
+    needs_inputs = True
 
-    def __init__(self, weights: dict[str, Any], damping: float, act_order: bool) -> None:
-        super().__init__(weights)
+    def __init__(self, damping: float, act_order: bool) -> None:
         checks.above(0, damping=damping)
+        checks.flag(act_order=act_order)
         self.damping = damping
         self.act_order = act_order
 
-    def quantize(self, weight: Tensor, second_moment: Tensor | None) -> Quantized:
+    def quantize(self, weight: Tensor, form: Format, inputs: Inputs | None) -> Quantized:
         from lowrank_lab.quantization.optimal_brain import gptq
 
-        assert second_moment is not None
-        return gptq(weight, second_moment, self.weights, self.damping, self.act_order)
+        assert inputs is not None
+        return gptq(weight, inputs.second_moment, form, self.damping, self.act_order)

@@ -1,0 +1,81 @@
+"""What linears are given on the calibration text, gathered in one pass over a block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_lab.calibration.statistics import gather
+from lowrank_lab.quantization.linears import steps_of
+from lowrank_lab.quantization.steps import Round
+
+ROWS = 1024  # tokens that a method sees as they are
+
+
+@dataclass
+class Inputs:
+    """Of one linear, after all that is done to its input.
+
+    second_moment  mean x xᵀ (in, in), float64
+    rows           a sample of tokens (up to ROWS, in), float32, before they are rounded; None: none was asked for
+    rounding       what rounds them; None where nothing does. A method may change a fixed scale
+    """
+
+    second_moment: Tensor
+    rows: Tensor | None
+    rounding: Round | None
+
+
+def gather_inputs(
+    block: nn.Module, paths: list[str], run: Callable[[], None], batches: int, rows: bool, device: torch.device
+) -> dict[str, Inputs]:
+    """The inputs of the linears at ``paths`` while ``run()`` passes so many ``batches`` through the block."""
+    rounding = {path: rounding_of(block, path) for path in paths}
+    tapped = {path: rounding[path] or block.get_submodule(path) for path in paths}
+    samples: dict[int, list[Tensor]] = {id(module): [] for module in tapped.values()}
+    quota = math.ceil(ROWS / batches)
+
+    def sample(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach().reshape(-1, args[0].shape[-1])
+        every = max(1, len(x) // quota)
+        samples[id(module)].append(x[::every][:quota].float())
+
+    modules = {id(module): module for module in tapped.values()} if rows else {}
+    hooks = [module.register_forward_pre_hook(sample) for module in modules.values()]
+    sums = gather(block, paths, run, device)
+    for hook in hooks:
+        hook.remove()
+    sampled = {key: torch.cat(found)[:ROWS] for key, found in samples.items() if found}
+    return {
+        path: Inputs(sums[path].second_moment(), sampled.get(id(tapped[path])), rounding[path]) for path in paths
+    }
+
+
+def fix_scales(block: nn.Module, paths: list[str], run: Callable[[], None]) -> None:
+    """Choose the fixed scales of the rounding in front of ``paths`` for all that ``run()`` passes through."""
+    steps = {id(step): step for path in paths if (step := rounding_of(block, path)) is not None}
+    lowest: dict[int, Tensor] = {}
+    highest: dict[int, Tensor] = {}
+
+    def note(step: nn.Module, args: tuple[Tensor, ...]) -> None:
+        low, high, key = args[0].detach().amin().float(), args[0].detach().amax().float(), id(step)
+        lowest[key] = torch.minimum(lowest.get(key, low), low)
+        highest[key] = torch.maximum(highest.get(key, high), high)
+
+    hooks = [step.register_forward_pre_hook(note) for step in steps.values()]
+    run()
+    for hook in hooks:
+        hook.remove()
+    for key, step in steps.items():
+        step.fix(lowest[key], highest[key])
+
+
+def rounding_of(block: nn.Module, path: str) -> Round | None:
+    """The rounding in front of the linear at ``path``: the last of its steps, if it is one."""
+    steps = steps_of(block, path)
+    last = steps[-1] if len(steps) else None
+    return last if isinstance(last, Round) else None
