@@ -1,8 +1,8 @@
-"""DuQuant (Lin et al. 2024): outliers of activations spread by a scale, two block-diagonal rotations and a permutation.
+"""DuQuant (Lin et al. 2024): outliers of activations are spread by a scale, two rotations in blocks and a permutation.
 
-With rows x of activations and W (out, in), x' = x Λ⁻¹ R₁ P R₂ and W' = W Λ R₁ P R₂ have the same product, since all but Λ
-are orthogonal. Each block of R₁ and R₂ is made for the activations: as often as allowed, the channel with the largest
-value is spread evenly over the block, and what was best is kept. P deals the channels out to the blocks by their size.
+With rows x of activations and W (out, in), x' = x Λ⁻¹ R₁ P R₂ and W' = W Λ R₁ P R₂ have the same product, since all
+but Λ are orthogonal. The blocks of R₁ and R₂ are made for the activations: as often as allowed, the channel with the
+largest value is spread evenly over its block, and what was best is kept. P deals the channels out to the blocks.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Spreading:
     """Λ, R₁, P and R₂ for inputs of one width, float64.
 
     scale   (width,), what activations are divided by
-    first   (⌈width / size⌉, size, size), the blocks of R₁; of the last only the first rows and columns may be used, the
-            others are those of the identity
+    first   (⌈width / size⌉, size, size), the blocks of R₁; of a short last one only the beginning is used, the rest is
+            that of the identity
     order   (width,) int64: channel i of x P is channel ``order[i]`` of x
     second  the blocks of R₂, like ``first``
     """
@@ -52,7 +52,7 @@ class Spreading:
 def spread_outliers(
     rows: Tensor, abs_max: Tensor, weight_abs_max: Tensor, alpha: float, size: int, steps: int, seed: int
 ) -> Spreading:
-    """What spreads the outliers of ``rows`` (n, width), a sample of the activations.
+    """What spreads the outliers of ``rows`` (n, width), a sample of tokens.
 
     abs_max, weight_abs_max  (width,), the largest |x| of each channel over all activations, and |w| of all weights
     alpha                    how much of the activations' outliers the weights take over
@@ -101,7 +101,7 @@ def zigzag(magnitude: Tensor, size: int) -> Tensor:
 
 
 def spreading_blocks(rows: Tensor, size: int, steps: int, seed: int) -> Tensor:
-    """The blocks (⌈width / size⌉, size, size), float64, of a rotation that spreads the outliers of ``rows`` (n, width)."""
+    """The blocks of a rotation that spreads the outliers of ``rows`` (n, width): (⌈width / size⌉, size, size)."""
     width, device = rows.shape[1], rows.device
     count = math.ceil(width / size)
     blocks = torch.eye(size, dtype=torch.float64, device=device).repeat(count, 1, 1)
@@ -115,7 +115,7 @@ def spreading_blocks(rows: Tensor, size: int, steps: int, seed: int) -> Tensor:
 
 
 def greedy_rotations(rows: Tensor, steps: int, seed: int) -> Tensor:
-    """For each of several ``rows`` (count, n, size) an orthogonal R (size, size), float64, that makes max|x R| small.
+    """For each of ``rows`` (count, n, size) an orthogonal R (size, size), float64, that makes max|x R| small.
 
     DuQuant's eq. 3 and 4: at each step the channel with the largest |x| changes places with the first, and all are
     multiplied by an orthogonal matrix whose first row is even, so that this channel is spread evenly, and whose
@@ -160,7 +160,7 @@ def even_rotation(size: int, generator: torch.Generator) -> Tensor:
 
 
 def rotate(x: Tensor, blocks: Tensor) -> Tensor:
-    """x R of rows ``x`` (n, width) with R of these diagonal ``blocks`` (count, size, size), the last of which may be short."""
+    """x R of rows ``x`` (n, width), with R of these diagonal ``blocks`` (count, size, size)."""
     count, size, _ = blocks.shape
     whole = torch.nn.functional.pad(x, (0, count * size - x.shape[1]))
     return torch.einsum("nbi,bij->nbj", whole.unflatten(1, (count, size)), blocks.to(x)).flatten(1)[:, : x.shape[1]]
