@@ -1,8 +1,8 @@
-"""DuQuant (Lin et al. 2024): outliers of activations are spread by a scale, two rotations in blocks and a permutation.
+"""DuQuant (Lin et al. 2024): outliers are spread by a scale, two rotations in blocks and a permutation.
 
 With rows x of activations and W (out, in), x' = x Λ⁻¹ R₁ P R₂ and W' = W Λ R₁ P R₂ have the same product, since all
-but Λ are orthogonal. The blocks of R₁ and R₂ are made for the activations: as often as allowed, the channel with the
-largest value is spread evenly over its block, and what was best is kept. P deals the channels out to the blocks.
+but Λ are orthogonal. The blocks of R₁ and R₂ are made for the activations: as often as allowed, the channel with
+the largest value is spread evenly over its block, and what was best is kept. P deals channels out to blocks.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lowrank_lab.quantization.scales import smoothing
+
 
 @dataclass(frozen=True)
 class Spreading:
     """Λ, R₁, P and R₂ for inputs of one width, float64.
 
     scale   (width,), what activations are divided by
-    first   (⌈width / size⌉, size, size), the blocks of R₁; of a short last one only the beginning is used, the rest is
-            that of the identity
+    first   (⌈width / size⌉, size, size), the blocks of R₁; of a short last one only the beginning is used, the
+            rest is that of the identity
     order   (width,) int64: channel i of x P is channel ``order[i]`` of x
     second  the blocks of R₂, like ``first``
     """
@@ -58,27 +60,19 @@ def spread_outliers(
     alpha                    how much of the activations' outliers the weights take over
     size                     of the rotations' blocks; the last is short where the width is not a multiple
     steps                    of the greedy search for each block
+
+    Raises FloatingPointError where an activation is not finite.
     """
-    width = rows.shape[1]
-    size = min(size, width)
-    scale = smoothing_scale(abs_max, weight_abs_max, alpha)
+    if not (torch.isfinite(rows).all() and torch.isfinite(abs_max).all()):
+        raise FloatingPointError("an activation is not finite during calibration")
+    size = min(size, rows.shape[1])
+    scale = smoothing(abs_max, weight_abs_max, alpha)
     smoothed = rows.double() / scale
     first = spreading_blocks(smoothed, size, steps, seed)
     rotated = rotate(smoothed, first)
     order = zigzag(rotated.abs().amax(0), size)
     second = spreading_blocks(rotated[:, order], size, steps, seed)
     return Spreading(scale, first, order, second)
-
-
-def smoothing_scale(abs_max: Tensor, weight_abs_max: Tensor, alpha: float) -> Tensor:
-    """Λ = max|X|^α / max|W|^(1 − α) (SmoothQuant eq. 4; DuQuant eq. 2), each (width,), float64.
-
-    1 where a channel's activations or weights are all zero.
-    """
-    x, weight = abs_max.double(), weight_abs_max.double()
-    alive = (x > 0) & (weight > 0)
-    one = torch.ones_like(x)
-    return torch.where(alive, x, one) ** alpha / torch.where(alive, weight, one) ** (1 - alpha)
 
 
 def zigzag(magnitude: Tensor, size: int) -> Tensor:
