@@ -247,3 +247,26 @@ def test_a_table_tells_what_a_ratio_counts(lab):
     }
     found = {command: tables.counted(config.plain(lab.cells(command)[0].cfg)) for command in expected}
     assert found == expected
+
+
+def test_quantized_cells_are_compared_by_the_bits_they_keep(lab):
+    """The ratio times the bits, with scales and zero points: the axis that low rank and few bits share."""
+    for job in (["method=dense"], ["method=dense", "quantization=int4"], ["method=svdllm", "ratio=0.6"]):
+        lab.run(*job)
+    lab.run("method=svdllm", "ratio=0.6", "quantization=int4")
+    [(_, caption, group)] = tables.all_groups(lab.results.records())
+    found = {(row["method"], row["quantized"]): row for _, row in group.iterrows()}
+    assert found["dense", "none"]["bits"] == 32
+    assert found["svdllm", "none"]["bits"] == pytest.approx(32 * found["svdllm", "none"]["ratio_reached"])
+    sites = {key: record["sizes"]["sites"] for record in lab.results.records() for key in [record["key"]]}
+    for row in found.values():
+        if row["quantized"] == "RTN":
+            here = sites[row["key"]]
+            least = 4 * here["parameters"] / here["parameters_dense"]
+            assert least < row["bits"] == 8 * here["bytes"] / here["parameters_dense"] < 2 * least
+    assert "bits a weight" in tables.presentable(group, PERPLEXITY)
+    lines = {line.get_label() for line in figures.perplexity_figure(group, caption).axes[0].get_lines()}
+    dense = found["dense", "none"]["value"]
+    assert lines == {"dense (RTN)", "svdllm (RTN)", "svdllm", f"dense ({dense:.4g})"}
+    unquantized = group[group["quantized"] == "none"]
+    assert "bits a weight" not in tables.presentable(unquantized, PERPLEXITY)

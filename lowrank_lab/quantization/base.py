@@ -106,11 +106,20 @@ class Quantization:
     @property
     def name(self) -> str:
         """All of it in a few letters, as tables show it: QuaRot GPTQ INT4 A4 KV4."""
-        parts = [part.label for part in (self.transform, self.latent, self.method) if part is not None]
-        if self.method is not None:
-            forms = dict.fromkeys((self.weights.name, self.left.name, self.right.name))
-            parts.append(self.weights.name if len(forms) == 1 else f"{self.left.name}·{self.right.name}")
-        parts += [part.label for part in (self.activations, self.kv_cache) if part is not None]
+        forms = dict.fromkeys((self.weights.name, self.left.name, self.right.name))
+        weights = self.weights.name if len(forms) == 1 else f"{self.left.name}·{self.right.name}"
+        label = self.method.label if self.method is not None else ""
+        return self._labelled([label, weights if self.method is not None else ""])
+
+    @property
+    def family(self) -> str:
+        """The same without the formats of the weights: what one line of a figure has in common."""
+        return self._labelled([] if self.method is None else [self.method.label or "RTN"])
+
+    def _labelled(self, of_weights: list[str]) -> str:
+        before, after = (self.transform, self.latent), (self.activations, self.kv_cache)
+        parts = [part.label for part in before if part is not None]
+        parts += [*of_weights, *(part.label for part in after if part is not None)]
         return " ".join(part for part in parts if part)
 
     def __call__(self, bench: Bench) -> None:

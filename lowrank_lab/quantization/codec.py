@@ -41,14 +41,28 @@ class Quantized:
 
     def dequantize(self) -> Tensor:
         """The matrix (rows, width) that the codes stand for, in the dtype of ``scale``."""
-        width = self.codes.shape[1]
-        scale = spread(self.scale, self.format, width)
-        if self.codebook is None:
-            zero = None if self.zero is None else spread(self.zero, self.format, width)
-            return decode(self.codes, self.format, scale, zero)
-        group = torch.arange(width, device=self.codes.device) // self.format.group_of(width)
-        rows = torch.arange(len(self.codes), device=self.codes.device).unsqueeze(1)
-        return self.codebook.expand(len(rows), *self.codebook.shape[1:])[rows, group, self.codes.long()] * scale
+        if self.format.grid == "codebook":
+            values = self._of_codebooks()
+        elif self.format.grid == "nf4":
+            values = self.scale.new_tensor(NF4).index_select(0, self.codes.int().view(-1)).view(self.codes.shape)
+        else:
+            values = self.codes.to(self.scale.dtype)
+            if self.zero is None:
+                values.sub_(2 ** (self.format.bits - 1))
+        for groups, part in by_group(values, self.format):
+            if self.zero is not None:
+                part.sub_(self.zero[:, groups, None])
+            part.mul_(self.scale[:, groups, None])
+        return values
+
+    def _of_codebooks(self) -> Tensor:
+        """The value (rows, width) that each code has in the codebook of its group."""
+        assert self.codebook is not None
+        values = torch.empty(self.codes.shape, dtype=self.codebook.dtype, device=self.codes.device)
+        parts = zip(by_group(self.codes.long(), self.format), by_group(values, self.format), strict=True)
+        for (groups, codes), (_, part) in parts:
+            part.copy_(self.codebook[:, groups].expand(*codes.shape[:2], -1).gather(2, codes))
+        return values
 
 
 def quantize(x: Tensor, form: Format) -> Quantized:
@@ -107,6 +121,19 @@ def spread(values: Tensor, form: Format, width: int) -> Tensor:
     return values.repeat_interleave(form.group_of(width), dim=1)[:, :width]
 
 
+def by_group(x: Tensor, form: Format) -> list[tuple[slice, Tensor]]:
+    """Views of ``x`` (rows, width) as (rows, groups, neighbours), with which groups these are: its whole
+    groups, and the short one at the end if there is one. With one scale for the tensor, a row is a group here.
+    """
+    width = x.shape[1]
+    group = form.group_of(width)
+    whole = width // group
+    views = [(slice(whole), x[:, : whole * group].unflatten(1, (whole, group)))]
+    if width % group:
+        views.append((slice(whole, None), x[:, whole * group :].unsqueeze(1)))
+    return views
+
+
 def _kept(scale: Tensor, form: Format) -> Tensor:
     """``scale`` as its dtype keeps it, in the dtype that it has; 1 where it is zero, also after rounding."""
     kept = scale.to(getattr(torch, form.scale_dtype)).to(scale.dtype)
@@ -130,17 +157,48 @@ def _extremes(x: Tensor, form: Format) -> tuple[Tensor, Tensor]:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes (…) uint8 below 2^bits as a stream of their bits: uint8 (⌈count · bits / 8⌉,)."""
-    shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device)
-    stream = ((codes.flatten().unsqueeze(-1) >> shifts) & 1).flatten()
-    stream = torch.nn.functional.pad(stream, (0, -len(stream) % 8)).view(-1, 8)
-    return (stream << torch.arange(8, dtype=torch.uint8, device=codes.device)).sum(1, dtype=torch.uint8)
+    """Codes (…) uint8 below 2^bits as a stream of their bits, the lowest first: uint8 (⌈count · bits / 8⌉,)."""
+    if bits == 8:
+        return codes.flatten().clone()
+    length = math.ceil(codes.numel() * bits / 8)
+    dtype, count, moves = _words(bits)
+    words = torch.nn.functional.pad(codes.flatten(), (0, -codes.numel() % count)).view(dtype)
+    for low, high, gap in reversed(moves):
+        upper = words >> gap
+        words &= low
+        words |= upper.bitwise_and_(high)
+    return words.view(torch.uint8).view(-1, count)[:, : count * bits // 8].reshape(-1)[:length].clone()
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """The codes that ``pack`` was given, of this ``shape``."""
-    count = math.prod(shape)
-    stream = ((packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1).flatten()
-    of_codes = stream[: count * bits].view(count, bits)
-    codes = (of_codes << torch.arange(bits, dtype=torch.uint8, device=packed.device)).sum(1, dtype=torch.uint8)
-    return codes.view(shape)
+    """The codes that ``pack`` was given, of this ``shape``; with 8 bits ``packed`` itself, to be read only."""
+    if bits == 8:
+        return packed.view(shape)
+    dtype, count, moves = _words(bits)
+    used = count * bits // 8  # bytes of a word
+    if used == 1:
+        words = packed.to(dtype)
+    else:
+        stream = torch.nn.functional.pad(packed, (0, -len(packed) % used)).view(-1, used)
+        words = torch.nn.functional.pad(stream, (0, count - used)).view(dtype)
+    for low, high, gap in moves:
+        upper = words & high
+        words &= low
+        words |= upper.bitwise_left_shift_(gap)
+    return words.view(torch.uint8).view(-1)[: math.prod(shape)].view(shape)
+
+
+def _words(bits: int) -> tuple[torch.dtype, int, list[tuple[int, int, int]]]:
+    """How codes that lie close get a byte each: as words of so many codes, whose bits move in halves.
+
+    A word is the fewest codes that fill whole bytes, in an integer of as many bytes as it has codes. First the
+    upper half of its codes moves away from the lower, then the upper half of each half, and so on. A move is the
+    mask of what stays, the mask of what moves, and how far. Backwards it packs. The first byte in memory is the
+    lowest of a word, as on every machine that torch has builds for.
+    """
+    count = 8 // math.gcd(bits, 8)
+    moves = []
+    for half in (count >> step for step in range(1, count.bit_length())):
+        stays = sum(((1 << (half * bits)) - 1) << start for start in range(0, 8 * count, 16 * half))
+        moves.append((stays, stays << (half * bits), half * (8 - bits)))
+    return {2: torch.int16, 4: torch.int32, 8: torch.int64}[count], count, moves

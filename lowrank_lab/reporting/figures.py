@@ -88,6 +88,37 @@ def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | 
     return figure
 
 
+def perplexity_figure(group: pd.DataFrame, caption: str) -> plt.Figure | None:
+    """Against the ratio; where cells are quantized, against the bits kept, which alone compares these."""
+    quantized = (group["quantized"] != "none").any()
+    return perplexity_against_bits(group, caption) if quantized else perplexity_against_ratio(group, caption)
+
+
+def perplexity_against_bits(group: pd.DataFrame, caption: str) -> plt.Figure:
+    """Perplexity against the bits kept for each weight of the dense linears, both on log scales.
+
+    A line for each method and way to quantize, over ratios and formats alike.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(11, 6), layout="constrained")
+        rows = group[group["counted"].isin(WHOLE)]
+        plain = (rows["method"] == "dense") & (rows["quantized"] == "none")
+        for number, ((method, quantized), line) in enumerate(rows[~plain].groupby(["method", "quantized"])):
+            line = line.sort_values("bits")
+            label = _label(method, "" if quantized == "none" else quantized)
+            axes.plot(line["bits"], line["value"], **_look(number), label=label)
+        for value in rows[plain]["value"]:
+            axes.axhline(value, color="0.35", linestyle="--", label=f"dense ({value:.4g})")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("bits kept for each weight of the dense linears")
+        axes.set_ylabel("perplexity")
+        axes.set_title(_wrapped(caption), fontsize=11)
+        figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
 def speed_against_settings(group: pd.DataFrame, caption: str) -> plt.Figure | None:
     """Tokens a second over those of the dense model, as Dobi-SVD's Figure 4 varies batch size and prompt length.
 
@@ -219,7 +250,7 @@ def truncation_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | 
 
 # By metric, a figure of one comparable set, or None where there is nothing to draw.
 FIGURES: dict[str, Callable[[pd.DataFrame, str], plt.Figure | None]] = {
-    PERPLEXITY.metric: perplexity_against_ratio,
+    PERPLEXITY.metric: perplexity_figure,
     SPEED.metric: speed_against_settings,
     OUTPUT_ERROR.metric: output_error_against_block,
     TRUNCATION.metric: truncation_against_ratio,

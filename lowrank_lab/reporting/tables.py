@@ -57,6 +57,8 @@ def comparison(records: list[dict[str, Any]], section: Section = PERPLEXITY) -> 
     for _, group in rows.groupby("group"):
         rows.loc[group.index, "variant"] = group["key"].map(_variants([done[key] for key in group["key"]]))
     rows["counted"] = rows["key"].map(lambda key: counted(done[key]["config"]))
+    rows["bits"] = rows["key"].map(lambda key: bits(done[key]))
+    rows["quantized"] = rows["key"].map(lambda key: quantized(done[key]["config"], "family"))
     rows["value"] = rows["value"].astype(float)
     rows["_dense_first"] = rows["method"] != "dense"
     rows["_whole_first"] = ~rows["counted"].isin(WHOLE)
@@ -78,6 +80,20 @@ def counted(config: dict[str, Any]) -> str:
         return "cached values"
     what = "16-bit words" if str(config["storage"]["_target_"]).endswith(".Remap") else "weights"
     return what if targets["linears"] == "all" else f"{what} of {targets['linears']}"
+
+
+def bits(record: dict[str, Any]) -> float:
+    """How many bits are kept for each weight of the dense linears: ratio times bits, with scales and the like."""
+    sites = record["sizes"]["sites"]
+    if not sites["count"]:  # the dense model as it is
+        return 32.0 if record["config"]["dtype"] == "float32" else 16.0
+    return 8 * sites["bytes"] / sites["parameters_dense"]
+
+
+def quantized(config: dict[str, Any], told: str) -> str:
+    """``name`` or ``family`` of a cell's quantization; "none" where there is none."""
+    settings = config["quantization"]
+    return "none" if settings is None else str(getattr(build(OmegaConf.create(settings)), told))
 
 
 def outdated(record: dict[str, Any]) -> bool:
@@ -124,11 +140,14 @@ def presentable(group: pd.DataFrame, section: Section) -> pd.DataFrame:
     costs = pd.DataFrame(
         {
             "parameters (M)": (group["parameters"] / 1e6).map("{:.4g}".format),
+            "bits a weight": group["bits"].map("{:.2f}".format),
             "size (MB)": (group["bytes"] / 1e6).map("{:.4g}".format),
             "compression (s)": group["compression_seconds"].map("{:.0f}".format),
             "evaluation (s)": group["evaluation_seconds"].map("{:.0f}".format),
         }
     )
+    if (group["quantized"] == "none").all():
+        costs = costs.drop(columns="bits a weight")
     columns = (what.drop(columns=same).loc[place], measured, costs.loc[place])
     return pd.concat([part.reset_index(drop=True) for part in columns], axis=1)
 
@@ -247,11 +266,10 @@ def _settings(config: dict[str, Any], calibrated: bool) -> dict[str, Any]:
 
 def _quantization(config: dict[str, Any]) -> dict[str, Any]:
     """Its name, which tells all formats, and the settings that this does not tell."""
-    settings = config["quantization"]
+    settings, flat = config["quantization"], {"quantization": quantized(config, "name")}
     if settings is None:
-        return {"quantization": "none"}
-    flat = {"quantization": build(OmegaConf.create(settings)).name}
-    flat |= {f"quantization.{name}": settings[name] for name in ("sequential",)}
+        return flat
+    flat["quantization.sequential"] = settings["sequential"]
     for part in ("transform", "latent", "method", "kv_cache"):
         beside: dict[str, Any] = {}
         _flatten(f"quantization.{part}", settings[part], beside)
