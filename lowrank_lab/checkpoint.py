@@ -63,24 +63,21 @@ class LowRankQuantizer(HfQuantizer):
                 empty = torch.empty(site.out, rank, device="meta"), torch.empty(rank, site.inp, device="meta")
                 factorize(block, site, *empty)
             if rank is not None:
-                # GPT-2 sets initial weights of a block's linears from above, where it would miss theirs.
                 for member in site.members:
-                    parent: Any = block.get_submodule(member.rpartition(".")[0])
-                    parent._is_hf_initialized = True
+                    _leave_alone(block, member)
         for names, described in saved.steps.items():
             places = [name.partition(".") for name in names.split(",")]
             block = _block(model, int(places[0][0]))
             set_steps(block, [path for _, _, path in places], steps.empty(described))
             for _, _, path in places:
-                block.get_submodule(path)._is_hf_initialized = True  # type: ignore[assignment]
+                _leave_alone(block, path)
         for name, form in saved.quantized.items():
             index, _, path = name.partition(".")
             block = _block(model, int(index))
             linear: Any = block.get_submodule(path)
             shape = dense_weight(linear).shape
             block.set_submodule(path, QuantizedLinear.empty(form, (shape[0], shape[1]), linear.bias))
-            owner: Any = block.get_submodule(path.rpartition(".")[0])
-            owner._is_hf_initialized = True
+            _leave_alone(block, path)
         self._shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
         return model
 
@@ -182,6 +179,12 @@ def merge(model: Any, saved: Saved) -> Any:
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
     return model
+
+
+def _leave_alone(block: nn.Module, path: str) -> None:
+    """GPT-2 sets initial weights of a block's linears from above, and would miss that of what is at ``path`` now."""
+    parent: Any = block.get_submodule(path.rpartition(".")[0])
+    parent._is_hf_initialized = True
 
 
 def _product(block: nn.Module, site: Site) -> Tensor | None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lowrank_lab.errors import UserError
 from lowrank_lab.models import tiny
 from lowrank_lab.models.arch import spec_for
 from lowrank_lab.models.walk import blocks_of
@@ -132,7 +133,7 @@ def lively(checkpoints, tmp_path_factory) -> dict[str, Path]:
     folders = {}
     for family in FAMILIES:
         folders[family] = tmp_path_factory.mktemp(family)
-        model = load_lively(checkpoints[family], 6.0, 0.1)
+        model = load_lively(checkpoints[family], 3.0, 0.1)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.ndim == 1 and "norm" in name + ".ln_norm" and name.endswith("weight"):
@@ -168,3 +169,40 @@ def test_a_factored_model_computes_what_it_did(lab, lively, family, grouping):
     loaded = AutoModelForCausalLM.from_pretrained(made)
     groups = [g for block in blocks_of(loaded, spec_for(family)) for g, _ in prepared_in(block)]
     assert not any(path.endswith(".left") for group in groups for path in group)  # latents cost nothing online
+
+
+def test_in_four_bits_it_loses_less_than_rounding_alone(lab, lively):
+    model = (f"model.path={lively['llama']}", "method=dense")
+    expected = logits(lively["llama"])
+    error = lambda *overrides: float((logits(checkpoint_of(lab, *model, *overrides)) - expected).norm())
+    assert error(*QUICK) < 0.5 * error("quantization=w4a4")
+
+
+@pytest.mark.parametrize("method", ["dense", "svdllm grouping=qkv"])
+def test_a_checkpoint_is_the_model_in_memory(lab, lively, method):
+    made = lab.run(f"model.path={lively['qwen2']}", *f"method={method}".split(), *QUICK, "save=true")
+    loaded = lab.run(f"model.path={lab.root / made['checkpoint']}")
+    assert loaded["metrics"]["ppl"]["value"] == made["metrics"]["ppl"]["value"]
+    assert loaded["sizes"]["bytes"] == made["sizes"]["bytes"]
+    assert loaded["method"] == f"{method.split()[0]} DuQuant INT4 A4"
+
+
+def test_a_linear_that_is_no_target_shares_the_input_but_not_the_rounding(lab, lively):
+    overrides = ("method=dense", "targets=kv", "quantization/method=none")
+    made = checkpoint_of(lab, f"model.path={lively['llama']}", *QUICK, *overrides)
+    block = AutoModelForCausalLM.from_pretrained(made).model.layers[0]
+    kinds = {path: [type(step).__name__ for step in steps] for group, steps in prepared_in(block) for path in group}
+    spread = ["Rotate", "Permute", "Rotate"]
+    assert kinds == {
+        "self_attn.q_proj": spread,
+        "self_attn.k_proj": [*spread, "Round"],
+        "self_attn.v_proj": [*spread, "Round"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"), [("alpha=2", "alpha"), ("block_size=0", "block_size"), ("steps=-1", "steps")]
+)
+def test_settings_out_of_range_are_rejected(lab, setting, message):
+    with pytest.raises(UserError, match=message):
+        lab.cells("method=dense", "quantization=duquant", f"quantization.transform.{setting}")

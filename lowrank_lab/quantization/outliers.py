@@ -16,6 +16,10 @@ from torch import Tensor
 
 from lowrank_lab.quantization.scales import smoothing
 
+# The smallest maximum of a channel, as a share of the largest, that the scale heeds: one that calibration has hardly
+# seen may be alive on other texts, and would be blown up, which the rotations would spread over its block.
+FLOOR = 1e-3
+
 
 @dataclass(frozen=True)
 class Spreading:
@@ -66,7 +70,7 @@ def spread_outliers(
     if not (torch.isfinite(rows).all() and torch.isfinite(abs_max).all()):
         raise FloatingPointError("an activation is not finite during calibration")
     size = min(size, rows.shape[1])
-    scale = smoothing(abs_max, weight_abs_max, alpha)
+    scale = smoothing(*(m.clamp(min=FLOOR * m.max()) for m in (abs_max, weight_abs_max)), alpha)
     smoothed = rows.double() / scale
     first = spreading_blocks(smoothed, size, steps, seed)
     rotated = rotate(smoothed, first)

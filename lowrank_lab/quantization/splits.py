@@ -20,9 +20,7 @@ def splits(left: Tensor, right: Tensor, betas: Sequence[float]) -> list[tuple[Te
     """
     u, sigma_v, sigma = orthogonal_factors(left, right)
     shrink = [torch.where(sigma > 0, sigma ** (beta - 1), 0.0) for beta in betas]
-    return [
-        (u * sigma ** (1 - beta), sigma_v * by.unsqueeze(-1)) for beta, by in zip(betas, shrink, strict=True)
-    ]
+    return [(u * sigma ** (1 - beta), sigma_v * by.unsqueeze(-1)) for beta, by in zip(betas, shrink, strict=True)]
 
 
 def weight_loss(

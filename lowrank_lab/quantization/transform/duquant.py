@@ -62,9 +62,7 @@ class DuQuant(Transform):
                     raise FloatingPointError(f"block {index}: {group[0]}: {error}") from None
                 _spread(block, group, targets, spreading)
 
-    def _made_for(
-        self, block: nn.Module, group: list[str], rows: Tensor, abs_max: Tensor, seed: int
-    ) -> Spreading:
+    def _made_for(self, block: nn.Module, group: list[str], rows: Tensor, abs_max: Tensor, seed: int) -> Spreading:
         """From a sample of tokens (n, width) and the largest |x| of each channel (width,)."""
         from lowrank_lab.lowrank.factorized import dense_weight
         from lowrank_lab.quantization.outliers import spread_outliers
