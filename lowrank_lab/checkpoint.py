@@ -182,7 +182,7 @@ def merge(model: Any, saved: Saved) -> Any:
 
 
 def _leave_alone(block: nn.Module, path: str) -> None:
-    """GPT-2 sets initial weights of a block's linears from above, and would miss that of what is at ``path`` now."""
+    """GPT-2 sets initial weights of a block's linears from above, and would miss what is at ``path`` now."""
     parent: Any = block.get_submodule(path.rpartition(".")[0])
     parent._is_hf_initialized = True
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lowrank_lab.quantization.scales import smoothing
 
-# The smallest maximum of a channel, as a share of the largest, that the scale heeds: one that calibration has hardly
-# seen may be alive on other texts, and would be blown up, which the rotations would spread over its block.
+# The smallest maximum of a channel, as a share of the largest, that the scale heeds: one that calibration hardly saw
+# may be alive on other texts, and would be blown up there, which the rotations would spread over its block.
 FLOOR = 1e-3
 
 
