@@ -63,21 +63,25 @@ class LowRankQuantizer(HfQuantizer):
                 empty = torch.empty(site.out, rank, device="meta"), torch.empty(rank, site.inp, device="meta")
                 factorize(block, site, *empty)
             if rank is not None:
+                # GPT-2 sets initial weights of a block's linears from above, where it would miss theirs.
                 for member in site.members:
-                    _leave_alone(block, member)
+                    parent: Any = block.get_submodule(member.rpartition(".")[0])
+                    parent._is_hf_initialized = True
         for names, described in saved.steps.items():
             places = [name.partition(".") for name in names.split(",")]
             block = _block(model, int(places[0][0]))
             set_steps(block, [path for _, _, path in places], steps.empty(described))
             for _, _, path in places:
-                _leave_alone(block, path)
+                owner: Any = block.get_submodule(path.rpartition(".")[0])
+                owner._is_hf_initialized = True
         for name, form in saved.quantized.items():
             index, _, path = name.partition(".")
             block = _block(model, int(index))
             linear: Any = block.get_submodule(path)
             shape = dense_weight(linear).shape
             block.set_submodule(path, QuantizedLinear.empty(form, (shape[0], shape[1]), linear.bias))
-            _leave_alone(block, path)
+            owner = block.get_submodule(path.rpartition(".")[0])
+            owner._is_hf_initialized = True
         self._shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
         return model
 
@@ -179,12 +183,6 @@ def merge(model: Any, saved: Saved) -> Any:
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
     return model
-
-
-def _leave_alone(block: nn.Module, path: str) -> None:
-    """GPT-2 sets initial weights of a block's linears from above, and would miss what is at ``path`` now."""
-    parent: Any = block.get_submodule(path.rpartition(".")[0])
-    parent._is_hf_initialized = True
 
 
 def _product(block: nn.Module, site: Site) -> Tensor | None:

@@ -6,6 +6,7 @@ How large s has to be for both to be rounded well. Where diag(s)⁻¹ goes is sa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -54,9 +55,19 @@ def awq_losses(scales: Tensor, second_moment: Tensor, weights: Sequence[tuple[Te
     for weight, form in weights:
         weight, moment = weight.float(), second_moment.float()
         for number, scale in enumerate(scales.float()):
-            error = quantize(weight * scale, form).dequantize() / scale - weight
+            error = rounded(weight * scale, form) / scale - weight
             losses[number] += output_error(error, moment)
     return losses
+
+
+def rounded(weight: Tensor, form: Format) -> Tensor:
+    """``weight`` (out, in) rounded to the nearest values of ``form``, float32.
+
+    For a codebook, which is found only later, the values of the same bits lie evenly.
+    """
+    if form.grid == "codebook":
+        form = replace(form, grid="integer", symmetric=False)
+    return quantize(weight, form).dequantize()
 
 
 def output_error(error: Tensor, second_moment: Tensor) -> Tensor:
