@@ -26,6 +26,7 @@ class Saved:
     quantized       the formats of the linears in few bits, factors or dense: by "<block>.<name within the block>"
     steps           what is done to the input of linears, described, by the names, as above, of those that share it,
                     with commas between them
+    final           what is done to the output of the last norm, described
     """
 
     method: str
@@ -35,6 +36,7 @@ class Saved:
     ranks: Ranks
     quantized: dict[str, Format] = field(default_factory=dict)
     steps: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    final: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for JSON."""
@@ -60,6 +62,7 @@ class Saved:
             "sites": sites,
             "quantized": {name: asdict(form) for name, form in self.quantized.items()},
             "steps": self.steps,
+            "final": self.final,
         }
 
     @classmethod
@@ -80,7 +83,9 @@ class Saved:
                 ranks[str(entry["name"])] = None if entry["rank"] is None else int(entry["rank"])
             quantized = {str(name): Format(**form) for name, form in data.get("quantized", {}).items()}
             steps = {str(names): [dict(step) for step in found] for names, found in data.get("steps", {}).items()}
-            return cls(str(data["method"]), float(data["ratio"]), data["storage"], sites, ranks, quantized, steps)
+            final = [dict(step) for step in data.get("final", [])]
+            made = str(data["method"]), float(data["ratio"]), data["storage"], sites, ranks
+            return cls(*made, quantized, steps, final)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"a lowrank_lab checkpoint whose quantization_config is damaged ({type(error).__name__}: {error})"
