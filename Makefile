@@ -9,7 +9,7 @@ PINS := $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' if sys.vers
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format
+.PHONY: help setup demo test test-slow test-libraries check format
 
 help:            ## show this
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 18
@@ -33,6 +33,13 @@ test: setup      ## all tests but the slow ones (a few minutes on 2 cores, no ne
 
 test-slow: setup ## the slow tests too: the real model end to end, memory benchmark, kill -9
 	$(PYTEST) -m "slow or not slow"
+
+$(VENV)/.libraries: $(VENV)/.ready
+	@$(BIN)/pip install -qq --disable-pip-version-check $(PINS) -e '.[quantization]'
+	@touch $@
+
+test-libraries: $(VENV)/.libraries ## our quantization against bitsandbytes and llm-compressor, which it installs
+	$(PYTEST) tests/test_against_libraries.py tests/test_quantization_presets.py
 
 check: setup     ## lint, format and types
 	$(BIN)/ruff check .

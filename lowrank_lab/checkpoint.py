@@ -72,7 +72,8 @@ class LowRankQuantizer(HfQuantizer):
             block = _block(model, int(places[0][0]))
             set_steps(block, [path for _, _, path in places], steps.empty(described))
             for _, _, path in places:
-                block.get_submodule(path)._is_hf_initialized = True  # type: ignore[assignment]
+                owner: Any = block.get_submodule(path.rpartition(".")[0])
+                owner._is_hf_initialized = True
         if saved.final:
             path = _path(model, spec_for(model.config.model_type).final_norm)
             model.set_submodule(path, Followed(model.get_submodule(path), steps.empty(saved.final)))
@@ -82,7 +83,7 @@ class LowRankQuantizer(HfQuantizer):
             linear: Any = block.get_submodule(path)
             shape = dense_weight(linear).shape
             block.set_submodule(path, QuantizedLinear.empty(form, (shape[0], shape[1]), linear.bias))
-            owner: Any = block.get_submodule(path.rpartition(".")[0])
+            owner = block.get_submodule(path.rpartition(".")[0])
             owner._is_hf_initialized = True
         self._shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
         return model

@@ -30,6 +30,13 @@ def above(bound: float, optional: bool = False, **settings: Any) -> None:
             raise ValueError(f"{name}={value} is not valid; it must be {wanted}")
 
 
+def share(**settings: Any) -> None:
+    """Raise ValueError for a setting that is no number from 0 to 1."""
+    for name, value in settings.items():
+        if not (is_number(value) and 0 <= value <= 1):
+            raise ValueError(f"{name}={value} is not valid; it must be a number from 0 to 1")
+
+
 def one_of(options: tuple[str, ...], **settings: Any) -> None:
     """Raise ValueError for a setting that is none of ``options``."""
     for name, value in settings.items():

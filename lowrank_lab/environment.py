@@ -25,6 +25,7 @@ LIBRARIES = (
     "datasets",
     "lm_eval",
     "safetensors",
+    "bitsandbytes",
     "numpy",
     "hydra-core",
     "omegaconf",

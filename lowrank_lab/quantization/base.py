@@ -54,7 +54,7 @@ class WeightMethod:
     def check(self, form: Format) -> None:
         """Raises ValueError for a format that the method cannot make."""
         if form.grid == "codebook":
-            raise ValueError("weights.grid=codebook is for quantization/method=kmeans; choose integer or nf4")
+            raise ValueError("weights.grid=codebook is for quantization/method=kmeans; choose integer, nf4 or fp4")
 
     def quantize(self, weight: Tensor, form: Format, inputs: Inputs | None) -> Quantized:
         """``weight`` (out, in) in the format."""

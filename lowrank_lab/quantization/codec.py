@@ -21,6 +21,9 @@ NF4 = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+# Those of bitsandbytes' FP4 (a sign, two bits of exponent, one of mantissa); zero is there twice.
+FP4 = tuple(value / 12 for value in (-12, -8, -6, -4, -3, -2, -0.0625, 0, 0, 0.0625, 2, 3, 4, 6, 8, 12))
+TABLES = {"nf4": NF4, "fp4": FP4}
 
 
 @dataclass
@@ -66,7 +69,7 @@ class Quantized:
 
 
 def quantize(x: Tensor, form: Format) -> Quantized:
-    """Round a matrix ``x`` (rows, width) to the nearest values of an integer or NF4 format.
+    """Round a matrix ``x`` (rows, width) to the nearest values of any format but a codebook.
 
     Raises FloatingPointError where x is not finite.
     """
@@ -82,12 +85,12 @@ def grids(x: Tensor, form: Format) -> tuple[Tensor, Tensor | None]:
     """The scale and the zero point of every group of ``x`` (rows, width), each (rows, groups).
 
     Asymmetric: scale = (max − min) / (2^b − 1) with 0 always among the values; symmetric: 2 max|x| / (2^b − 1),
-    codes around 2^(b−1); NF4: max|x|. The scale of a group of zeros is 1.
+    codes around 2^(b−1); NF4, FP4: max|x|. The scale of a group of zeros is 1.
     """
     low, high = _extremes(x, form)
     largest = torch.maximum(low.abs(), high.abs())
     steps = 2**form.bits - 1
-    if form.grid == "nf4":
+    if form.grid in TABLES:
         return _kept(largest, form), None
     if form.symmetric:
         return _kept(2 * largest / steps, form), None
@@ -97,17 +100,17 @@ def grids(x: Tensor, form: Format) -> tuple[Tensor, Tensor | None]:
 
 def encode(x: Tensor, form: Format, scale: Tensor, zero: Tensor | None) -> Tensor:
     """The codes (uint8) of the values nearest to ``x``; ``scale`` and ``zero`` are as large as it."""
-    if form.grid == "nf4":
-        table = x.new_tensor(NF4)
+    if form.grid in TABLES:
+        table = x.new_tensor(TABLES[form.grid])
         return torch.bucketize(x / scale, (table[1:] + table[:-1]) / 2).to(torch.uint8)
     middle = 2 ** (form.bits - 1) if zero is None else zero
     return ((x / scale).round() + middle).clamp(0, 2**form.bits - 1).to(torch.uint8)
 
 
 def decode(codes: Tensor, form: Format, scale: Tensor, zero: Tensor | None) -> Tensor:
-    """The values that codes of an integer or NF4 grid stand for; the other way round from ``encode``."""
-    if form.grid == "nf4":
-        return scale.new_tensor(NF4)[codes.long()] * scale
+    """The values that codes stand for, but those of a codebook; the other way round from ``encode``."""
+    if form.grid in TABLES:
+        return scale.new_tensor(TABLES[form.grid])[codes.long()] * scale
     return (codes - (float(2 ** (form.bits - 1)) if zero is None else zero)) * scale
 
 

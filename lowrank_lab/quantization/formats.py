@@ -8,14 +8,14 @@ from typing import Literal
 
 from lowrank_lab import checks
 
-Grid = Literal["integer", "nf4", "codebook"]
+Grid = Literal["integer", "nf4", "fp4", "codebook"]
 Granularity = Literal["tensor", "channel"] | int
 
 
 @dataclass(frozen=True)
 class Format:
     """bits         of a code, 2 to 8
-    grid         ``integer``: evenly spaced; ``nf4``: the 16 NormalFloat values; ``codebook``: values of its own
+    grid         ``integer``: evenly spaced; ``nf4``, ``fp4``: 16 fixed values; ``codebook``: values of its own
     symmetric    integer grid: around zero with a scale alone; else with a zero point too
     granularity  what shares a scale: the ``tensor``, a ``channel`` (row of a weight, token of an activation), or a
                  whole number of neighbours in a row
@@ -32,9 +32,9 @@ class Format:
     def __post_init__(self) -> None:
         if not (checks.is_count(self.bits, 2) and self.bits <= 8):
             raise ValueError(f"bits={self.bits} is not valid; it must be a whole number from 2 to 8")
-        checks.one_of(("integer", "nf4", "codebook"), grid=self.grid)
-        if self.grid == "nf4" and self.bits != 4:
-            raise ValueError(f"bits={self.bits} is not valid with grid=nf4, which has 4")
+        checks.one_of(("integer", "nf4", "fp4", "codebook"), grid=self.grid)
+        if self.grid in ("nf4", "fp4") and self.bits != 4:
+            raise ValueError(f"bits={self.bits} is not valid with grid={self.grid}, which has 4")
         if self.granularity not in ("tensor", "channel"):
             checks.whole(1, granularity=self.granularity)
         checks.one_of(("float32", "float16", "bfloat16"), scale_dtype=self.scale_dtype)
@@ -42,8 +42,8 @@ class Format:
     @property
     def name(self) -> str:
         """Short, as tables show it: INT4, INT4 sym g128, NF4 g64."""
-        kind = {"integer": f"INT{self.bits}", "nf4": "NF4", "codebook": f"K{2**self.bits}"}[self.grid]
-        parts = [kind, "sym" if self.symmetric and self.grid == "integer" else ""]
+        kinds = {"integer": f"INT{self.bits}", "nf4": "NF4", "fp4": "FP4", "codebook": f"K{2**self.bits}"}
+        parts = [kinds[self.grid], "sym" if self.symmetric and self.grid == "integer" else ""]
         parts.append({"channel": "", "tensor": "per tensor"}.get(str(self.granularity), f"g{self.granularity}"))
         return " ".join(part for part in parts if part)
 

@@ -1,4 +1,4 @@
-"""Rounding to the nearest value of the format, without data: integers and NF4."""
+"""Rounding to the nearest value of the format, without data: integers, NF4 and FP4."""
 
 from __future__ import annotations
 

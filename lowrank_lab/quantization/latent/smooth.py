@@ -1,0 +1,41 @@
+"""SmoothQuant on the latent values of a site, between its factors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lowrank_lab import checks
+from lowrank_lab.quantization.base import Quantization, Transform
+
+if TYPE_CHECKING:
+    from lowrank_lab.bench import Bench
+
+
+class LatentSmooth(Transform):
+    """left ← left diag(s) and right ← diag(s)⁻¹ right, with s_j = max|z_j|^α / max|left_j|^(1−α).
+
+    alpha  how much of the latent's range moves into the left factors, from 0 to 1
+
+    z is the latent on the calibration text, left_j a column of all left factors that read it. Dense sites stay as
+    they are.
+    """
+
+    label = "latent SmoothQuant"
+    needs_calibration = True
+
+    def __init__(self, alpha: float) -> None:
+        checks.share(alpha=alpha)
+        self.alpha = alpha
+
+    def __call__(self, bench: Bench, quantization: Quantization) -> None:
+        from lowrank_lab.quantization.folding import calibrated, fold, is_factored, weights_of
+        from lowrank_lab.quantization.scales import largest, smoothing
+
+        if not is_factored(bench.model, bench.spec):
+            return
+        for block, inputs in calibrated(bench, ["latent"]):
+            scales = []
+            for at, sums in inputs:
+                weights = largest(weights_of(block, at.readers))
+                scales.append((at, smoothing(sums.abs_max, weights, self.alpha)))
+            fold(block, bench.spec, scales)

@@ -1,0 +1,229 @@
+"""Every preset of conf/quantization and every option of its groups: composed, run, saved and loaded again.
+
+What each option computes is tested beside it. Here: that it runs on dense linears and on factors of every family,
+that nothing becomes a NaN where weights or inputs are odd, that what is loaded is what was saved, and that a model
+in 8 bits says what it said.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from functools import cache
+from itertools import zip_longest
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from lowrank_lab import checkpoint, config
+from lowrank_lab.bench import Bench, pick_device
+from lowrank_lab.cell import Cell
+from lowrank_lab.errors import SkippedCell, UserError
+from lowrank_lab.lowrank.quantized import QuantizedLinear
+from lowrank_lab.lowrank.spectra import compress
+from lowrank_lab.models.load import load_model
+from lowrank_lab.models.tiny import CONFIGS
+from lowrank_lab.results import Record
+
+from .conftest import REPOSITORY, Lab, load_lively
+
+CONF = REPOSITORY / "conf" / "quantization"
+PRESETS = sorted(file.stem for file in CONF.glob("*.yaml") if file.stem != "none")
+GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
+METHODS = {
+    "dense": ["method=dense"],
+    "svdllm": ["method=svdllm", "ratio=0.8"],
+    "rank 1": ["method=svdllm", "ratio=0.064"],
+}
+
+
+def options(group: str) -> list[str]:
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml") if file.stem != "none")
+
+
+def needs(*names: str) -> None:
+    """Skip the test where a library that an option needs is not installed."""
+    if any(name.startswith("bnb") for name in names) and importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("make test-libraries installs bitsandbytes")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, data_root) -> Lab:
+    """One for all tests here: what they calibrate and decompose is made once."""
+    return Lab(tmp_path_factory.mktemp("presets") / "results", data_root)
+
+
+@pytest.fixture(scope="module")
+def lively(tmp_path_factory, checkpoints) -> dict[str, Path]:
+    """Checkpoints of every family whose blocks matter to their logits, so that an error in one is seen there."""
+    return {
+        family: saved(tmp_path_factory, load_lively(path, 4.0, 0.1), path) for family, path in checkpoints.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory, checkpoints) -> Path:
+    """A LLaMA with what is hard to divide by: inputs that are always zero or large, weights that are zero, alike
+    or far from the others."""
+    model = load_lively(checkpoints["llama"], 4.0, 0.0)
+    block = model.model.layers[1]
+    with torch.no_grad():
+        block.input_layernorm.weight[3] = 0.0
+        block.post_attention_layernorm.weight[3] = 0.0
+        block.post_attention_layernorm.weight[5] = 100.0
+        block.mlp.up_proj.weight[7] = 0.0
+        block.mlp.down_proj.weight[:, 11] = 0.0
+        block.self_attn.o_proj.weight[2] = 0.25
+        block.self_attn.v_proj.weight[4, 9] = 1e4
+        model.model.layers[2].mlp.gate_proj.weight.zero_()
+    return saved(tmp_path_factory, model, checkpoints["llama"])
+
+
+def saved(tmp_path_factory, model, tokenizer_from: Path) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    for file in tokenizer_from.glob("*token*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    model.save_pretrained(folder)
+    return folder
+
+
+@cache
+def composed(lab: Lab, *overrides: str) -> DictConfig:
+    [cell] = lab.cells(*overrides)
+    return cell.cfg
+
+
+def made(lab: Lab, model: Path, method: str, *quantization: str) -> tuple[Bench, dict[str, int | None]]:
+    """A bench with its model compressed and quantized, and the ranks."""
+    cfg = composed(lab, *METHODS[method]).copy()
+    cfg.model.path = str(model)
+    if quantization:
+        cfg.quantization = composed(lab, "method=dense", *quantization).quantization
+    cell = Cell.from_config(cfg)
+    bench = Bench(cell, Record(cell, None), pick_device("cpu"))
+    ranks = dict.fromkeys(bench.sites)
+    if cell.compresses:
+        ranks, storage = cell.allocation(bench), config.build(cell.cfg.storage)
+        compress(bench.model, bench.spec, bench.sites, ranks, bench.spectra, storage, bench.device)
+    if cell.quantization is not None:
+        cell.quantization(bench)
+    return bench, ranks
+
+
+@torch.no_grad()
+def logits(bench: Bench, model: nn.Module) -> torch.Tensor:
+    """On part of the calibration text."""
+    return model(bench.calibration_ids[:4]).logits
+
+
+def perplexity(bench: Bench, found: torch.Tensor) -> float:
+    return math.exp(
+        nn.functional.cross_entropy(found[:, :-1].flatten(0, 1), bench.calibration_ids[:4, 1:].flatten())
+    )
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.fixture(scope="module")
+def plain(shared, lively) -> Callable[[str, str], torch.Tensor]:
+    """The logits of a family under a method before it is quantized."""
+
+    @cache
+    def of(family: str, method: str) -> torch.Tensor:
+        bench, _ = made(shared, lively[family], method)
+        return logits(bench, bench.model)
+
+    return of
+
+
+@pytest.mark.parametrize("method", ["dense", "svdllm"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_runs_and_comes_back_as_it_was(shared, lively, plain, tmp_path, preset, method):
+    needs(preset)
+    bench, ranks = made(shared, lively["llama"], method, f"quantization={preset}")
+    quantization, found = bench.cell.quantization, logits(bench, bench.model)
+    away = distance(found, plain("llama", method))
+    assert math.isfinite(perplexity(bench, found))
+    weights = quantization.weights.bits if quantization.method is not None else 8
+    activations = quantization.activations.form.bits if quantization.activations is not None else 8
+    print(preset, method, quantization.name, away)
+    assert 0 < away < (0.05 if min(weights, activations) == 8 else 0.8)
+    linears = [module for module in bench.model.modules() if isinstance(module, QuantizedLinear)]
+    assert len(linears) == (0 if quantization.method is None else 42 if method == "svdllm" else 21)
+    description = checkpoint.describe(bench.model, bench.spec, bench.sites, ranks, preset, bench.ratio)
+    checkpoint.save(tmp_path, bench.model, bench.tokenizer, True, description)
+    assert torch.equal(logits(bench, load_model(str(tmp_path), None, "float32", False)), found)
+
+
+@pytest.mark.parametrize("method", ["dense", "rank 1"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_makes_no_nan_of_odd_weights(shared, odd, preset, method):
+    needs(preset)
+    bench, ranks = made(shared, odd, method, f"quantization={preset}")
+    assert set(ranks.values()) == ({None} if method == "dense" else {1})
+    for name, tensor in bench.model.state_dict().items():
+        assert torch.isfinite(tensor).all(), name
+    assert math.isfinite(perplexity(bench, logits(bench, bench.model)))
+
+
+TOGETHER = list(zip_longest(*(options(group) for group in ("transform", "latent", "kv_cache")), fillvalue="none"))
+
+
+@pytest.mark.parametrize("parts", TOGETHER, ids="-".join)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_family_in_8_bits_says_what_it_said(shared, lively, plain, family, parts):
+    """Under each transform, latent and cache, several at once."""
+    transform, latent, kv_cache = parts
+    settings = ["quantization=w8a8", f"quantization/transform={transform}"]
+    chosen = [f"quantization/latent={latent}", f"quantization/kv_cache={kv_cache}"]
+    try:
+        bench, _ = made(shared, lively[family], "svdllm", *settings, *chosen)
+    except SkippedCell as reason:
+        pytest.skip(str(reason))
+    away = distance(logits(bench, bench.model), plain(family, "svdllm"))
+    print(family, bench.cell.quantization.name, away)
+    assert 0 < away < 0.1
+
+
+# What a method needs of the format beside the bits.
+FORMATS = {"bnb": ["quantization=bnb4"]}
+
+
+@pytest.mark.parametrize("activations", options("activations"))
+@pytest.mark.parametrize("method", options("method"))
+def test_every_method_with_every_kind_of_activations(shared, lively, plain, method, activations):
+    needs(method)
+    settings = FORMATS.get(method, ["quantization=int4"])
+    chosen = [f"quantization/method={method}", f"quantization/activations={activations}"]
+    bench, _ = made(shared, lively["llama"], "svdllm", *settings, *chosen)
+    away = distance(logits(bench, bench.model), plain("llama", "svdllm"))
+    print(method, activations, away)
+    assert 0 < away < 0.8
+
+
+def test_a_missing_library_stops_before_work(shared, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for preset in ("bnb4", "bnb8"):
+        with pytest.raises(UserError, match=r"pip install 'lowrank_lab\[quantization\]'"):
+            shared.cells("method=dense", f"quantization={preset}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("quantization.weights.bits=6", "bits"),
+        ("quantization.weights.granularity=48", "blocks of 32, 64"),
+        ("quantization.weights.granularity=channel", "blocks of 32, 64"),
+        ("quantization.weights.scale_dtype=float16", "float32"),
+        ("quantization.weights.grid=integer", "cannot make INT4 g64"),
+    ],
+)
+def test_what_bitsandbytes_cannot_do_stops_before_work(shared, overrides, message):
+    with pytest.raises(UserError, match=message):
+        shared.cells("method=dense", "quantization=bnb4", overrides)
