@@ -26,7 +26,8 @@ from lowrank_lab.lowrank.ranks import Ranks, Site, Sites
 from lowrank_lab.models.arch import ArchSpec, spec_for
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.quantization import steps
-from lowrank_lab.quantization.linears import output_side, prepared_in, set_steps
+from lowrank_lab.quantization.attention import cache_of, round_cache
+from lowrank_lab.quantization.linears import Followed, output_side, prepared_in, set_steps
 from lowrank_lab.saved import QUANT_METHOD, Saved
 
 # What the factors of each kind are made of.
@@ -74,6 +75,9 @@ class LowRankQuantizer(HfQuantizer):
             for _, _, path in places:
                 owner: Any = block.get_submodule(path.rpartition(".")[0])
                 owner._is_hf_initialized = True
+        if saved.final:
+            path = _path(model, spec_for(model.config.model_type).final_norm)
+            model.set_submodule(path, Followed(model.get_submodule(path), steps.empty(saved.final)))
         for name, form in saved.quantized.items():
             index, _, path = name.partition(".")
             block = _block(model, int(index))
@@ -82,6 +86,8 @@ class LowRankQuantizer(HfQuantizer):
             block.set_submodule(path, QuantizedLinear.empty(form, (shape[0], shape[1]), linear.bias))
             owner = block.get_submodule(path.rpartition(".")[0])
             owner._is_hf_initialized = True
+        if saved.kv_cache is not None:
+            round_cache(model, saved.kv_cache)
         self._shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
         return model
 
@@ -106,7 +112,7 @@ class LowRankQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         saved = self.quantization_config.saved
-        return saved.kind == "factors" and not saved.quantized and not saved.steps
+        return saved.kind == "factors" and not saved.is_quantized
 
 
 def describe(model: nn.Module, spec: ArchSpec, sites: Sites, ranks: Ranks, method: str, ratio: float) -> Saved:
@@ -131,10 +137,12 @@ def describe(model: nn.Module, spec: ArchSpec, sites: Sites, ranks: Ranks, metho
         for index, block in enumerate(blocks_of(model, spec))
         for paths, prepared in prepared_in(block)
     }
+    norm = model.get_submodule(spec.final_norm)
+    final = steps.describe(norm.steps) if isinstance(norm, Followed) else []
     kind = found.pop() if len(found) == 1 else "factors" if not found else None
     if kind is None:
         raise UserError("save=true: a checkpoint cannot hold this storage; use storage=uv, u, v or remap")
-    return Saved(method, ratio, kind, dict(sites), dict(ranks), quantized, steps_of)
+    return Saved(method, ratio, kind, dict(sites), dict(ranks), quantized, steps_of, final, cache_of(model))
 
 
 def save(folder: Path, model: Any, tokenizer: Any, use_cache: bool, saved: Saved | None) -> None:
@@ -159,8 +167,8 @@ def merge(model: Any, saved: Saved) -> Any:
 
     Raises UserError for a model that does more in its forward than multiply.
     """
-    if saved.steps:
-        raise UserError("dense weights cannot hold what this model does to the inputs of its linears")
+    if saved.online:
+        raise UserError("dense weights cannot hold what this model does to inputs of linears, or keys and values")
     with torch.device("meta"):
         skeleton = type(model)(model.config)  # it knows whether a linear is a Linear or a Conv1D
     dtype = model.get_input_embeddings().weight.dtype
@@ -204,7 +212,10 @@ def _blocks(model: Any, sites: Sites) -> list[tuple[nn.Module, str]]:
 
 def _block(model: Any, index: int) -> nn.Module:
     """One block of ``model``, which may also be a bare one, without lm_head."""
-    path = spec_for(model.config.model_type).blocks
-    if model.base_model is model:
-        path = path.removeprefix(f"{model.base_model_prefix}.")
-    return model.get_submodule(path)[index]
+    blocks: Any = model.get_submodule(_path(model, spec_for(model.config.model_type).blocks))
+    return blocks[index]
+
+
+def _path(model: Any, path: str) -> str:
+    """Where a module of a model with lm_head is in ``model``, which may also be a bare one."""
+    return path.removeprefix(f"{model.base_model_prefix}.") if model.base_model is model else path

@@ -55,6 +55,33 @@ def gather_inputs(
     }
 
 
+def look_at_inputs(
+    block: nn.Module, paths: list[str], run: Callable[[], None], batches: int, count: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What the linears at ``paths`` are given while ``run()`` passes so many ``batches`` through the block.
+
+    By path: an even sample of up to ``count`` tokens (n, in), float32, and the largest |x| of each channel (in,).
+    """
+    rows: dict[str, list[Tensor]] = {path: [] for path in paths}
+    abs_max: dict[str, Tensor] = {}
+    quota = math.ceil(count / batches)
+
+    def look(path: str, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach().reshape(-1, args[0].shape[-1])
+        rows[path].append(x[:: max(1, len(x) // quota)][:quota].float())
+        largest = x.abs().amax(0).float()
+        abs_max[path] = torch.maximum(abs_max.get(path, largest), largest)
+
+    hooks = [
+        block.get_submodule(path).register_forward_pre_hook(lambda _, args, path=path: look(path, args))
+        for path in paths
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return {path: (torch.cat(rows[path])[:count], abs_max[path]) for path in paths}
+
+
 def fix_scales(block: nn.Module, paths: list[str], run: Callable[[], None]) -> None:
     """Choose the fixed scales of the rounding in front of ``paths`` for all that ``run()`` passes through."""
     steps = {id(step): step for path in paths if (step := rounding_of(block, path)) is not None}
