@@ -48,7 +48,7 @@ class Cell(Keys):
             if refinement is not None and "dataset" in cfg.refinement:
                 training_data = _content(cfg.refinement.dataset, "calibration", cfg.data_root, store)
         quantization = config.build(cfg.quantization) if cfg.quantization is not None else None
-        if quantization is not None and source.saved is not None and source.saved.quantized:
+        if quantization is not None and source.saved is not None and source.saved.is_quantized:
             raise UserError(f"model.path={cfg.model.path} is quantized already; use quantization=none")
         if quantization is not None and quantization.online and cfg.save.merge:
             raise UserError(f"save.merge=true: dense weights cannot hold {quantization.name}; use save=true")

@@ -26,6 +26,7 @@ from lowrank_lab.lowrank.ranks import Ranks, Site, Sites
 from lowrank_lab.models.arch import ArchSpec, spec_for
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.quantization import steps
+from lowrank_lab.quantization.attention import cache_of, round_cache
 from lowrank_lab.quantization.linears import Followed, output_side, prepared_in, set_steps
 from lowrank_lab.saved import QUANT_METHOD, Saved
 
@@ -85,6 +86,8 @@ class LowRankQuantizer(HfQuantizer):
             block.set_submodule(path, QuantizedLinear.empty(form, (shape[0], shape[1]), linear.bias))
             owner = block.get_submodule(path.rpartition(".")[0])
             owner._is_hf_initialized = True
+        if saved.kv_cache is not None:
+            round_cache(model, saved.kv_cache)
         self._shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
         return model
 
@@ -109,7 +112,7 @@ class LowRankQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         saved = self.quantization_config.saved
-        return saved.kind == "factors" and not (saved.quantized or saved.steps or saved.final)
+        return saved.kind == "factors" and not saved.is_quantized
 
 
 def describe(model: nn.Module, spec: ArchSpec, sites: Sites, ranks: Ranks, method: str, ratio: float) -> Saved:
@@ -139,7 +142,7 @@ def describe(model: nn.Module, spec: ArchSpec, sites: Sites, ranks: Ranks, metho
     kind = found.pop() if len(found) == 1 else "factors" if not found else None
     if kind is None:
         raise UserError("save=true: a checkpoint cannot hold this storage; use storage=uv, u, v or remap")
-    return Saved(method, ratio, kind, dict(sites), dict(ranks), quantized, steps_of, final)
+    return Saved(method, ratio, kind, dict(sites), dict(ranks), quantized, steps_of, final, cache_of(model))
 
 
 def save(folder: Path, model: Any, tokenizer: Any, use_cache: bool, saved: Saved | None) -> None:
@@ -164,8 +167,8 @@ def merge(model: Any, saved: Saved) -> Any:
 
     Raises UserError for a model that does more in its forward than multiply.
     """
-    if saved.steps or saved.final:
-        raise UserError("dense weights cannot hold what this model does to the inputs of its linears")
+    if saved.online:
+        raise UserError("dense weights cannot hold what this model does to inputs of linears, or keys and values")
     with torch.device("meta"):
         skeleton = type(model)(model.config)  # it knows whether a linear is a Linear or a Conv1D
     dtype = model.get_input_embeddings().weight.dtype

@@ -9,10 +9,11 @@ from typing import Any
 from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.ranks import Ranks, Site
 from lowrank_lab.quantization.formats import Format
+from lowrank_lab.quantization.kv_cache import KvCache
 
 QUANT_METHOD = "lowrank_lab"  # the name under which transformers knows these checkpoints
 VERSION = 3  # raise when a checkpoint of the present kind could no longer be read
-READABLE = (1, 2, 3)  # 1 has no quantized linears, 2 no steps in front of them
+READABLE = (1, 2, 3)  # 1 has no quantized linears, 2 no steps in front of them and no KV cache
 KINDS = ("factors", "remap")
 
 
@@ -27,6 +28,7 @@ class Saved:
     steps           what is done to the input of linears, described, by the names, as above, of those that share it,
                     with commas between them
     final           what is done to the output of the last norm, described
+    kv_cache        the format of keys and values; None: they are as they are
     """
 
     method: str
@@ -37,6 +39,16 @@ class Saved:
     quantized: dict[str, Format] = field(default_factory=dict)
     steps: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     final: list[dict[str, Any]] = field(default_factory=list)
+    kv_cache: KvCache | None = None
+
+    @property
+    def is_quantized(self) -> bool:
+        return bool(self.quantized or self.steps or self.final) or self.kv_cache is not None
+
+    @property
+    def online(self) -> bool:
+        """Whether anything is done in the forward beside multiplying, which dense weights cannot hold."""
+        return bool(self.steps or self.final) or self.kv_cache is not None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for JSON."""
@@ -63,6 +75,7 @@ class Saved:
             "quantized": {name: asdict(form) for name, form in self.quantized.items()},
             "steps": self.steps,
             "final": self.final,
+            "kv_cache": None if self.kv_cache is None else asdict(self.kv_cache),
         }
 
     @classmethod
@@ -84,8 +97,9 @@ class Saved:
             quantized = {str(name): Format(**form) for name, form in data.get("quantized", {}).items()}
             steps = {str(names): [dict(step) for step in found] for names, found in data.get("steps", {}).items()}
             final = [dict(step) for step in data.get("final", [])]
+            kv_cache = None if data.get("kv_cache") is None else KvCache(**data["kv_cache"])
             made = str(data["method"]), float(data["ratio"]), data["storage"], sites, ranks
-            return cls(*made, quantized, steps, final)
+            return cls(*made, quantized, steps, final, kv_cache)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"a lowrank_lab checkpoint whose quantization_config is damaged ({type(error).__name__}: {error})"

@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from lowrank_lab.bench import Bench, pick_device
 from lowrank_lab.checkpoint import merge
 from lowrank_lab.errors import UserError
+from lowrank_lab.evaluation.timing import count_macs
 from lowrank_lab.lowrank.factorized import factorize
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.quantization import hadamard, learned_rotation, rotation
@@ -326,3 +327,31 @@ def test_a_rotated_model_is_not_compared_layer_by_layer(lab):
     record = lab.run("method=svdllm", "quantization=quarot", "eval=[ppl,output_error]")
     assert set(record["metrics"]) == {"ppl"}
     assert "changes the inputs of linears" in record["left_out"]["output_error"]
+
+
+def test_what_is_done_online_is_counted(lab, checkpoints):
+    """A full rotation after the last norm; in a block 4 heads, and 80 = 20 · 4 inputs of down_proj."""
+    bench = bench_of(lab, checkpoints["llama"], "quantization=quarot")
+    before = count_macs(bench.model, torch.arange(3, 15)[None])
+    bench.cell.quantization(bench)
+    after = count_macs(bench.model, torch.arange(3, 15)[None])
+    assert before["steps"] == 0
+    assert after == {**before, "steps": 48 * 48 + 3 * (48 * 4 + 80 * (20 + 4))}
+
+
+@pytest.mark.parametrize("preset", ["quarot", "spinquant"])
+def test_a_compressed_checkpoint_is_rotated_as_its_cell_is(lab, preset):
+    steps = ["quantization.transform.steps=1"] if preset == "spinquant" else []
+    overrides = [f"quantization={preset}", *steps]
+    made = lab.run("method=svdllm", "ratio=0.6", "save=true")
+    here = lab.run("method=svdllm", "ratio=0.6", *overrides)
+    there = lab.run(f"model.path={lab.root / made['checkpoint']}", *overrides)
+    assert there["metrics"]["ppl"]["value"] == here["metrics"]["ppl"]["value"]
+
+
+def test_a_transform_first_used_for_inference_has_gradients_later():
+    with torch.inference_mode():
+        hadamard.transform(torch.ones(1, 84))
+    x = random(1, 84).requires_grad_()
+    hadamard.transform(x).sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones(1, 84) @ hadamard.matrix(84).T.float())

@@ -11,8 +11,9 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_lab.lowrank.mixed import MixedLinear
 from lowrank_lab.lowrank.quantized import QuantizedLinear
 from lowrank_lab.lowrank.ranks import Site, Sites, total_cost
-from lowrank_lab.models.arch import ArchSpec, kv_cache_values_per_token
+from lowrank_lab.models.arch import ArchSpec, kv_cache_shape, kv_cache_values_per_token
 from lowrank_lab.models.walk import blocks_of
+from lowrank_lab.quantization.attention import cache_of
 
 
 def sizes(
@@ -25,13 +26,13 @@ def sizes(
     sites                    of what is compressed, biases apart: ``parameters`` now and dense, whatever their
                              bits; ``bytes`` with the scales of quantized tensors
     macs_per_token           multiply-accumulates of all linear layers with lm_head, attention products apart
-    kv_cache_bytes_per_token keys and values of all layers in the model's dtype
-    kv_latent_bytes_per_token  the same if the latent of each key and value projection were cached instead of its
-                             output, where it is narrower (ASVD §3.4; a latent that both share counts once); None
-                             where they are fused with the queries
+    kv_cache_bytes_per_token keys and values of all layers in the model's dtype, or in few bits with their scales
+    kv_latent_bytes_per_token  in the model's dtype, if the latent of each key and value projection were cached
+                             instead of its output, where it is narrower (ASVD §3.4; a latent that both share counts
+                             once); None where they are fused with the queries
     hardware_cost            QSVD's R1, the fraction kept of the parameters (and so of the multiply-accumulates) of
-                             the query, key and value projections, and R2, kv_latent over kv_cache bytes: with one
-                             latent for all three r (E + q + k + v) / E (q + k + v) and r / (k + v)
+                             the query, key and value projections, and R2, of the cached values if latents were:
+                             with one latent for all three r (E + q + k + v) / E (q + k + v) and r / (k + v)
     """
     value_bytes = model.get_input_embeddings().weight.element_size()  # type: ignore[operator]
     members = [linear for site in sites.values() for linear in _members(model, spec, site)]
@@ -40,7 +41,7 @@ def sizes(
     counted = sum(macs_per_token(linear) for linear in members)
     assert counted == parameters, "the tensors do not have the planned ranks"
     dense = sum(site.dense for site in sites.values())
-    cached = kv_cache_values_per_token(model.config)
+    cached, shape, cache = kv_cache_values_per_token(model.config), kv_cache_shape(model.config), cache_of(model)
     latent = None if spec is not None and "kv" not in spec.roles else cached - _latent_saves(spec, sites, ranks)
     return {
         "ratio_asked": ratio,
@@ -54,7 +55,7 @@ def sizes(
             "bytes": sum(p.numel() * p.element_size() for p in of_sites),
         },
         "macs_per_token": macs_per_token(model),
-        "kv_cache_bytes_per_token": cached * value_bytes,
+        "kv_cache_bytes_per_token": cached * value_bytes if cache is None else cache.bytes_per_token(*shape),
         "kv_latent_bytes_per_token": None if latent is None else latent * value_bytes,
         "hardware_cost": {
             "r1": _kept_of_qkv(model, spec, sites, ranks),

@@ -154,7 +154,13 @@ def kv_cache_values_per_token(config: Any) -> int:
     Under grouped-query attention the key-value heads are fewer than the query heads, and the head size need
     not be hidden_size / heads (Gemma, Qwen3). ``config`` is a transformers PretrainedConfig.
     """
+    layers, kv_heads, head_size = kv_cache_shape(config)
+    return 2 * layers * kv_heads * head_size
+
+
+def kv_cache_shape(config: Any) -> tuple[int, int, int]:
+    """Layers, key-value heads and head size."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 2 * config.num_hidden_layers * kv_heads * head_size
+    return config.num_hidden_layers, kv_heads, head_size

@@ -1,9 +1,9 @@
 """Attention to rounded keys and values: what it is with a cache in few bits.
 
-transformers looks a model's attention up by name, with a mask to go with it. Registered here is one more name for each
-way to compute attention, which rounds keys and values and then does the same. Rounding is for every token and head by
-itself, so that it is the same whether it is done once, when a token enters the cache, or each time that it is read,
-as here; the forward of a whole text, which uses no cache, sees what decoding would. The format is kept on the
+transformers looks a model's attention up by name, with a mask to go with it. Registered here is one more name for
+each way to compute attention, which rounds keys and values and then does the same. Every token and head is rounded
+by itself, so that it is the same whether that is done once, when a token enters the cache, or each time that it is
+read, as here; the forward of a whole text, which uses no cache, sees what decoding would. The format is kept on the
 attention modules: models in one process may differ.
 """
 
@@ -16,9 +16,6 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowrank_lab.errors import SkippedCell
 from lowrank_lab.models.arch import spec_for
@@ -36,7 +33,8 @@ def round_cache(model: Any, cache: KvCache) -> None:
     """
     own = model.config._attn_implementation
     if own not in NAMES:
-        raise SkippedCell(f"keys and values cannot be rounded in attention '{own}'; load the model with sdpa or eager")
+        raise SkippedCell(f"keys and values cannot be rounded in attention '{own}', only in sdpa and eager")
+    _register(own)
     model.set_attn_implementation(NAMES[own])
     if model.config._attn_implementation != NAMES[own]:
         raise SkippedCell(f"{type(model).__name__} does not let its attention be replaced")
@@ -50,15 +48,6 @@ def cache_of(model: Any) -> KvCache | None:
     return next((cache for cache in found if isinstance(cache, KvCache)), None)
 
 
-def keep_cache(model: Any) -> None:
-    """Undo ``round_cache``."""
-    for attention in _attentions(model):
-        attention.__dict__.pop("kv_cache", None)
-    names = {name: own for own, name in NAMES.items()}
-    implementation = model.config._attn_implementation
-    model.set_attn_implementation(names.get(implementation, implementation))
-
-
 def _attentions(model: Any) -> Iterator[nn.Module]:
     """The modules of ``model`` that hold the query projections."""
     query = spec_for(model.config.model_type).roles["qkv"][0].rpartition(".")[2]
@@ -66,24 +55,30 @@ def _attentions(model: Any) -> Iterator[nn.Module]:
 
 
 def _attend(
-    own: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **rest: Any
+    own: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention ``own`` of rounded ``key`` and ``value`` (batch, key-value heads, length, head size)."""
+    """transformers' attention ``own`` of rounded ``key`` and ``value`` (batch, their heads, length, head size)."""
     cache: Any = module.kv_cache
     rounded = Round(asdict(cache.form))
     if cache.rotate:
         query = hadamard.transform(query.float()).to(query.dtype)
         key = hadamard.transform(key.float()).to(key.dtype)
-    return _own(own, module)(module, query, rounded(key), rounded(value), attention_mask, **rest)
+    return _own(own, module)(module, query, rounded(key), rounded(value), mask, **rest)
 
 
 def _own(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """transformers' function; that of ``eager`` is where the architecture is defined."""
     if name == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     return ALL_ATTENTION_FUNCTIONS[name]
 
 
-for _name, _registered in NAMES.items():
-    AttentionInterface.register(_registered, partial(_attend, _name))
-    AttentionMaskInterface.register(_registered, ALL_MASK_ATTENTION_FUNCTIONS[_name])
+def _register(own: str) -> None:
+    # Not when this module is imported: transformers is in the middle of its own import then (lowrank_lab/__init__.py).
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    AttentionInterface.register(NAMES[own], partial(_attend, own))
+    AttentionMaskInterface.register(NAMES[own], ALL_MASK_ATTENTION_FUNCTIONS[own])

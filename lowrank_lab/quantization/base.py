@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lowrank_lab.quantization.activations import Activations
     from lowrank_lab.quantization.codec import Quantized
     from lowrank_lab.quantization.inputs import Inputs
+    from lowrank_lab.quantization.kv_cache import KvCache
 
 
 class Transform:
@@ -82,7 +83,7 @@ class Quantization:
         left: dict[str, Any],
         right: dict[str, Any],
         activations: Activations | None,
-        kv_cache: Any,
+        kv_cache: KvCache | None,
         sequential: bool,
     ) -> None:
         checks.flag(sequential=sequential)

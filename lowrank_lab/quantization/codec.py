@@ -138,11 +138,14 @@ def by_group(x: Tensor, form: Format) -> list[tuple[slice, Tensor]]:
 
 
 def _kept(scale: Tensor, form: Format) -> Tensor:
-    """``scale`` as its dtype keeps it, in the dtype that it has; 1 where it is zero, also after rounding."""
+    """``scale`` as its dtype keeps it, in the dtype that it has; 1 where it is zero, also after rounding.
+
+    That of values that are not numbers is none either, so that what they are rounded to does not look like one.
+    """
     kept = scale.to(getattr(torch, form.scale_dtype)).to(scale.dtype)
     if torch.isinf(kept).any():
         raise FloatingPointError(f"a scale is too large for {form.scale_dtype}; choose scale_dtype=float32")
-    return torch.where(kept > 0, kept, torch.ones_like(kept))
+    return torch.where(kept == 0, torch.ones_like(kept), kept)
 
 
 def _extremes(x: Tensor, form: Format) -> tuple[Tensor, Tensor]:

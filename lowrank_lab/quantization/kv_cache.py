@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from lowrank_lab import checks
-from lowrank_lab.quantization.formats import Format
+from lowrank_lab.quantization.formats import Format, Granularity
 
 if TYPE_CHECKING:
     from lowrank_lab.bench import Bench
@@ -38,8 +38,8 @@ class KvCache:
     @property
     def form(self) -> Format:
         """That of a matrix with a row for every token and head."""
-        granularity = "channel" if self.granularity == "head" else self.granularity
-        return Format(self.bits, "integer", self.symmetric, granularity, self.scale_dtype)
+        shared: Granularity = self.granularity if isinstance(self.granularity, int) else "channel"
+        return Format(self.bits, "integer", self.symmetric, shared, self.scale_dtype)
 
     @property
     def label(self) -> str:
@@ -54,10 +54,6 @@ class KvCache:
         zeros = self.form.packed(scales) if self.form.has_zero else 0
         one_scale = 4 if self.scale_dtype == "float32" else 2
         return 2 * layers * (self.form.packed(rows) + one_scale * scales[0] * scales[1] + zeros)
-
-    def settings(self) -> dict[str, Any]:
-        """As plain data for JSON."""
-        return asdict(self)
 
     def __call__(self, bench: Bench) -> None:
         """Have ``bench.model`` attend to rounded keys and values."""

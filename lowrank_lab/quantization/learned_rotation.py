@@ -44,7 +44,9 @@ def learn(bench: Bench, quantization: Quantization, settings: SpinQuant, folder:
 
     ``bench.model``, whose norms are folded already, stays as it is: a copy of it in float32 is trained.
     """
-    model = copy.deepcopy(bench.model).float().to(bench.device).requires_grad_(False)
+    model: Any = copy.deepcopy(bench.model)
+    nn.Module.float(model)  # transformers' own refuses the model of a checkpoint with a quantization_config
+    model.to(bench.device).requires_grad_(False)
     r1, r2 = (nn.Parameter(r.to(bench.device)) for r in start(model, bench.cell.cfg.seed))
     attach(model, bench, quantization, settings.round_weights, r1, r2)
     ids = bench.calibration_ids

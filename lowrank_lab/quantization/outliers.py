@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lowrank_lab.quantization.scales import smoothing
 
-# The smallest maximum of a channel, as a share of the largest, that the scale heeds: one that calibration hardly saw
-# may be alive on other texts, and would be blown up there, which the rotations would spread over its block.
+# The smallest maximum of a channel, as a share of the largest, that the scale heeds: a channel that calibration
+# hardly saw may be alive on other texts, and would be blown up there, which the rotations would spread.
 FLOOR = 1e-3
 
 
@@ -70,7 +70,8 @@ def spread_outliers(
     if not (torch.isfinite(rows).all() and torch.isfinite(abs_max).all()):
         raise FloatingPointError("an activation is not finite during calibration")
     size = min(size, rows.shape[1])
-    scale = smoothing(*(m.clamp(min=FLOOR * m.max()) for m in (abs_max, weight_abs_max)), alpha)
+    heeded = abs_max.clamp(min=FLOOR * float(abs_max.max()))
+    scale = smoothing(heeded, weight_abs_max.clamp(min=FLOOR * float(weight_abs_max.max())), alpha)
     smoothed = rows.double() / scale
     first = spreading_blocks(smoothed, size, steps, seed)
     rotated = rotate(smoothed, first)

@@ -32,8 +32,7 @@ class DuQuant(Transform):
     online = True
 
     def __init__(self, alpha: float, block_size: int, steps: int) -> None:
-        if not (checks.is_number(alpha) and 0 <= alpha <= 1):
-            raise ValueError(f"alpha={alpha} is not valid; it must be a number from 0 to 1")
+        checks.share(alpha=alpha)
         checks.whole(1, block_size=block_size)
         checks.whole(0, steps=steps)
         self.alpha, self.block_size, self.steps = alpha, block_size, steps
