@@ -1,4 +1,4 @@
-"""The KV cache in few bits: attention to rounded keys and values, in every architecture, with a cache and without."""
+"""The KV cache in few bits: attention to rounded keys and values, in every architecture, decoding or not."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def test_few_bits_change_the_logits_and_eight_hardly(model):
         changed = copy.deepcopy(model)
         round_cache(changed, kv(bits))
         errors.append(float((logits(changed) - expected).norm() / expected.norm()))
-    assert 0 < errors[0] < 0.01
-    assert errors[0] < errors[1] < errors[2]
+    assert 0 < errors[0] < 0.02
+    assert 8 * errors[0] < errors[1] < errors[2]  # a step of 4 bits is 17 times as long as one of 8
     assert errors[2] > 0.05
 
 
@@ -155,19 +155,18 @@ def test_keys_that_are_not_finite_are_not_rounded_to_something_that_is():
     assert torch.isfinite(changed(x)[[0, 2]]).all()
 
 
-def test_an_outlier_of_the_keys_costs_less_when_it_is_rotated(checkpoints):
-    model = load_lively(checkpoints["llama"], 3.0, 0.1)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.k_proj.weight[[0, 12]] *= 30  # a channel of each head, and one of the queries to match
-            layer.self_attn.q_proj.weight[[0, 12, 24, 36]] /= 30
-    expected = logits(model)
+def test_an_outlier_of_the_keys_costs_less_when_it_is_rotated(monkeypatch):
+    """The product of queries and keys, one of whose channels is far larger than the others."""
+    module, query, key = torch.nn.Module(), random(1, 4, 30, 64), random(1, 4, 30, 64, seed=1)
+    key[..., 5] *= 30
+    query[..., 5] /= 30
+    monkeypatch.setattr(attention, "_own", lambda *_: lambda _m, q, k, *_rest: (q @ k.mT, None))
     error = {}
     for rotate in (False, True):
-        changed = copy.deepcopy(model)
-        round_cache(changed, kv(4, rotate))
-        error[rotate] = float((logits(changed) - expected).norm())
-    assert error[True] < 0.7 * error[False]
+        module.kv_cache = kv(4, rotate)
+        products, _ = attention._attend("sdpa", module, query, key, key, None)
+        error[rotate] = float((products - query @ key.mT).norm())
+    assert error[True] < 0.6 * error[False]
 
 
 def test_other_kinds_of_attention_are_skipped(model):
@@ -203,8 +202,8 @@ def test_a_checkpoint_rounds_its_cache(lab, checkpoints, family):
 def test_a_cell_with_everything_rounded(lab, method):
     overrides = (*f"method={method}".split(), "quantization=w8a8", "quantization/kv_cache=int8")
     record = lab.run(*overrides, "eval=ppl,generation,speed", *SMALL_SPEED, "save=true")
-    assert record["method"].endswith("KV8") or "KV8" in record["quantization"]
     loaded = lab.run(f"model.path={lab.root / record['checkpoint']}")
+    assert loaded["method"] == f"{method.split()[0]} INT8 A8 KV8"
     assert loaded["metrics"]["ppl"]["value"] == record["metrics"]["ppl"]["value"]
 
 
@@ -217,7 +216,8 @@ SMALL_SPEED = [
 
 
 def test_the_speed_of_a_rotated_cache_counts_no_product_twice(lab):
-    record = lab.run("method=dense", "quantization=kv4", "quantization.kv_cache.rotate=true", "eval=speed", *SMALL_SPEED)
+    rotated = ("quantization=kv4", "quantization.kv_cache.rotate=true")
+    record = lab.run("method=dense", *rotated, "eval=ppl,speed", *SMALL_SPEED)
     macs = record["metrics"]["speed"]["macs"]
     assert macs["model"]["linears"] == macs["dense"]["linears"]
 
@@ -259,7 +259,7 @@ def test_labels_tell_caches_apart():
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [("bits=1", "bits"), ("granularity=tensor", "granularity"), ("rotate=1", "rotate"), ("symmetric=2", "symmetric")],
+    [("bits=1", "bits"), ("granularity=tensor", "granularity"), ("rotate=1", "rotate"), ("symmetric=2", "true")],
 )
 def test_settings_out_of_range_are_rejected(lab, setting, message):
     with pytest.raises(UserError, match=message):

@@ -76,7 +76,7 @@ def _own(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | N
 
 
 def _register(own: str) -> None:
-    # Not when this module is imported: transformers is in the middle of its own import then (lowrank_lab/__init__.py).
+    # Not when this module is imported: transformers may be in the middle of its own import (see lowrank_lab itself).
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
