@@ -27,7 +27,7 @@ from lowrank_lab.models.arch import ArchSpec, spec_for
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.quantization import steps
 from lowrank_lab.quantization.attention import cache_of, round_cache
-from lowrank_lab.quantization.linears import output_side, prepared_in, set_steps
+from lowrank_lab.quantization.linears import Followed, output_side, prepared_in, set_steps
 from lowrank_lab.saved import QUANT_METHOD, Saved
 
 # What the factors of each kind are made of.
@@ -75,6 +75,9 @@ class LowRankQuantizer(HfQuantizer):
             for _, _, path in places:
                 owner: Any = block.get_submodule(path.rpartition(".")[0])
                 owner._is_hf_initialized = True
+        if saved.final:
+            path = _path(model, spec_for(model.config.model_type).final_norm)
+            model.set_submodule(path, Followed(model.get_submodule(path), steps.empty(saved.final)))
         for name, form in saved.quantized.items():
             index, _, path = name.partition(".")
             block = _block(model, int(index))
@@ -134,10 +137,12 @@ def describe(model: nn.Module, spec: ArchSpec, sites: Sites, ranks: Ranks, metho
         for index, block in enumerate(blocks_of(model, spec))
         for paths, prepared in prepared_in(block)
     }
+    norm = model.get_submodule(spec.final_norm)
+    final = steps.describe(norm.steps) if isinstance(norm, Followed) else []
     kind = found.pop() if len(found) == 1 else "factors" if not found else None
     if kind is None:
         raise UserError("save=true: a checkpoint cannot hold this storage; use storage=uv, u, v or remap")
-    return Saved(method, ratio, kind, dict(sites), dict(ranks), quantized, steps_of, cache_of(model))
+    return Saved(method, ratio, kind, dict(sites), dict(ranks), quantized, steps_of, final, cache_of(model))
 
 
 def save(folder: Path, model: Any, tokenizer: Any, use_cache: bool, saved: Saved | None) -> None:
@@ -207,7 +212,10 @@ def _blocks(model: Any, sites: Sites) -> list[tuple[nn.Module, str]]:
 
 def _block(model: Any, index: int) -> nn.Module:
     """One block of ``model``, which may also be a bare one, without lm_head."""
-    path = spec_for(model.config.model_type).blocks
-    if model.base_model is model:
-        path = path.removeprefix(f"{model.base_model_prefix}.")
-    return model.get_submodule(path)[index]
+    blocks: Any = model.get_submodule(_path(model, spec_for(model.config.model_type).blocks))
+    return blocks[index]
+
+
+def _path(model: Any, path: str) -> str:
+    """Where a module of a model with lm_head is in ``model``, which may also be a bare one."""
+    return path.removeprefix(f"{model.base_model_prefix}.") if model.base_model is model else path

@@ -27,6 +27,7 @@ class Saved:
     quantized       the formats of the linears in few bits, factors or dense: by "<block>.<name within the block>"
     steps           what is done to the input of linears, described, by the names, as above, of those that share it,
                     with commas between them
+    final           what is done to the output of the last norm, described
     kv_cache        the format of keys and values; None: they are as they are
     """
 
@@ -37,16 +38,17 @@ class Saved:
     ranks: Ranks
     quantized: dict[str, Format] = field(default_factory=dict)
     steps: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    final: list[dict[str, Any]] = field(default_factory=list)
     kv_cache: KvCache | None = None
 
     @property
     def is_quantized(self) -> bool:
-        return bool(self.quantized or self.steps) or self.kv_cache is not None
+        return bool(self.quantized or self.steps or self.final) or self.kv_cache is not None
 
     @property
     def online(self) -> bool:
         """Whether anything is done in the forward beside multiplying, which dense weights cannot hold."""
-        return bool(self.steps) or self.kv_cache is not None
+        return bool(self.steps or self.final) or self.kv_cache is not None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for JSON."""
@@ -72,6 +74,7 @@ class Saved:
             "sites": sites,
             "quantized": {name: asdict(form) for name, form in self.quantized.items()},
             "steps": self.steps,
+            "final": self.final,
             "kv_cache": None if self.kv_cache is None else asdict(self.kv_cache),
         }
 
@@ -93,9 +96,10 @@ class Saved:
                 ranks[str(entry["name"])] = None if entry["rank"] is None else int(entry["rank"])
             quantized = {str(name): Format(**form) for name, form in data.get("quantized", {}).items()}
             steps = {str(names): [dict(step) for step in found] for names, found in data.get("steps", {}).items()}
+            final = [dict(step) for step in data.get("final", [])]
             kv_cache = None if data.get("kv_cache") is None else KvCache(**data["kv_cache"])
-            name, ratio, kind = str(data["method"]), float(data["ratio"]), data["storage"]
-            return cls(name, ratio, kind, sites, ranks, quantized, steps, kv_cache)
+            made = str(data["method"]), float(data["ratio"]), data["storage"], sites, ranks
+            return cls(*made, quantized, steps, final, kv_cache)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"a lowrank_lab checkpoint whose quantization_config is damaged ({type(error).__name__}: {error})"

@@ -39,6 +39,8 @@ def compute(cell: Cell, record: Record) -> None:
     record.data["hardware"] = environment.hardware(device)
     bench = Bench(cell, record, device)
     _check_lengths(cell, bench.model_config)
+    if cell.quantization is not None:
+        cell.quantization.check(bench.spec)
     left_out = record.data["left_out"]
     for bench.evaluator, evaluator in cell.evaluators.items():
         try:

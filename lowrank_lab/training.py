@@ -1,7 +1,7 @@
-"""A small training loop that can be stopped and goes on: for learned ranks and for fine-tuning.
+"""A small training loop that can be stopped and goes on: for learned ranks and rotations, and for fine-tuning.
 
-Nothing here is special: AdamW, a schedule from transformers, batches in an order that the seed settles. It exists
-so that both trainings resume in the same way, to the same numbers.
+Nothing here is special: AdamW unless told otherwise, a schedule from transformers, batches in an order that the
+seed settles. It exists so that all trainings resume in the same way, to the same numbers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import get_scheduler
 from lowrank_lab import progress
 
 SAVE_SECONDS = 60.0  # between two saves of the state
+ADAMW = partial(torch.optim.AdamW, weight_decay=0.0)
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ def train(
     ids: Tensor,
     recipe: Recipe,
     after_step: Callable[[], dict[str, Any]] = dict,
+    optimizer_of: Callable[..., torch.optim.Optimizer] = ADAMW,
 ) -> list[dict[str, Any]]:
     """Train ``parameters`` in place; returns what each step reported.
 
@@ -54,7 +57,7 @@ def train(
     and ends with the same numbers, dropout included: each step seeds torch's generators. Raises FloatingPointError
     where a loss is not finite.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
+    optimizer = optimizer_of(parameters, lr=recipe.learning_rate)
     scheduler = get_scheduler(recipe.schedule, optimizer, recipe.warmup, recipe.steps)
     state = folder / f"{name}.state"
     history: list[dict[str, Any]] = []

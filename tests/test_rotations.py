@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from transformers import AutoModel, AutoModelForCausalLM
 
-from lowrank_lab.quantization import hadamard
+from lowrank_lab.bench import Bench, pick_device
+from lowrank_lab.checkpoint import merge
+from lowrank_lab.errors import UserError
+from lowrank_lab.evaluation.timing import count_macs
+from lowrank_lab.lowrank.factorized import factorize
+from lowrank_lab.models.walk import blocks_of
+from lowrank_lab.quantization import hadamard, learned_rotation, rotation
+from lowrank_lab.quantization.cayley import CayleySgd
+from lowrank_lab.quantization.learned_rotation import attach, load
+from lowrank_lab.quantization.steps import Hadamard
+from lowrank_lab.results import Record
+from lowrank_lab.saved import Saved
+from tests.conftest import load_lively
 
 # Widths of models, of heads, and of the fields they lead to: prime (107), squares (25, 49) and cubes (27, 343).
 HADAMARD = [1, 2, 4, 12, 20, 28, 36, 44, 48, 52, 64, 80, 100, 192, 976, 500, 576, 1536]
@@ -48,3 +63,295 @@ def test_random_signs_follow_the_seed():
     first, same, other = (hadamard.randomized(12, seed) for seed in (0, 0, 1))
     assert torch.equal(first, same) and not torch.equal(first, other)
     torch.testing.assert_close(first @ first.T, torch.eye(12, dtype=torch.float64))
+
+
+def bench_of(lab, folder, *overrides, joint=False, untied=False):
+    """A bench whose model has large biases and norms that are not 1; with ``joint`` q, k and v are one site."""
+    sites = ["grouping=qkv"] if joint else []
+    [cell] = lab.cells(f"model.path={folder}", "method=dense", *sites, *overrides)
+    bench = Bench(cell, Record(cell, None), pick_device("cpu"))
+    bench.model = load_lively(folder, 3.0, 0.3)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in bench.model.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(0.2, 2.0, generator=generator)
+    if untied:
+        bench.model.config.tie_word_embeddings = False
+        bench.model.lm_head.weight = torch.nn.Parameter(random(*bench.model.lm_head.weight.shape, seed=1))
+    return bench
+
+
+def factor(bench, rank):
+    """Put random factors of ``rank`` in the place of all sites."""
+    for number, site in enumerate(bench.sites.values()):
+        block = blocks_of(bench.model, bench.spec)[site.block]
+        left = random(site.out, rank, seed=2 * number) / rank**0.5
+        factorize(block, site, left, random(rank, site.inp, seed=2 * number + 1) / site.inp**0.5)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits_of(model):
+    ids = torch.randint(3, 260, (2, 24), generator=torch.Generator().manual_seed(3))
+    return model(ids, use_cache=False).logits
+
+
+FAMILIES = ["llama", "llama untied", "mistral", "qwen2", "qwen3", "phi3"]
+TRANSFORMS = [
+    "quantization/transform=quarot",
+    "quantization/transform=quarot quantization.transform.heads=false quantization.transform.down=false",
+    "quantization/transform=spinquant quantization.transform.steps=2",
+    "quantization/latent=hadamard",
+]
+
+
+@pytest.mark.parametrize("sites", ["dense", "factors", "joint factors"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rotation_changes_no_logits(lab, checkpoints, family, transform, sites):
+    folder, joint = checkpoints[family.split()[0]], sites == "joint factors"
+    bench = bench_of(lab, folder, "quantization=w4a4", *transform.split(), joint=joint, untied="untied" in family)
+    if sites != "dense":
+        factor(bench, 9)
+    before, weights = logits_of(bench.model), {n: p.clone() for n, p in bench.model.named_parameters()}
+    quantization = bench.cell.quantization
+    with torch.no_grad():
+        (quantization.transform or quantization.latent)(bench, quantization)
+    after = logits_of(bench.model)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    assert before.abs().max() > 1  # it is no model that gives next to nothing
+    changed = [n for n, p in bench.model.named_parameters() if n in weights and not torch.equal(p, weights[n])]
+    assert changed or (sites == "dense" and quantization.latent is not None)
+    tied = bench.model.lm_head.weight is bench.model.get_input_embeddings().weight
+    assert tied == (family == "llama")
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("preset", ["quarot", "spinquant"])
+def test_models_that_cannot_be_rotated_are_skipped(lab, checkpoints, family, preset):
+    record = lab.run(f"model.path={checkpoints[family]}", "method=dense", f"quantization={preset}")
+    assert record["status"] == "skipped"
+    assert "rotates the residual stream" in record["reason"]
+
+
+def outliers(model):
+    """Make two channels of the residual stream stand out, as in a trained model."""
+    model.get_input_embeddings().weight.data[:, [5, 17]] *= 30.0
+
+
+@pytest.mark.parametrize(
+    ("sites", "weights"),
+    [("dense", "rtn"), ("dense", "none"), ("factors", "none"), ("joint factors", "none")],
+)
+def test_rotations_lose_less_in_few_bits_where_channels_stand_out(lab, checkpoints, sites, weights):
+    errors = {}
+    for preset in ("w4a4", "quarot", "spinquant"):
+        overrides = [f"quantization={preset}", f"quantization/method={weights}"]
+        steps = ["quantization.transform.steps=2"] if preset == "spinquant" else []
+        bench = bench_of(lab, checkpoints["mistral"], *overrides, *steps, joint=sites == "joint factors")
+        if sites != "dense":
+            factor(bench, 24)
+        outliers(bench.model)
+        exact = logits_of(bench.model)
+        bench.cell.quantization(bench)
+        errors[preset] = (logits_of(bench.model) - exact).norm() / exact.norm()
+    assert errors["quarot"] < 0.85 * errors["w4a4"]
+    assert errors["spinquant"] < 0.85 * errors["w4a4"]
+
+
+def test_latent_hadamards_spread_the_latent_values(lab, checkpoints):
+    bench = bench_of(lab, checkpoints["llama"], "quantization=w4a4", "quantization/latent=hadamard")
+    factor(bench, 24)
+    block = blocks_of(bench.model, bench.spec)[0]
+    factors = block.self_attn.q_proj
+    sigma = torch.logspace(0, -2, 24)
+    factors.right.weight.data, _ = torch.linalg.qr(factors.right.weight.data.T)
+    factors.right.weight.data = sigma[:, None] * factors.right.weight.data.T
+    bench.cell.quantization.latent(bench, bench.cell.quantization)
+    sizes = bench.model.model.layers[0].self_attn.q_proj.right.weight.norm(dim=1)
+    assert sizes.max() / sizes.min() < 3 < (sigma.max() / sigma.min())
+
+
+@pytest.mark.parametrize("method", ["dense", "svdllm", "svdllm grouping=qkv", "dobi_untrained"])
+@pytest.mark.parametrize(
+    "preset", ["quarot quantization/latent=hadamard", "spinquant quantization.transform.steps=1"]
+)
+def test_a_checkpoint_of_a_rotated_model_is_the_model_in_memory(lab, method, preset):
+    name, *rest = method.split()
+    made = lab.run(f"method={name}", *rest, "ratio=0.8", "save=true", *f"quantization={preset}".split())
+    folder = lab.root / made["checkpoint"]
+    loaded = lab.run(f"model.path={folder}")
+    assert loaded["metrics"]["ppl"]["value"] == made["metrics"]["ppl"]["value"]
+    for count in ("parameters", "bytes", "macs_per_token"):
+        assert loaded["sizes"][count] == made["sizes"][count]
+    described = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert described["final"] == [{"step": "rotate", "width": 48, "size": 48}]  # the tiny llama's embedding is tied
+    whole, bare = AutoModelForCausalLM.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        states = bare(ids).last_hidden_state
+        assert torch.equal(whole(ids).logits, whole.lm_head(states))
+    with pytest.raises(UserError, match="dense weights cannot hold"):
+        merge(whole, Saved.from_dict(described))
+
+
+def test_learned_rotations_are_made_once_for_all_weight_formats(lab):
+    rotations = []
+    for bits in (4, 3):
+        overrides = [
+            "quantization=spinquant",
+            "quantization.transform.steps=1",
+            f"quantization.weights.bits={bits}",
+        ]
+        record = lab.run("method=dense", *overrides)
+        rotations += [stage for stage in record["stages"] if stage["stage"] == "rotations"]
+    first, second = rotations
+    assert not first["reused"] and second["reused"]
+
+
+@pytest.mark.parametrize("joint", [None, True])
+@torch.no_grad()
+def test_learning_sees_the_network_that_is_made(lab, checkpoints, joint):
+    """With weights rounded in training too, it is the one that rotation and rounding to nearest then make.
+
+    In float64, since in float32 a few numbers are rounded the other way.
+    """
+    logits = []
+    for way in ("learning", "made"):
+        overrides = ["quantization=spinquant", "quantization.weights.scale_dtype=float32"]
+        bench = bench_of(lab, checkpoints["qwen2"], *overrides, joint=bool(joint))
+        bench.model.double()
+        if joint:
+            factor(bench, 16)
+        quantization = bench.cell.quantization
+        rotation.fold_norms(bench.model, bench.spec)
+        rotation.hadamards(bench.model, bench.spec, False, True)
+        r1, r2 = rotation.start(bench.model, 0)
+        if way == "learning":
+            attach(bench.model, bench, quantization, True, r1, r2)
+        else:
+            rotation.rotate(bench.model, bench.spec, r1, r2)
+            quantization.transform = None
+            quantization(bench)
+        logits.append(logits_of(bench.model))
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-9)
+
+
+def test_without_rounding_the_loss_depends_on_no_rotation(lab, checkpoints, monkeypatch):
+    """So its gradient is zero in all directions in which they stay orthogonal."""
+    monkeypatch.setattr(learned_rotation, "straight_through", lambda x, form: x)
+    bench = bench_of(lab, checkpoints["qwen2"], "quantization=spinquant")
+    bench.model.double().requires_grad_(False)
+    rotation.fold_norms(bench.model, bench.spec)
+    rotations = [torch.nn.Parameter(r) for r in rotation.start(bench.model, 0)]
+    attach(bench.model, bench, bench.cell.quantization, True, *rotations)
+    ids = bench.calibration_ids
+    bench.model(ids, labels=ids).loss.backward()
+    for r in rotations:
+        turned = r.grad @ r.detach().mT
+        assert (turned - turned.mT).norm() < 1e-6 * turned.norm()
+
+
+def test_learning_lowers_the_loss_of_the_rounded_model(lab, checkpoints, monkeypatch):
+    """Of one that has learned its text with two large channels; it begins without rotations here."""
+    begin = torch.eye(48).double(), torch.eye(12).double().repeat(3, 1, 1)
+    monkeypatch.setattr(learned_rotation, "start", lambda model, seed: begin)
+    few = [
+        "quantization.activations.bits=3",
+        "quantization.transform.steps=20",
+        "quantization.transform.batch_size=12",
+    ]
+    bench = bench_of(lab, checkpoints["mistral"], "quantization=spinquant", *few)
+    bench.model = load_lively(checkpoints["mistral"], 1.0, 0.0)
+    outliers(bench.model)
+    ids, optimizer = bench.calibration_ids, torch.optim.Adam(bench.model.requires_grad_(True).parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        bench.model(ids, labels=ids).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        bench.cell.quantization.transform(bench, bench.cell.quantization)
+    [file] = (lab.root / "artifacts" / "rotations").glob("*/facts.json")
+    facts = json.loads(file.read_text())
+    assert facts["loss_after"] < 0.95 * facts["loss_before"]
+    r1, r2 = load(file.parent)
+    for r in (r1, *r2):
+        torch.testing.assert_close(r @ r.T, torch.eye(len(r)).double(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_cayley_descends_and_stays_orthogonal(dtype):
+    """The nearest rotation to a matrix (Procrustes) is found, from another one, for several at once."""
+    goals = torch.linalg.matrix_exp(0.3 * (lambda a: a - a.mT)(random(2, 24, 24))).to(dtype)
+    x = torch.nn.Parameter(torch.eye(24, dtype=dtype).repeat(2, 1, 1))
+    optimizer = CayleySgd([x], lr=0.5)
+    losses = []
+    for _ in range(50):
+        loss = (x - goals).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.01 * losses[0]
+    identity = torch.eye(24, dtype=dtype).expand(2, 24, 24)
+    torch.testing.assert_close(x @ x.mT, identity, rtol=0, atol=1e-5)
+
+
+def test_a_cayley_step_is_that_of_the_paper():
+    """Its fixed-point iteration, run until it stands still."""
+    x, gradient = hadamard.matrix(12), random(12, 12).double()
+    parameter = torch.nn.Parameter(x.clone())
+    parameter.grad = gradient
+    CayleySgd([parameter], lr=1e-3).step()
+    moment = -gradient
+    hat = moment @ x.T - x @ (x.T @ moment @ x.T) / 2
+    skew, y = hat - hat.T, x + 1e-3 * moment
+    for _ in range(20):
+        y = x + 1e-3 / 2 * skew @ (x + y)
+    torch.testing.assert_close(parameter.data, y, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("stride", [1, 4, 12])
+def test_the_step_over_heads_leaves_each_in_place(stride):
+    x = random(3, 48).double()
+    whole = torch.kron(hadamard.matrix(48 // stride), torch.eye(stride).double())
+    torch.testing.assert_close(Hadamard(48, stride)(x), x @ whole)
+
+
+def test_a_rotated_model_is_not_compared_layer_by_layer(lab):
+    kept = lab.run("method=svdllm", "quantization=w4a4", "quantization/latent=hadamard", "eval=[ppl,output_error]")
+    assert 0 < kept["metrics"]["output_error"]["value"] < 1
+    record = lab.run("method=svdllm", "quantization=quarot", "eval=[ppl,output_error]")
+    assert set(record["metrics"]) == {"ppl"}
+    assert "changes the inputs of linears" in record["left_out"]["output_error"]
+
+
+def test_what_is_done_online_is_counted(lab, checkpoints):
+    """A full rotation after the last norm; in a block 4 heads, and 80 = 20 · 4 inputs of down_proj."""
+    bench = bench_of(lab, checkpoints["llama"], "quantization=quarot")
+    before = count_macs(bench.model, torch.arange(3, 15)[None])
+    bench.cell.quantization(bench)
+    after = count_macs(bench.model, torch.arange(3, 15)[None])
+    assert before["steps"] == 0
+    assert after == {**before, "steps": 48 * 48 + 3 * (48 * 4 + 80 * (20 + 4))}
+
+
+@pytest.mark.parametrize("preset", ["quarot", "spinquant"])
+def test_a_compressed_checkpoint_is_rotated_as_its_cell_is(lab, preset):
+    steps = ["quantization.transform.steps=1"] if preset == "spinquant" else []
+    overrides = [f"quantization={preset}", *steps]
+    made = lab.run("method=svdllm", "ratio=0.6", "save=true")
+    here = lab.run("method=svdllm", "ratio=0.6", *overrides)
+    there = lab.run(f"model.path={lab.root / made['checkpoint']}", *overrides)
+    assert there["metrics"]["ppl"]["value"] == here["metrics"]["ppl"]["value"]
+
+
+def test_a_transform_first_used_for_inference_has_gradients_later():
+    with torch.inference_mode():
+        hadamard.transform(torch.ones(1, 84))
+    x = random(1, 84).requires_grad_()
+    hadamard.transform(x).sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones(1, 84) @ hadamard.matrix(84).T.float())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lowrank_lab import versions
+from lowrank_lab.errors import SkippedCell
 from lowrank_lab.evaluation.windows import WindowEvaluator
 
 if TYPE_CHECKING:
@@ -21,6 +22,14 @@ class OutputError(WindowEvaluator):
     version = versions.OUTPUT_ERROR
     component = "OUTPUT_ERROR"
     models = ("compressed",)
+
+    def check(self, bench: Bench) -> None:
+        """Raises SkippedCell where linears are given something else than those of the dense model."""
+        quantization = bench.cell.quantization
+        if quantization is not None and quantization.transform is not None:
+            raise SkippedCell(
+                f"{quantization.name} changes the inputs of linears, so that they cannot be compared one by one"
+            )
 
     def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
         """Measure it: the value, what it is made of, and its protocol."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
@@ -22,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from lowrank_lab import environment, progress
 from lowrank_lab.evaluation.robust import unless_out_of_memory
 from lowrank_lab.lowrank.sizes import linear_tensors, macs_per_token
+from lowrank_lab.quantization.steps import Step
 
 T = TypeVar("T")
 Models: TypeAlias = Mapping[str, nn.Module]
@@ -79,20 +81,22 @@ def measure(
 def count_macs(model: nn.Module, prompt: Tensor) -> dict[str, int]:
     """Multiply-accumulates of the first token decoded after ``prompt`` (1, length), by torch's own counter.
 
-    ``linears`` of all linear layers, ``attention`` of the products with ``context`` keys and values (and of the
-    angles of rotary embeddings, a few dozen). Raises RuntimeError where the shapes say something else than what
-    runs, for the prompt or for that token: one of them would be a bug.
+    ``linears`` of all linear layers, ``steps`` of what a quantization does to their inputs, ``attention`` of the
+    products with ``context`` keys and values (and of the angles of rotary embeddings, a few dozen). Raises
+    RuntimeError where the shapes say something else than what runs, for the prompt or for that token: one of them
+    would be a bug.
     """
     with _counter() as of_prefill:
         cache, token = _prefill(model, prompt)
     with _counter() as of_step:
         _decode(model, cache, token, 1)
     expected = (prefill_macs(model, prompt.shape[1]), macs_per_token(model))
-    counted = (_linear_macs(of_prefill), _linear_macs(of_step))
+    counted = (_linear_macs(of_prefill, model), _linear_macs(of_step, model))
     if counted != expected:
         raise RuntimeError(f"the linears run {counted} multiply-accumulates, their shapes say {expected}")
-    attention = of_step.get_total_flops() // 2 - counted[1]
-    return {"linears": counted[1], "attention": attention, "context": prompt.shape[1] + 1}
+    steps = sum(_steps_flops(of_step, model).values()) // 2
+    attention = of_step.get_total_flops() // 2 - counted[1] - steps
+    return {"linears": counted[1], "steps": steps, "attention": attention, "context": prompt.shape[1] + 1}
 
 
 def prefill_macs(model: Any, length: int) -> int:
@@ -108,10 +112,20 @@ def _counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
-def _linear_macs(counter: FlopCounterMode) -> int:
-    """Those of two-dimensional products: attention's are batched or one kernel."""
-    counts = counter.get_flop_counts()["Global"]
-    return sum(counts.get(product, 0) for product in (torch.ops.aten.mm, torch.ops.aten.addmm)) // 2
+def _linear_macs(counter: FlopCounterMode, model: nn.Module) -> int:
+    """Those of two-dimensional products without those of steps: attention's are batched or one kernel."""
+    counts, of_steps = counter.get_flop_counts()["Global"], _steps_flops(counter, model)
+    products = (torch.ops.aten.mm, torch.ops.aten.addmm)
+    return sum(counts.get(product, 0) - of_steps[product] for product in products) // 2
+
+
+def _steps_flops(counter: FlopCounterMode, model: nn.Module) -> Counter[Any]:
+    """By kernel, what the counter found in the steps in front of linears."""
+    counts, found = counter.get_flop_counts(), Counter[Any]()
+    for name, module in model.named_modules():
+        if isinstance(module, Step):
+            found.update(counts.get(f"{type(model).__name__}.{name}", {}))
+    return found
 
 
 def _linear_bytes(model: nn.Module) -> int:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lowrank_lab.bench import Bench
+    from lowrank_lab.models.arch import ArchSpec
     from lowrank_lab.quantization.activations import Activations
     from lowrank_lab.quantization.codec import Quantized
     from lowrank_lab.quantization.inputs import Inputs
@@ -31,6 +32,9 @@ class Transform:
     label = ""
     needs_calibration = False
     online = False
+
+    def check(self, spec: ArchSpec) -> None:
+        """Raises SkippedCell, before any work, for models whose architecture does not allow it."""
 
     def __call__(self, bench: Bench, quantization: Quantization) -> None:
         raise NotImplementedError
@@ -122,6 +126,12 @@ class Quantization:
         parts = [part.label for part in before if part is not None]
         parts += [*of_weights, *(part.label for part in after if part is not None)]
         return " ".join(part for part in parts if part)
+
+    def check(self, spec: ArchSpec) -> None:
+        """Raises SkippedCell, before any work, for models whose architecture does not allow it."""
+        for part in (self.transform, self.latent):
+            if part is not None:
+                part.check(spec)
 
     def __call__(self, bench: Bench) -> None:
         """Quantize ``bench.model`` in place."""

@@ -71,6 +71,7 @@ def _orders(width: int) -> tuple[int, ...] | None:
 
 
 @cache
+@torch.inference_mode(False)  # whoever asks first: others may need gradients through it
 def _piece(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return _orthogonal(size).to(device, dtype)
 

@@ -49,6 +49,18 @@ class PreparedLinear(nn.Module):
         return self.linear(self.prepare(x))
 
 
+class Followed(nn.Module):
+    """A norm with ``steps`` after it: the last norm of a model whose lm_head cannot take them over."""
+
+    def __init__(self, norm: nn.Module, steps: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.norm = norm
+        self.steps = nn.Sequential(*steps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.steps(self.norm(x))
+
+
 def linears_in(block: nn.Module, members: Iterable[str]) -> list[str]:
     """The paths of the plain linears that make up ``members``: themselves, or their factors."""
     found = []

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_lab.quantization import hadamard
 from lowrank_lab.quantization.codec import decode, encode, grids, spread
 from lowrank_lab.quantization.formats import Format
 
@@ -70,6 +71,24 @@ class Rotate(Step):
         return rotated.flatten(-2)[..., : self.width]
 
 
+class Hadamard(Step):
+    """x H with the orthogonal Hadamard matrix of the channels that are ``stride`` apart.
+
+    With stride 1 it is one of all channels; with that of a head it mixes the heads, and leaves each as it is.
+    """
+
+    def __init__(self, width: int, stride: int) -> None:
+        super().__init__()
+        self.width, self.stride = width, stride
+
+    def settings(self) -> dict[str, Any]:
+        return {"width": self.width, "stride": self.stride}
+
+    def forward(self, x: Tensor) -> Tensor:
+        apart = x.unflatten(-1, (self.width // self.stride, self.stride))
+        return hadamard.transform(apart.mT).mT.flatten(-2)
+
+
 class Round(Step):
     """x rounded to the values of an integer format and back; a group of the format is one of a token's channels.
 
@@ -106,7 +125,7 @@ class Round(Step):
         return decode(encode(rows, self.form, scale, zero), self.form, scale, zero).to(x.dtype).view(x.shape)
 
 
-STEPS = {"scale": Scale, "permute": Permute, "rotate": Rotate, "round": Round}
+STEPS = {"scale": Scale, "permute": Permute, "rotate": Rotate, "hadamard": Hadamard, "round": Round}
 
 
 def describe(steps: nn.Sequential) -> list[dict[str, Any]]:

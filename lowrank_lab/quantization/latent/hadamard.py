@@ -1,0 +1,25 @@
+"""A site's latent values rotated by a Hadamard matrix, between its factors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lowrank_lab.quantization.base import Quantization, Transform
+
+if TYPE_CHECKING:
+    from lowrank_lab.bench import Bench
+
+
+class LatentHadamard(Transform):
+    """left ← left H and right ← Hᵀ right: the same product at no cost.
+
+    The latent values, which fall off with the singular values, then are of one size, so that few bits suffice for
+    them and for the factors. Dense sites stay as they are.
+    """
+
+    label = "latent Hadamard"
+
+    def __call__(self, bench: Bench, quantization: Quantization) -> None:
+        from lowrank_lab.quantization.rotation import rotate_latent
+
+        rotate_latent(bench.model, bench.spec)

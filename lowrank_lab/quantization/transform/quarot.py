@@ -1,0 +1,41 @@
+"""QuaRot: Hadamard rotations of the residual stream, the heads and the inputs of down_proj, not learned."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lowrank_lab import checks
+from lowrank_lab.quantization.base import Quantization, Transform
+
+if TYPE_CHECKING:
+    from lowrank_lab.bench import Bench
+    from lowrank_lab.models.arch import ArchSpec
+
+
+class QuaRot(Transform):
+    """Ashkboos et al. 2024, but for the rotation of queries and keys, which is the KV cache's (kv_cache.rotate).
+
+    heads  whether values are also mixed between the heads before o_proj, online; within each head they always are
+    down   whether the inputs of down_proj are rotated, online
+
+    Raises SkippedCell for models whose norms do not allow it.
+    """
+
+    label = "QuaRot"
+    online = True
+
+    def __init__(self, heads: bool, down: bool) -> None:
+        checks.flag(heads=heads, down=down)
+        self.heads, self.down = heads, down
+
+    def check(self, spec: ArchSpec) -> None:
+        from lowrank_lab.quantization.rotation import check
+
+        check(spec, self.label)
+
+    def __call__(self, bench: Bench, quantization: Quantization) -> None:
+        from lowrank_lab.quantization import rotation
+
+        rotation.fold_norms(bench.model, bench.spec)
+        rotation.hadamards(bench.model, bench.spec, self.heads, self.down)
+        rotation.rotate(bench.model, bench.spec, *rotation.start(bench.model, bench.cell.cfg.seed))

@@ -1,0 +1,73 @@
+"""SpinQuant: QuaRot's rotations of the residual stream and the heads, learned."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lowrank_lab import checks, config
+from lowrank_lab.errors import UserError
+from lowrank_lab.quantization.base import Quantization, Transform
+
+if TYPE_CHECKING:
+    from lowrank_lab.bench import Bench
+    from lowrank_lab.models.arch import ArchSpec
+
+
+class SpinQuant(Transform):
+    """Liu et al. 2024, on the calibration text; queries and keys are the KV cache's (kv_cache.rotate).
+
+    steps, learning_rate  of Cayley SGD, the rate falling to zero
+    batch_size            sequences a step, ``micro_batch`` of them in a forward
+    round_weights         whether weights are rounded to nearest in training too; activations always are
+    down                  whether the inputs of down_proj are rotated by a Hadamard matrix, online
+
+    Raises SkippedCell for models whose norms do not allow it.
+    """
+
+    label = "SpinQuant"
+    needs_calibration = True
+    online = True
+
+    def __init__(
+        self, steps: int, learning_rate: float, batch_size: int, micro_batch: int, round_weights: bool, down: bool
+    ) -> None:
+        checks.whole(1, steps=steps, batch_size=batch_size, micro_batch=micro_batch)
+        checks.above(0, learning_rate=learning_rate)
+        checks.flag(round_weights=round_weights, down=down)
+        self.steps, self.learning_rate, self.batch_size = steps, learning_rate, batch_size
+        self.micro_batch, self.round_weights, self.down = micro_batch, round_weights, down
+
+    def check(self, spec: ArchSpec) -> None:
+        from lowrank_lab.quantization.rotation import check
+
+        check(spec, self.label)
+
+    def __call__(self, bench: Bench, quantization: Quantization) -> None:
+        from lowrank_lab.quantization import learned_rotation, rotation
+
+        if quantization.activations is None and not self.round_weights:
+            raise UserError(
+                "quantization/transform=spinquant learns from rounded numbers; choose "
+                "quantization/activations=int4 or quantization.transform.round_weights=true"
+            )
+        rotation.fold_norms(bench.model, bench.spec)
+        rotation.hadamards(bench.model, bench.spec, False, self.down)
+        cfg, cell = bench.cell.cfg, bench.cell
+        forms = ("weights", "left", "right") if self.round_weights else ()
+        learned = bench.artifact(
+            "rotations",
+            "rotations",
+            {
+                "model": cell.factored_key,
+                "sites": [config.for_key(cfg.grouping), cfg.targets.linears],
+                "transform": config.for_key(cfg.quantization.transform, without=("micro_batch",)),
+                "activations": config.for_key(cfg.quantization.activations),
+                "weights": [config.for_key(cfg.quantization[form]) for form in forms],
+                "tokens": cell.calibration_tokens_key,
+                "seed": cfg.seed,
+            },
+            partial(learned_rotation.learn, bench, quantization, self),
+            resumable=True,
+        )
+        rotation.rotate(bench.model, bench.spec, *learned_rotation.load(learned))
