@@ -75,7 +75,7 @@ def test_packed_codes_share_no_memory_with_the_codes():
 
 FORMATS = [
     Format(bits, grid, bits == 3, granularity, scale_dtype)
-    for bits, grid in ((8, "integer"), (3, "integer"), (4, "nf4"), (4, "codebook"))
+    for bits, grid in ((8, "integer"), (3, "integer"), (4, "nf4"), (4, "fp4"), (4, "codebook"))
     for granularity in ("tensor", "channel", 32, 500)
     for scale_dtype in ("float32", "float16", "bfloat16")
 ]

@@ -147,10 +147,10 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "phi3"])
-@pytest.mark.parametrize("latent", ["smooth", "beta"])
+@pytest.mark.parametrize("latent", ["smooth", "beta", "beta quantization.latent.rotate=true"])
 @pytest.mark.parametrize("grouping", ["each", "qkv"])
 def test_latents_change_the_factors_but_not_the_model(lab, checkpoints, family, latent, grouping):
-    options = ["quantization=w8a8", f"quantization/latent={latent}", f"grouping={grouping}"]
+    options = ["quantization=w8a8", *f"quantization/latent={latent}".split(), f"grouping={grouping}"]
     bench = bench_of(lab, checkpoints[family], *options, rank=20)
     expected, before = logits(bench.model), copy.deepcopy(bench.model.state_dict())
     bench.cell.quantization.latent(bench, bench.cell.quantization)
@@ -330,6 +330,7 @@ EVERYTHING = [
     ["quantization=awq", "quantization/activations=int8_static", "quantization/latent=smooth"],
     ["quantization=smoothquant", "quantization/latent=beta"],
     ["quantization=w8a8", "quantization/activations=int8_static", "quantization/latent=beta"],
+    ["quantization=w4a4", "quantization/latent=beta", "quantization.latent.rotate=true"],
     ["quantization=int4", "quantization/latent=beta", "quantization.weights.granularity=tensor"],
 ]
 
@@ -383,6 +384,7 @@ def test_a_search_without_rounding_is_skipped(lab, checkpoints):
         ("gpt2", "dense", ["quantization=smoothquant", "quantization.transform.where=all"]),
         ("llama", "svdllm", ["quantization=awq", "quantization.transform.where=all", "quantization/latent=beta"]),
         ("llama", "dobi_untrained", ["quantization=smoothquant", "quantization/latent=smooth"]),
+        ("llama", "qsvd", ["quantization=qsvd_w4a4"]),
     ],
 )
 def test_a_scaled_checkpoint_is_the_model_in_memory(lab, model, method, options):

@@ -46,8 +46,9 @@ class Quantized:
         """The matrix (rows, width) that the codes stand for, in the dtype of ``scale``."""
         if self.format.grid == "codebook":
             values = self._of_codebooks()
-        elif self.format.grid == "nf4":
-            values = self.scale.new_tensor(NF4).index_select(0, self.codes.int().view(-1)).view(self.codes.shape)
+        elif self.format.grid in TABLES:
+            table = self.scale.new_tensor(TABLES[self.format.grid])
+            values = table.index_select(0, self.codes.int().view(-1)).view(self.codes.shape)
         else:
             values = self.codes.to(self.scale.dtype)
             if self.zero is None:

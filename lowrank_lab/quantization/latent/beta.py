@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class BetaSplit(Transform):
     """left = U Σ^(1−β), right = Σ^β Vᵀ (Wang et al. 2025), with the β of ``betas`` that is best for the site.
 
-    betas  from 0 (Σ in the left factor) to 1 (in the right one); ½ is storage=uv
+    betas   from 0 (Σ in the left factor) to 1 (in the right one); ½ is storage=uv
+    rotate  whether the latent is then rotated by a Hadamard matrix, folded into both factors
 
     Best is the smallest mean ‖left' Q(right' x) − left right x‖² on the calibration text, with the factors rounded
     to the nearest of their formats and the latent to that of the activations. Dense sites stay as they are.
@@ -29,12 +30,13 @@ class BetaSplit(Transform):
     label = "QSVD"
     needs_calibration = True
 
-    def __init__(self, betas: Sequence[float]) -> None:
+    def __init__(self, betas: Sequence[float], rotate: bool) -> None:
         if not betas:
             raise ValueError("betas=[] is not valid; it must list numbers from 0 to 1")
         for beta in betas:
             checks.share(betas=beta)
-        self.betas = list(betas)
+        checks.flag(rotate=rotate)
+        self.betas, self.rotate = list(betas), rotate
 
     def __call__(self, bench: Bench, quantization: Quantization) -> None:
         from lowrank_lab import progress
@@ -63,6 +65,7 @@ class BetaSplit(Transform):
         import torch
 
         from lowrank_lab.quantization.folding import weights_of
+        from lowrank_lab.quantization.hadamard import transform
         from lowrank_lab.quantization.linears import change_weight
         from lowrank_lab.quantization.splits import latent_loss, low_factors, splits, weight_loss
 
@@ -70,6 +73,8 @@ class BetaSplit(Transform):
         outs = [len(left) for left in of_lefts]
         forms = (quantization.left, quantization.right) if quantization.method is not None else (None, None)
         candidates = splits(torch.cat(of_lefts).double(), of_right.double(), self.betas)
+        if self.rotate:
+            candidates = [(transform(u), transform(v.T).T) for u, v in candidates]
         losses = []
         for factors in candidates:
             low = low_factors(factors, outs, *forms)
