@@ -200,6 +200,20 @@ def test_a_linear_that_is_no_target_shares_the_input_but_not_the_rounding(lab, l
     }
 
 
+def test_latents_are_left_to_a_quantization_of_their_own(lab, lively):
+    model = (f"model.path={lively['llama']}", "method=svdllm", "ratio=0.8")
+    factors = {}
+    for latent in ("none", "smooth"):
+        made = checkpoint_of(lab, *model, *ALONE, f"quantization/latent={latent}", "calibration.samples=4")
+        loaded = AutoModelForCausalLM.from_pretrained(made)
+        factors[latent] = loaded.model.layers[0].self_attn.o_proj.left.weight
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint_of(lab, *model, "calibration.samples=4"))
+    before = plain.model.layers[0].self_attn.o_proj.left.weight
+    ratio = factors["smooth"] / before  # scaled by column, and no more
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-3, atol=0)
+    assert not torch.allclose(factors["none"].abs().sum(0), before.abs().sum(0), rtol=0.01)
+
+
 @pytest.mark.parametrize(
     ("setting", "message"), [("alpha=2", "alpha"), ("block_size=0", "block_size"), ("steps=-1", "steps")]
 )

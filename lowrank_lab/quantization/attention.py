@@ -18,10 +18,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank_lab.errors import SkippedCell
-from lowrank_lab.models.arch import spec_for
-from lowrank_lab.quantization import hadamard
+from lowrank_lab.models.arch import kv_cache_shape, spec_for
 from lowrank_lab.quantization.kv_cache import KvCache
-from lowrank_lab.quantization.steps import Round
+from lowrank_lab.quantization.steps import Hadamard, Round
 
 NAMES = {"sdpa": "lowrank_lab_sdpa", "eager": "lowrank_lab_eager"}  # by the name of what each does after rounding
 
@@ -38,14 +37,30 @@ def round_cache(model: Any, cache: KvCache) -> None:
     model.set_attn_implementation(NAMES[own])
     if model.config._attn_implementation != NAMES[own]:
         raise SkippedCell(f"{type(model).__name__} does not let its attention be replaced")
+    _, _, head_size = kv_cache_shape(model.config)
     for attention in _attentions(model):
-        attention.kv_cache = cache  # type: ignore[assignment]
+        attention.kv_cache = RoundedCache(cache, head_size)
 
 
 def cache_of(model: Any) -> KvCache | None:
     """What ``round_cache`` was given for ``model``; None where its keys and values are as they are."""
-    found = (getattr(module, "kv_cache", None) for module in model.modules())
-    return next((cache for cache in found if isinstance(cache, KvCache)), None)
+    return next((module.cache for module in model.modules() if isinstance(module, RoundedCache)), None)
+
+
+class RoundedCache(nn.Module):
+    """What is done to queries, keys and values (batch, heads, length, head size) before they meet."""
+
+    def __init__(self, cache: KvCache, head_size: int) -> None:
+        super().__init__()
+        self.cache = cache
+        self.rotation = Hadamard(head_size, 1) if cache.rotate else None
+        self.rounding = Round(asdict(cache.form))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.rotation is not None:
+            query = self.rotation(query.float()).to(query.dtype)
+            key = self.rotation(key.float()).to(key.dtype)
+        return query, self.rounding(key), self.rounding(value)
 
 
 def _attentions(model: Any) -> Iterator[nn.Module]:
@@ -55,15 +70,10 @@ def _attentions(model: Any) -> Iterator[nn.Module]:
 
 
 def _attend(
-    own: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any
+    own: str, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention ``own`` of rounded ``key`` and ``value`` (batch, their heads, length, head size)."""
-    cache: Any = module.kv_cache
-    rounded = Round(asdict(cache.form))
-    if cache.rotate:
-        query = hadamard.transform(query.float()).to(query.dtype)
-        key = hadamard.transform(key.float()).to(key.dtype)
-    return _own(own, module)(module, query, rounded(key), rounded(value), mask, **rest)
+    """transformers' attention ``own`` after rounding."""
+    return _own(own, module)(module, *module.kv_cache(query, key, value), mask, **rest)
 
 
 def _own(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -76,7 +86,7 @@ def _own(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | N
 
 
 def _register(own: str) -> None:
-    # Not when this module is imported: transformers is in the middle of its own import then (lowrank_lab/__init__.py).
+    # Not when this module is imported: transformers may be in the middle of its own import (lowrank_lab itself).
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
