@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lowrank_lab.quantization.transform.spinquant import SpinQuant
 
 log = logging.getLogger(__name__)
-JUDGED = 8  # sequences whose loss is told before and after
+JUDGED = 4  # sequences whose loss is told before and after
 
 
 def load(folder: Path) -> tuple[Tensor, Tensor]:
