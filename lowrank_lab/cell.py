@@ -50,8 +50,12 @@ class Cell(Keys):
         quantization = config.build(cfg.quantization) if cfg.quantization is not None else None
         if quantization is not None and source.saved is not None and source.saved.is_quantized:
             raise UserError(f"model.path={cfg.model.path} is quantized already; use quantization=none")
+        if quantization is not None:
+            quantization.check_installed()
         if quantization is not None and quantization.online and cfg.save.merge:
             raise UserError(f"save.merge=true: dense weights cannot hold {quantization.name}; use save=true")
+        if source.saved is not None and source.saved.online and cfg.save.merge:
+            raise UserError(f"save.merge=true: {cfg.model.path} does more than dense weights can hold")
         if _calibrates(metric, allocation, refinement, quantization):
             calibration_data = _content(cfg.calibration.dataset, "calibration", cfg.data_root, store)
         kind = "compressed" if cfg.allocation is not None else "dense" if quantization is None else "quantized"

@@ -137,8 +137,7 @@ def describe(model: nn.Module, spec: ArchSpec, sites: Sites, ranks: Ranks, metho
         for index, block in enumerate(blocks_of(model, spec))
         for paths, prepared in prepared_in(block)
     }
-    norm = model.get_submodule(spec.final_norm)
-    final = steps.describe(norm.steps) if isinstance(norm, Followed) else []
+    final = [step for norm in model.modules() if isinstance(norm, Followed) for step in steps.describe(norm.steps)]
     kind = found.pop() if len(found) == 1 else "factors" if not found else None
     if kind is None:
         raise UserError("save=true: a checkpoint cannot hold this storage; use storage=uv, u, v or remap")

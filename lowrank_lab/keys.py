@@ -181,13 +181,18 @@ class Keys:
         """Identifies the weights that are evaluated."""
         if self.quantization is None:
             return self.factored_key
-        sites = [config.for_key(self.cfg.grouping), self.cfg.targets.linears]
+        answers = config.for_key(self.cfg.quantization, without=() if self.compressed else ("left", "right"))
+        transforms = {name: getattr(self.quantization, name) for name in ("transform", "latent")}
+        for name, transform in transforms.items():
+            if transform is not None:
+                answers[name] = config.for_key(self.cfg.quantization[name], without=transform.no_influence)
+        seeded = any(transform is not None and transform.needs_seed for transform in transforms.values())
         return fingerprint(
             {
                 "model": self.factored_key,
-                "sites": None if self.compresses else sites,
-                "quantization": config.for_key(self.cfg.quantization),
-                "seed": self.cfg.seed if self.quantization.transform or self.quantization.latent else None,
+                "targets": None if self.compressed else self.cfg.targets.linears,
+                "quantization": answers,
+                "seed": self.cfg.seed if seeded else None,
                 "tokens": self.calibration_tokens_key if self.quantization.needs_calibration else None,
                 "version": versions.QUANTIZATION,
             }

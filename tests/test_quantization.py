@@ -306,7 +306,7 @@ def test_each_factor_may_have_a_format_of_its_own(lab):
     bits = {name.rpartition(".")[2]: form["bits"] for name, form in settings["quantized"].items()}
     assert bits == {"left": 8, "right": 4}
     [cell] = lab.cells("method=svdllm", "quantization=int4", "quantization.left.bits=8")
-    assert cell.quantization.name == "INT8·INT4"
+    assert cell.quantization.name == "INT4 (INT8·INT4)"
 
 
 def test_calibration_on_unquantized_blocks_differs_from_the_second_block_on(lab):
@@ -331,3 +331,89 @@ def test_calibration_on_unquantized_blocks_differs_from_the_second_block_on(lab)
 def test_mistakes_stop_before_work(lab, overrides, message):
     with pytest.raises(UserError, match=message):
         lab.cells("method=dense", "quantization=int4", *overrides)
+
+
+def test_fixed_scales_are_those_of_the_model_that_is_not_rounded(lab):
+    """Small latents too: a step that has no scale yet must not round what comes to the next."""
+    from lowrank_lab.bench import Bench, pick_device
+    from lowrank_lab.quantization.inputs import rounding_of
+    from lowrank_lab.quantization.linears import linears_in
+    from lowrank_lab.results import Record
+
+    job = ["method=dense", "quantization=int8", "quantization/method=none", "quantization/activations=int8_static"]
+    [cell] = lab.cells(*job)
+    bench, plain = (Bench(cell, Record(cell, None), pick_device("cpu")) for _ in range(2))
+    cell.quantization(bench)
+    seen: dict[str, float] = {}
+    members = bench.spec.linears
+    for name in members:
+        linear = plain.model.get_submodule(f"model.layers.0.{name}")
+
+        def note(_, args, name=name):
+            seen[name] = max(seen.get(name, 0.0), float(args[0].abs().max()))
+
+        linear.register_forward_pre_hook(note)
+    with torch.no_grad():
+        plain.model(plain.calibration_ids)
+    block = bench.model.model.layers[0]
+    for path, name in zip(linears_in(block, members), members, strict=True):
+        assert float(rounding_of(block, path).scale) == pytest.approx(2 * seen[name] / 255, rel=1e-3)
+
+
+def test_a_sample_of_tokens_is_the_same_in_any_batches():
+    from lowrank_lab.quantization.inputs import Sample
+
+    x = random(12, 30, 4)
+    samples = []
+    for size in (1, 4, 5, 12):
+        sample = Sample(360, 100)
+        for batch in x.split(size):
+            sample.add(batch)
+        samples.append(sample.rows)
+    assert samples[0].shape == (100, 4)
+    assert all(torch.equal(one, samples[0]) for one in samples)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("method", ["svdllm", "dobi_untrained"])
+def test_a_checkpoint_in_16_bits_is_the_model_in_memory(lab, method, dtype):
+    overrides = [
+        "quantization=smoothquant",
+        "quantization.transform.where=all",
+        "quantization/activations=int8_static",
+    ]
+    made = lab.run(f"method={method}", "ratio=0.6", f"dtype={dtype}", *overrides, "save=true")
+    loaded = lab.run(f"model.path={lab.root / made['checkpoint']}", f"dtype={dtype}")
+    assert loaded["metrics"]["ppl"]["value"] == made["metrics"]["ppl"]["value"]
+    assert loaded["sizes"]["bytes"] == made["sizes"]["bytes"]
+
+
+def test_remapped_factors_stay_so_where_only_activations_are_rounded(lab):
+    plain = lab.run("method=dobi_untrained", "ratio=0.6")
+    made = lab.run(
+        "method=dobi_untrained", "ratio=0.6", "quantization=kv4", "quantization/activations=int8", "save=true"
+    )
+    assert made["sizes"]["bytes"] == plain["sizes"]["bytes"]
+    loaded = lab.run(f"model.path={lab.root / made['checkpoint']}")
+    assert loaded["metrics"]["ppl"]["value"] == made["metrics"]["ppl"]["value"]
+
+
+def test_settings_without_influence_are_in_no_key(lab):
+    same = lambda *jobs: len({lab.cells(*job.split())[0].key for job in jobs}) == 1
+    spin = "method=dense quantization=spinquant"
+    assert same(spin, f"{spin} quantization.transform.micro_batch=2")
+    assert not same(spin, f"{spin} seed=1 calibration.seed=0")
+    smooth = "method=dense quantization=smoothquant calibration.seed=0"
+    assert same(smooth, f"{smooth} seed=1")
+    assert same("method=dense quantization=int4", "method=dense quantization=int4 quantization.left.bits=8")
+    assert same("method=dense quantization=int4", "method=dense quantization=int4 grouping=qkv")
+    assert not same("method=dense quantization=int4", "method=dense quantization=int4 targets=kv")
+
+
+def test_a_number_that_is_not_finite_stays_so():
+    from lowrank_lab.quantization.steps import Round
+
+    x = random(3, 8)
+    x[1, 2] = math.inf
+    found = Round({"bits": 4, "scale_dtype": "float32"})(x)
+    assert found[[0, 2]].isfinite().all() and found[1].isnan().all()

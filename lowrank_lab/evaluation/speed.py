@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from lowrank_lab import checks, environment, versions
+from lowrank_lab.errors import SkippedCell
 from lowrank_lab.evaluation.base import Evaluator
 from lowrank_lab.store import Store
 
@@ -52,6 +53,11 @@ class Speed(Evaluator):
         machine = environment.machine()
         device = ("cuda" if machine["gpus"] else "cpu") if cfg.device == "auto" else cfg.device
         return {"": {**machine, "device": device}}
+
+    def check(self, bench: Bench) -> None:
+        saved = bench.cell.source.saved
+        if saved is not None and saved.online:
+            raise SkippedCell("eval=speed compares with a dense model, which this checkpoint cannot be made into")
 
     def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
         """Measure it: the median decode speed-up in the first setting, everything else, and the protocol."""

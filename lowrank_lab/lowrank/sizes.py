@@ -14,6 +14,7 @@ from lowrank_lab.lowrank.ranks import Site, Sites, total_cost
 from lowrank_lab.models.arch import ArchSpec, kv_cache_shape, kv_cache_values_per_token
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.quantization.attention import cache_of
+from lowrank_lab.quantization.steps import Step
 
 
 def sizes(
@@ -24,7 +25,7 @@ def sizes(
     ratio_reached            of what the ratio counts (parameters, 16-bit words, cached values)
     parameters, bytes        of the whole model, tied tensors once; scales and zero points count to the bytes alone
     sites                    of what is compressed, biases apart: ``parameters`` now and dense, whatever their
-                             bits; ``bytes`` with the scales of quantized tensors
+                             bits; ``bytes`` with scales and all that is done to activations
     macs_per_token           multiply-accumulates of all linear layers with lm_head, attention products apart
     kv_cache_bytes_per_token keys and values of all layers in the model's dtype, or in few bits with their scales
     kv_latent_bytes_per_token  in the model's dtype, if the latent of each key and value projection were cached
@@ -36,7 +37,9 @@ def sizes(
     """
     value_bytes = model.get_input_embeddings().weight.element_size()  # type: ignore[operator]
     members = [linear for site in sites.values() for linear in _members(model, spec, site)]
-    of_sites = [p for linear in members for name, p in linear.named_parameters() if not name.endswith("bias")]
+    online = [step for step in model.modules() if isinstance(step, Step)]
+    of_sites = {id(p): p for linear in members for n, p in linear.named_parameters() if not n.endswith("bias")}
+    of_sites |= {id(p): p for step in online for p in step.parameters()}
     parameters = sum(site.parameters(ranks[name]) for name, site in sites.items())
     counted = sum(macs_per_token(linear) for linear in members)
     assert counted == parameters, "the tensors do not have the planned ranks"
@@ -52,7 +55,7 @@ def sizes(
             "count": len(sites),
             "parameters_dense": sum(site.parameters(None) for site in sites.values()),
             "parameters": parameters,
-            "bytes": sum(p.numel() * p.element_size() for p in of_sites),
+            "bytes": sum(p.numel() * p.element_size() for p in of_sites.values()),
         },
         "macs_per_token": macs_per_token(model),
         "kv_cache_bytes_per_token": cached * value_bytes if cache is None else cache.bytes_per_token(*shape),
@@ -88,7 +91,8 @@ def _linear(module: nn.Module) -> tuple[list[Tensor], int]:
 
 def _parameters(model: nn.Module) -> int:
     """Those of the whole model, tied ones once; scales and the like of few bits are bytes, but no parameters."""
-    in_few_bits = [module for module in model.modules() if isinstance(module, (QuantizedLinear, MixedLinear))]
+    kinds = (QuantizedLinear, MixedLinear, Step)
+    in_few_bits = [module for module in model.modules() if isinstance(module, kinds)]
     kept = {id(p) for module in in_few_bits for name, p in module.named_parameters() if name != "bias"}
     others = sum(p.numel() for p in model.parameters() if id(p) not in kept)
     return others + sum(_linear(module)[1] for module in in_few_bits)

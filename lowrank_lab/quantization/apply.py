@@ -31,8 +31,9 @@ def apply(bench: Bench, quantization: Quantization) -> None:
     Raises FloatingPointError, naming the linear, where something is not finite.
     """
     members = members_by_block(bench)
-    for block, names in zip(blocks_of(bench.model, bench.spec), members, strict=True):
-        make_plain(block, names)
+    if any(part is not None for part in (quantization.transform, quantization.latent, quantization.method)):
+        for block, names in zip(blocks_of(bench.model, bench.spec), members, strict=True):
+            make_plain(block, names, getattr(torch, bench.cell.cfg.dtype))
     if quantization.transform is not None:
         quantization.transform(bench, quantization)
     if quantization.latent is not None:
@@ -80,7 +81,8 @@ def _round(bench: Bench, quantization: Quantization, members: list[list[str]]) -
         inputs = {}
         if method is not None and calibrates:
             paths = linears_in(block, names)
-            inputs = gather_inputs(block, paths, passed, len(batches), method.needs_rows, bench.device)
+            tokens = bench.calibration_ids.numel()
+            inputs = gather_inputs(block, paths, passed, tokens, method.needs_rows, bench.device)
         _round_weights(bench, quantization, block, names, inputs)
         if leaving is None:
             run()

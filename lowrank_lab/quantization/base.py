@@ -5,9 +5,11 @@ transform → latent → activations and weights, block by block → kv_cache: a
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from lowrank_lab import checks
+from lowrank_lab.errors import UserError
 from lowrank_lab.quantization.formats import Format
 
 if TYPE_CHECKING:
@@ -26,15 +28,19 @@ class Transform:
 
     label              as tables show it
     needs_calibration  whether it reads the calibration text
+    needs_seed         whether it draws random numbers
     online             whether it leaves something to do in the forward, which dense weights cannot hold
+    no_influence       its settings that change its speed alone
     """
 
     label = ""
     needs_calibration = False
+    needs_seed = False
     online = False
+    no_influence: tuple[str, ...] = ()
 
-    def check(self, spec: ArchSpec) -> None:
-        """Raises SkippedCell, before any work, for models whose architecture does not allow it."""
+    def check(self, spec: ArchSpec, quantization: Quantization) -> None:
+        """Raises SkippedCell, before any work, where the architecture or what is rounded does not allow it."""
 
     def __call__(self, bench: Bench, quantization: Quantization) -> None:
         raise NotImplementedError
@@ -46,9 +52,11 @@ class WeightMethod:
     label         what stands before the format in tables; nothing for plain rounding
     needs_inputs  whether ``quantize`` reads what the linear is given on the calibration text
     needs_rows    whether it also reads a sample of tokens
+    library       the optional one that does it
     """
 
     label = ""
+    library: str | None = None
     needs_inputs = False
     needs_rows = False
 
@@ -127,7 +135,9 @@ class Quantization:
     def name(self) -> str:
         """All of it in a few letters, as tables show it: QuaRot GPTQ INT4 A4 KV4."""
         forms = dict.fromkeys((self.weights.name, self.left.name, self.right.name))
-        weights = self.weights.name if len(forms) == 1 else f"{self.left.name}·{self.right.name}"
+        weights = self.weights.name
+        if len(forms) > 1:
+            weights += f" ({self.left.name}·{self.right.name})"
         label = self.method.label if self.method is not None else ""
         return self._labelled([label, weights if self.method is not None else ""])
 
@@ -143,10 +153,16 @@ class Quantization:
         return " ".join(part for part in parts if part)
 
     def check(self, spec: ArchSpec) -> None:
-        """Raises SkippedCell, before any work, for models whose architecture does not allow it."""
+        """Raises SkippedCell, before any work, where the architecture or what is rounded does not allow it."""
         for part in (self.transform, self.latent):
             if part is not None:
-                part.check(spec)
+                part.check(spec, self)
+
+    def check_installed(self) -> None:
+        """Raises UserError where a library that rounds the weights is not there."""
+        library = self.method.library if self.method is not None else None
+        if library is not None and importlib.util.find_spec(library) is None:
+            raise UserError(f"{library} is not installed; run: pip install 'lowrank_lab[quantization]'")
 
     def __call__(self, bench: Bench) -> None:
         """Quantize ``bench.model`` in place."""

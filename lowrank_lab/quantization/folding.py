@@ -90,13 +90,9 @@ def inputs_in(block: nn.Module, spec: ArchSpec, config: Any, targets: Collection
             found.append(Input(readers, rounded, "linear", path, _heads(block, readers[0], path, config)))
         else:
             found.append(Input(rounded, rounded, "step"))
-    latents: dict[str, list[str]] = {}
-    for member in spec.linears:
-        if isinstance(block.get_submodule(member), FactorizedLinear):
-            latents.setdefault(input_side(block, member), []).append(output_side(block, member))
     found += [
         Input(left, [path for path in left if path in quantized], "latent", right)
-        for right, left in latents.items()
+        for right, left in latents_in(block, spec).items()
     ]
     return [one for one in found if one.rounded]
 

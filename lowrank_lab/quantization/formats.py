@@ -20,7 +20,8 @@ class Format:
     granularity  what shares a scale: the ``tensor``, a ``channel`` (row of a weight, token of an activation), or a
                  whole number of neighbours in a row
     scale_dtype  of scales and codebooks. Codes are found with the scale as it is kept, so that a short dtype costs
-                 no more than a slightly wider or narrower grid
+                 no more than a slightly wider or narrower grid, but for steps below 1e-6 in float16, which it
+                 keeps badly or as nothing
     """
 
     bits: int

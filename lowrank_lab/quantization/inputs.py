@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,46 +29,61 @@ class Inputs:
     rounding: Round | None
 
 
+class Sample:
+    """Up to ``count`` of a text's so many ``tokens``, evenly taken, whatever batches they come in."""
+
+    def __init__(self, tokens: int, count: int) -> None:
+        self.wanted = torch.linspace(0, tokens - 1, min(count, tokens), dtype=torch.float64).long()
+        self.seen = 0
+        self.found: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        """The next batch of the text: (…, width)."""
+        x = x.detach().reshape(-1, x.shape[-1])
+        here = self.wanted[(self.wanted >= self.seen) & (self.wanted < self.seen + len(x))] - self.seen
+        self.found.append(x[here.to(x.device)].float())
+        self.seen += len(x)
+
+    @property
+    def rows(self) -> Tensor:
+        """(count, width), float32."""
+        return torch.cat(self.found)
+
+
 def gather_inputs(
-    block: nn.Module, paths: list[str], run: Callable[[], None], batches: int, rows: bool, device: torch.device
+    block: nn.Module, paths: list[str], run: Callable[[], None], tokens: int, rows: bool, device: torch.device
 ) -> dict[str, Inputs]:
-    """The inputs of the linears at ``paths`` while ``run()`` passes so many ``batches`` through the block."""
+    """The inputs of the linears at ``paths`` while ``run()`` passes so many ``tokens`` through the block."""
     rounding = {path: rounding_of(block, path) for path in paths}
     tapped = {path: rounding[path] or block.get_submodule(path) for path in paths}
-    samples: dict[int, list[Tensor]] = {id(module): [] for module in tapped.values()}
-    quota = math.ceil(ROWS / batches)
-
-    def sample(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].detach().reshape(-1, args[0].shape[-1])
-        every = max(1, len(x) // quota)
-        samples[id(module)].append(x[::every][:quota].float())
-
+    samples = {id(module): Sample(tokens, ROWS) for module in tapped.values()} if rows else {}
     modules = {id(module): module for module in tapped.values()} if rows else {}
-    hooks = [module.register_forward_pre_hook(sample) for module in modules.values()]
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args: samples[id(module)].add(args[0]))
+        for module in modules.values()
+    ]
     sums = gather(block, paths, run, device)
     for hook in hooks:
         hook.remove()
-    sampled = {key: torch.cat(found)[:ROWS] for key, found in samples.items() if found}
+    sampled = {key: sample.rows for key, sample in samples.items()}
     return {
         path: Inputs(sums[path].second_moment(), sampled.get(id(tapped[path])), rounding[path]) for path in paths
     }
 
 
 def look_at_inputs(
-    block: nn.Module, paths: list[str], run: Callable[[], None], batches: int, count: int
+    block: nn.Module, paths: list[str], run: Callable[[], None], tokens: int, count: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """What the linears at ``paths`` are given while ``run()`` passes so many ``batches`` through the block.
+    """What the linears at ``paths`` are given while ``run()`` passes so many ``tokens`` through the block.
 
     By path: an even sample of up to ``count`` tokens (n, in), float32, and the largest |x| of each channel (in,).
     """
-    rows: dict[str, list[Tensor]] = {path: [] for path in paths}
+    samples = {path: Sample(tokens, count) for path in paths}
     abs_max: dict[str, Tensor] = {}
-    quota = math.ceil(count / batches)
 
     def look(path: str, args: tuple[Tensor, ...]) -> None:
-        x = args[0].detach().reshape(-1, args[0].shape[-1])
-        rows[path].append(x[:: max(1, len(x) // quota)][:quota].float())
-        largest = x.abs().amax(0).float()
+        samples[path].add(args[0])
+        largest = args[0].detach().reshape(-1, args[0].shape[-1]).abs().amax(0).float()
         abs_max[path] = torch.maximum(abs_max.get(path, largest), largest)
 
     hooks = [
@@ -79,21 +93,25 @@ def look_at_inputs(
     run()
     for hook in hooks:
         hook.remove()
-    return {path: (torch.cat(rows[path])[:count], abs_max[path]) for path in paths}
+    return {path: (samples[path].rows, abs_max[path]) for path in paths}
 
 
 def fix_scales(block: nn.Module, paths: list[str], run: Callable[[], None]) -> None:
-    """Choose the fixed scales of the rounding in front of ``paths`` for all that ``run()`` passes through."""
+    """Choose the fixed scales of the rounding in front of ``paths`` for all that ``run()`` passes through.
+
+    Nothing is rounded on the way: what has no scale yet would spoil what comes after it.
+    """
     steps = {id(step): step for path in paths if (step := rounding_of(block, path)) is not None}
     lowest: dict[int, Tensor] = {}
     highest: dict[int, Tensor] = {}
 
-    def note(step: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def note(step: nn.Module, args: tuple[Tensor, ...], _rounded: Tensor) -> Tensor:
         low, high, key = args[0].detach().amin().float(), args[0].detach().amax().float(), id(step)
         lowest[key] = torch.minimum(lowest.get(key, low), low)
         highest[key] = torch.maximum(highest.get(key, high), high)
+        return args[0]
 
-    hooks = [step.register_forward_pre_hook(note) for step in steps.values()]
+    hooks = [step.register_forward_hook(note) for step in steps.values()]
     run()
     for hook in hooks:
         hook.remove()

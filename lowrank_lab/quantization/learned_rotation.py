@@ -16,10 +16,10 @@ from torch.nn.utils.parametrize import register_parametrization
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.quantization.apply import format_of, members_by_block
 from lowrank_lab.quantization.cayley import CayleySgd
-from lowrank_lab.quantization.codec import quantize
 from lowrank_lab.quantization.formats import Format
 from lowrank_lab.quantization.linears import linears_in, set_steps, shared_inputs
 from lowrank_lab.quantization.rotation import Turn, start, turned, turned_rows, turns, values_width
+from lowrank_lab.quantization.scales import rounded
 from lowrank_lab.store import write_json
 from lowrank_lab.training import Recipe, train
 
@@ -137,4 +137,4 @@ class Rounded(nn.Module):
 def straight_through(x: Tensor, form: Format) -> Tensor:
     """``x`` rounded, with the gradient of ``x``."""
     rows = x.detach().reshape(-1, x.shape[-1])
-    return x + (quantize(rows, form).dequantize().view_as(x) - x.detach())
+    return x + (rounded(rows, form).view_as(x) - x.detach())

@@ -158,9 +158,9 @@ def change_bias(block: nn.Module, path: str, change: Callable[[Tensor], Tensor])
 
 
 @torch.no_grad()
-def make_plain(block: nn.Module, members: Iterable[str]) -> None:
+def make_plain(block: nn.Module, members: Iterable[str], dtype: torch.dtype) -> None:
     """Put plain linears in the place of remapped factors: these are quantized anew, from the values they have."""
     for path in linears_in(block, members):
         mixed = block.get_submodule(path)
         if isinstance(mixed, MixedLinear):
-            block.set_submodule(path, plain_linear(mixed.weight, mixed.bias))
+            block.set_submodule(path, plain_linear(mixed.weight.to(dtype), mixed.bias))

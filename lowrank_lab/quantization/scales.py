@@ -14,7 +14,7 @@ from torch import Tensor
 from lowrank_lab.quantization.codec import quantize
 from lowrank_lab.quantization.formats import Format
 
-LIMIT = 1e5  # scales lie between its inverse and it, so that no weight over- or underflows
+LIMIT = 1e4  # scales lie between its inverse and it, so that no weight over- or underflows
 
 
 def smoothing(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:

@@ -27,7 +27,7 @@ class Scale(Step):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.factor = nn.Parameter(torch.ones(width), requires_grad=False)
+        self.factor = nn.Parameter(torch.ones(width, dtype=torch.float32), requires_grad=False)
 
     def settings(self) -> dict[str, Any]:
         return {"width": len(self.factor)}
@@ -100,7 +100,7 @@ class Round(Step):
         self.form = Format(**form)
         self.static = self.form.granularity == "tensor"
         for name, there in (("scale", self.static), ("zero", self.static and self.form.has_zero)):
-            value = nn.Parameter(torch.ones(1, 1), requires_grad=False) if there else None
+            value = nn.Parameter(torch.ones(1, 1, dtype=torch.float32), requires_grad=False) if there else None
             self.register_parameter(name, value)
 
     def settings(self) -> dict[str, Any]:
@@ -119,11 +119,14 @@ class Round(Step):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()
+        lost = ~rows.isfinite().all(1, keepdim=True)  # stays so, for evaluators to find out where it began
+        rows = rows.masked_fill(lost, 0.0)
         scale, zero = self.fixed() if self.static else grids(rows, self.form)
         if not self.static:
             scale = spread(scale, self.form, rows.shape[1])
             zero = None if zero is None else spread(zero, self.form, rows.shape[1])
-        return decode(encode(rows, self.form, scale, zero), self.form, scale, zero).to(x.dtype).view(x.shape)
+        values = decode(encode(rows, self.form, scale, zero), self.form, scale, zero)
+        return values.masked_fill(lost, torch.nan).to(x.dtype).view(x.shape)
 
 
 STEPS = {"scale": Scale, "permute": Permute, "rotate": Rotate, "hadamard": Hadamard, "round": Round}

@@ -270,6 +270,7 @@ def _quantization(config: dict[str, Any]) -> dict[str, Any]:
     if settings is None:
         return flat
     flat["quantization.sequential"] = settings["sequential"]
+    flat |= {f"quantization.{of}.scale_dtype": settings[of]["scale_dtype"] for of in ("weights", "left", "right")}
     for part in ("transform", "latent", "method", "kv_cache"):
         beside: dict[str, Any] = {}
         _flatten(f"quantization.{part}", settings[part], beside)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lowrank_lab.bench import Bench
+    from lowrank_lab.models.arch import ArchSpec
     from lowrank_lab.quantization.inputs import Inputs
 
 
@@ -38,14 +39,16 @@ class BetaSplit(Transform):
         checks.flag(rotate=rotate)
         self.betas, self.rotate = list(betas), rotate
 
+    def check(self, spec: ArchSpec, quantization: Quantization) -> None:
+        if quantization.method is None and quantization.activations is None:
+            raise SkippedCell("latent=beta splits for what is rounded; choose a quantization/method or activations")
+
     def __call__(self, bench: Bench, quantization: Quantization) -> None:
         from lowrank_lab import progress
         from lowrank_lab.models.walk import blocks_of, walk
         from lowrank_lab.quantization.folding import is_factored, latents_in
         from lowrank_lab.quantization.inputs import gather_inputs
 
-        if quantization.method is None and quantization.activations is None:
-            raise SkippedCell("latent=beta splits for what is rounded; choose a quantization/method or activations")
         if not is_factored(bench.model, bench.spec):
             return
         count = len(blocks_of(bench.model, bench.spec))
@@ -54,7 +57,7 @@ class BetaSplit(Transform):
         for _, block, run in progress.track(blocks, "split", "block", count):
             latents = latents_in(block, bench.spec)
             rows = quantization.activations is not None
-            inputs = gather_inputs(block, list(latents), run, len(batches), rows, bench.device)
+            inputs = gather_inputs(block, list(latents), run, bench.calibration_ids.numel(), rows, bench.device)
             for right, lefts in latents.items():
                 self._split(block, right, lefts, inputs.pop(right), quantization)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import TYPE_CHECKING
 
 from lowrank_lab.quantization.base import WeightMethod
@@ -20,7 +19,7 @@ BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 class BitsAndBytes(WeightMethod):
     """The library finds the codes; they are kept, saved and multiplied with as all others: bits_and_bytes.py."""
 
-    label = "bitsandbytes"
+    label = library = "bitsandbytes"
 
     def check(self, form: Format) -> None:
         if form.grid in ("nf4", "fp4"):
@@ -34,8 +33,6 @@ class BitsAndBytes(WeightMethod):
             )
         if form.scale_dtype != "float32":
             raise ValueError(f"scale_dtype={form.scale_dtype}: bitsandbytes finds codes for float32")
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ValueError("bitsandbytes is not installed; run: pip install 'lowrank_lab[quantization]'")
 
     def quantize(self, weight: Tensor, form: Format, inputs: Inputs | None) -> Quantized:
         from lowrank_lab.quantization.bits_and_bytes import eight_bits, four_bits

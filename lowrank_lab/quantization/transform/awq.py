@@ -10,6 +10,7 @@ from lowrank_lab.quantization.base import Quantization, Transform
 
 if TYPE_CHECKING:
     from lowrank_lab.bench import Bench
+    from lowrank_lab.models.arch import ArchSpec
 
 
 class Awq(Transform):
@@ -34,13 +35,15 @@ class Awq(Transform):
         self.points, self.where = points, where
         self.online = where == "all"
 
+    def check(self, spec: ArchSpec, quantization: Quantization) -> None:
+        if quantization.method is None:
+            raise SkippedCell("AWQ scales weights that are rounded; choose a quantization/method")
+
     def __call__(self, bench: Bench, quantization: Quantization) -> None:
         from lowrank_lab.quantization.apply import format_of
         from lowrank_lab.quantization.folding import SOURCES, calibrated, fold, weights_of
         from lowrank_lab.quantization.scales import awq_candidates, awq_losses
 
-        if quantization.method is None:
-            raise SkippedCell("AWQ scales weights that are rounded; choose a quantization/method")
         for block, inputs in calibrated(bench, (*SOURCES[self.where], "latent")):
             scales = []
             for at, sums in inputs:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lowrank_lab.bench import Bench
     from lowrank_lab.quantization.outliers import Spreading
 
-SAMPLE = 256  # tokens that the search looks at: with more, or with the largest ones, errors are the same
+SAMPLE = 256  # tokens that the search looks at, evenly taken: with the largest ones, output errors are the same
 
 
 class DuQuant(Transform):
@@ -28,6 +28,7 @@ class DuQuant(Transform):
     """
 
     label = "DuQuant"
+    needs_seed = True
     needs_calibration = True
     online = True
 
@@ -53,7 +54,8 @@ class DuQuant(Transform):
             groups = [g for g in shared_inputs(block, bench.spec, bench.spec.linears) if set(g) & set(targets)]
             if quantization.latent is not None:
                 groups = [group for group in groups if not _reads_latent(group)]
-            seen = look_at_inputs(block, [group[0] for group in groups], run, len(batches), SAMPLE)
+            tokens = bench.calibration_ids.numel()
+            seen = look_at_inputs(block, [group[0] for group in groups], run, tokens, SAMPLE)
             for group in groups:
                 try:
                     spreading = self._made_for(block, group, *seen.pop(group[0]), seed)

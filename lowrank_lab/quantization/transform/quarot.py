@@ -22,13 +22,14 @@ class QuaRot(Transform):
     """
 
     label = "QuaRot"
+    needs_seed = True
     online = True
 
     def __init__(self, heads: bool, down: bool) -> None:
         checks.flag(heads=heads, down=down)
         self.heads, self.down = heads, down
 
-    def check(self, spec: ArchSpec) -> None:
+    def check(self, spec: ArchSpec, quantization: Quantization) -> None:
         from lowrank_lab.quantization.rotation import check
 
         check(spec, self.label)

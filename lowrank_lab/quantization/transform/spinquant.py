@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lowrank_lab import checks, config
-from lowrank_lab.errors import UserError
+from lowrank_lab import checks, config, versions
+from lowrank_lab.errors import SkippedCell
 from lowrank_lab.quantization.base import Quantization, Transform
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ class SpinQuant(Transform):
     """
 
     label = "SpinQuant"
+    needs_seed = True
+    no_influence = ("micro_batch",)
     needs_calibration = True
     online = True
 
@@ -38,19 +40,19 @@ class SpinQuant(Transform):
         self.steps, self.learning_rate, self.batch_size = steps, learning_rate, batch_size
         self.micro_batch, self.round_weights, self.down = micro_batch, round_weights, down
 
-    def check(self, spec: ArchSpec) -> None:
+    def check(self, spec: ArchSpec, quantization: Quantization) -> None:
         from lowrank_lab.quantization.rotation import check
 
         check(spec, self.label)
+        if quantization.activations is None and not (self.round_weights and quantization.method is not None):
+            raise SkippedCell(
+                "SpinQuant learns from rounded numbers; choose quantization/activations=int4 or "
+                "quantization.transform.round_weights=true"
+            )
 
     def __call__(self, bench: Bench, quantization: Quantization) -> None:
         from lowrank_lab.quantization import learned_rotation, rotation
 
-        if quantization.activations is None and not self.round_weights:
-            raise UserError(
-                "quantization/transform=spinquant learns from rounded numbers; choose "
-                "quantization/activations=int4 or quantization.transform.round_weights=true"
-            )
         rotation.fold_norms(bench.model, bench.spec)
         rotation.hadamards(bench.model, bench.spec, False, self.down)
         cfg, cell = bench.cell.cfg, bench.cell
@@ -59,9 +61,10 @@ class SpinQuant(Transform):
             "rotations",
             "rotations",
             {
+                "quantization": versions.QUANTIZATION,
                 "model": cell.factored_key,
                 "sites": [config.for_key(cfg.grouping), cfg.targets.linears],
-                "transform": config.for_key(cfg.quantization.transform, without=("micro_batch",)),
+                "transform": config.for_key(cfg.quantization.transform, without=self.no_influence),
                 "activations": config.for_key(cfg.quantization.activations),
                 "weights": [config.for_key(cfg.quantization[form]) for form in forms],
                 "tokens": cell.calibration_tokens_key,
