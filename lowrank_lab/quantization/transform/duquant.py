@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lowrank_lab.bench import Bench
     from lowrank_lab.quantization.outliers import Spreading
 
-SAMPLE = 256  # tokens that the search looks at: with more, or with the largest ones, errors are the same
+SAMPLE = 256  # tokens that the search looks at, evenly taken: with the largest ones, output errors are the same
 
 
 class DuQuant(Transform):
