@@ -1,9 +1,10 @@
-"""Codebooks: k-means against rounding to the nearest, and products from look-up tables."""
+"""Codebooks: k-means against rounding to the nearest; products from look-up tables."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from lowrank_lab.errors import UserError
 from lowrank_lab.quantization.clustering import centroids, kmeans
-from lowrank_lab.quantization.codec import by_group, quantize
+from lowrank_lab.quantization.codec import Quantized, by_group, quantize
 from lowrank_lab.quantization.formats import Format
+from lowrank_lab.quantization.look_up import look_up_linear
 from lowrank_lab.quantization.method.kmeans import KMeans
 
 RAGGED = 137  # a rank that no group size divides
@@ -184,3 +186,61 @@ def test_a_checkpoint_with_codebooks_is_the_model_in_memory(lab, method):
     tensors = load_file(lab.root / made["checkpoint"] / "model.safetensors")
     books = [tensor for name, tensor in tensors.items() if name.endswith(".codebook")]
     assert books and all(book.dtype == torch.float16 and book.shape[2] == 16 for book in books)
+
+
+def exactly(x: Quantized, weight: Quantized) -> list[list[float]]:
+    """x Wᵀ of the values that the codes stand for, in rational numbers, rounded once."""
+    rows, columns = exact_values(x), exact_values(weight)
+    return [[float(sum(a * b for a, b in zip(row, column, strict=True))) for column in columns] for row in rows]
+
+
+def exact_values(quantized: Quantized) -> list[list[Fraction]]:
+    """Each value as scale · (code − zero), or scale · entry: a product that float32 would round."""
+    form, (rows, width) = quantized.format, quantized.codes.shape
+    scale = quantized.scale.expand(rows, -1)
+    values = []
+    for row in range(rows):
+        line = []
+        for column in range(width):
+            code = int(quantized.codes[row, column])
+            group = column // form.group_of(width)
+            if quantized.codebook is None:
+                zero = 8 if quantized.zero is None else int(quantized.zero.expand(rows, 1)[row, 0])
+                value = Fraction(code - zero)
+            else:
+                value = Fraction(float(quantized.codebook.expand(rows, -1, -1)[row, group, code]))
+            line.append(value * Fraction(float(scale[row, group])))
+        values.append(line)
+    return values
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("weight", ["normal", "outlier", "on a grid", "zeros", "one input"])
+def test_sums_of_looked_up_products_are_exact(weight, bits, granularity, symmetric):
+    """One codebook a row, or one for all: the result is the exact one, rounded once, to the last bit."""
+    values = WEIGHTS[weight][:3]
+    x = 3 * random(4, values.shape[1], seed=7) + 1
+    tokens = quantize(x, Format(4, symmetric=symmetric, scale_dtype="float32"))
+    clustered = kmeans(values, None, Format(bits, "codebook", granularity=granularity))
+    assert look_up_linear(tokens, clustered).tolist() == exactly(tokens, clustered)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", 32])
+def test_looked_up_products_are_those_of_the_dense_operands(granularity):
+    x, weight = random(9, RAGGED, seed=3), WEIGHTS["normal"]
+    tokens, clustered = quantize(x, Format(4)), kmeans(weight, None, Format(4, "codebook", granularity=granularity))
+    dense = tokens.dequantize().double() @ clustered.dequantize().double().T
+    torch.testing.assert_close(look_up_linear(tokens, clustered), dense, rtol=1e-6, atol=1e-6)
+
+
+def test_other_formats_cannot_be_looked_up():
+    x, weight = random(2, 8), random(3, 8)
+    clustered = kmeans(weight, None, Format(4, "codebook"))
+    for form in (Format(3), Format(4, "nf4"), Format(4, granularity=4)):
+        with pytest.raises(ValueError, match="cannot be looked up"):
+            look_up_linear(quantize(x, form), clustered)
+    for other in (quantize(weight, Format(4)), kmeans(weight, None, Format(4, "codebook", scale_dtype="float32"))):
+        with pytest.raises(ValueError, match="cannot be looked up"):
+            look_up_linear(quantize(x, Format(4)), other)

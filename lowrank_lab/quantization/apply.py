@@ -63,7 +63,7 @@ def _round(bench: Bench, quantization: Quantization, members: list[list[str]]) -
         blocks = list(zip(blocks_of(model, spec), members, strict=True))
         for block, names in progress.track(blocks, "quantization", "block"):
             _round_inputs(bench, quantization, block, names)
-            _round_weights(block, names, quantization, {})
+            _round_weights(bench, quantization, block, names, {})
         return
     batches = bench.calibration_ids.split(bench.cell.cfg.calibration.batch_size)
     hidden: list[Tensor] = []
@@ -81,7 +81,7 @@ def _round(bench: Bench, quantization: Quantization, members: list[list[str]]) -
         if method is not None and calibrates:
             paths = linears_in(block, names)
             inputs = gather_inputs(block, paths, passed, len(batches), method.needs_rows, bench.device)
-        _round_weights(block, names, quantization, inputs)
+        _round_weights(bench, quantization, block, names, inputs)
         if leaving is None:
             run()
         else:
@@ -97,20 +97,20 @@ def _round_inputs(bench: Bench, quantization: Quantization, block: nn.Module, me
 
 
 def _round_weights(
-    block: nn.Module, members: list[str], quantization: Quantization, inputs: dict[str, Inputs]
+    bench: Bench, quantization: Quantization, block: nn.Module, members: list[str], inputs: dict[str, Inputs]
 ) -> None:
     """Put quantized linears in the place of those that make up ``members``; ``inputs`` are by path, if any."""
     method = quantization.method
     if method is None:
         return
-    for path in linears_in(block, members):
-        linear: Any = block.get_submodule(path)
-        weight = dense_weight(linear).detach()
-        try:
-            quantized = method.quantize(weight, format_of(path, quantization), inputs.pop(path, None))
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{path}: {error}") from None
-        block.set_submodule(path, QuantizedLinear.of(quantized, linear.bias).to(weight.device))
+    for group in shared_inputs(block, bench.spec, members):
+        linears: dict[str, Any] = {path: block.get_submodule(path) for path in group}
+        weights = {path: dense_weight(linear).detach() for path, linear in linears.items()}
+        forms = {path: format_of(path, quantization) for path in group}
+        theirs = [inputs.pop(path, None) for path in group]
+        for path, quantized in method.quantize_together(weights, forms, theirs[0]).items():
+            made = QuantizedLinear.of(quantized, linears[path].bias).to(weights[path].device)
+            block.set_submodule(path, made)
 
 
 def format_of(path: str, quantization: Quantization) -> Format:

@@ -61,6 +61,21 @@ class WeightMethod:
         """``weight`` (out, in) in the format."""
         raise NotImplementedError
 
+    def quantize_together(
+        self, weights: dict[str, Tensor], forms: dict[str, Format], inputs: Inputs | None
+    ) -> dict[str, Quantized]:
+        """The weights of linears that are given the same input, by name: one by one, unless they share more.
+
+        Raises FloatingPointError, naming the linear, where something is not finite.
+        """
+        made = {}
+        for name, weight in weights.items():
+            try:
+                made[name] = self.quantize(weight, forms[name], inputs)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{name}: {error}") from None
+        return made
+
 
 class Quantization:
     """What is done to a model, compressed or not, after it has its ranks.

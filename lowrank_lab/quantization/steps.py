@@ -113,12 +113,13 @@ class Round(Step):
         if zero is not None:
             self.get_parameter("zero").data = zero
 
-    def _fixed(self) -> tuple[Tensor, Tensor | None]:
+    def fixed(self) -> tuple[Tensor, Tensor | None]:
+        """The scale and the zero point of a static format, (1, 1) each."""
         return self.get_parameter("scale"), self.get_parameter("zero") if self.form.has_zero else None
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()
-        scale, zero = self._fixed() if self.static else grids(rows, self.form)
+        scale, zero = self.fixed() if self.static else grids(rows, self.form)
         if not self.static:
             scale = spread(scale, self.form, rows.shape[1])
             zero = None if zero is None else spread(zero, self.form, rows.shape[1])
