@@ -4,6 +4,7 @@
 
 A weight of 1536 × 576 in each format and a window of 512 tokens. Prints a line a format: milliseconds to unpack the
 codes, to make the weight of them (which unpacks), and the time of a forward pass over that of the dense layer.
+Last, four tokens through look-up tables (quantization/look_up.py), over the dense product of the same tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from lowrank_lab.lowrank.quantized import QuantizedLinear
 from lowrank_lab.quantization.codec import Quantized, quantize, unpack
 from lowrank_lab.quantization.formats import Format
+from lowrank_lab.quantization.look_up import look_up_linear
 
 OUT, INP, TOKENS, REPEATS = 1536, 576, 512, 41
 FORMATS = [
@@ -62,6 +64,11 @@ def main() -> None:
             "forward_over_dense": forward / dense,
         }
         print(json.dumps({name: round(value, 3) if value != form.name else value for name, value in line.items()}))
+    few = quantize(x[:4], Format(4))
+    clustered = quantized(weight, Format(4, grid="codebook"))
+    tables = milliseconds(lambda: look_up_linear(few, clustered))
+    dense = milliseconds(lambda: torch.nn.functional.linear(x[:4], weight))
+    print(json.dumps({"look_up_ms_of_4_tokens": round(tables, 3), "look_up_over_dense": round(tables / dense, 1)}))
 
 
 if __name__ == "__main__":
