@@ -97,18 +97,21 @@ def perplexity_figure(group: pd.DataFrame, caption: str) -> plt.Figure | None:
 def perplexity_against_bits(group: pd.DataFrame, caption: str) -> plt.Figure:
     """Perplexity against the bits kept for each weight of the dense linears, both on log scales.
 
-    A line for each method and way to quantize, over ratios and formats alike.
+    A line for each method and way to quantize, over ratios and formats alike, through those cells that none of its
+    line with as few bits beats; the others are fainter, beside it.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(11, 6), layout="constrained")
         rows = group[group["counted"].isin(WHOLE)]
         plain = (rows["method"] == "dense") & (rows["quantized"] == "none")
         for number, ((method, quantized), line) in enumerate(rows[~plain].groupby(["method", "quantized"])):
-            line = line.sort_values("bits")
+            line = line.sort_values(["bits", "value"])
+            best = line["value"] <= line["value"].cummin()
             label = _label(method, "" if quantized == "none" else quantized)
-            axes.plot(line["bits"], line["value"], **_look(number), label=label)
-        for value in rows[plain]["value"]:
-            axes.axhline(value, color="0.35", linestyle="--", label=f"dense ({value:.4g})")
+            axes.plot(line["bits"][best], line["value"][best], **_look(number), label=label)
+            axes.plot(line["bits"][~best], line["value"][~best], **_look(number), linestyle="", alpha=0.4)
+        for value in rows[plain]["value"].map("{:.4g}".format).unique():  # in other dtypes it is hardly another
+            axes.axhline(float(value), color="0.35", linestyle="--", label=f"dense ({value})")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
