@@ -371,11 +371,11 @@ def test_mistakes_stop_before_work(lab, overrides, message):
 def test_a_search_without_rounding_is_skipped(lab, checkpoints):
     bench = bench_of(lab, checkpoints["llama"], "quantization=awq", "quantization/method=none", rank=20)
     with pytest.raises(SkippedCell, match="AWQ"):
-        bench.cell.quantization.transform(bench, bench.cell.quantization)
+        bench.cell.quantization.check(bench.spec)
     options = ["quantization/method=none", "quantization/latent=beta"]
     bench = bench_of(lab, checkpoints["llama"], "quantization=int4", *options, rank=20)
     with pytest.raises(SkippedCell, match="beta"):
-        bench.cell.quantization.latent(bench, bench.cell.quantization)
+        bench.cell.quantization.check(bench.spec)
 
 
 @pytest.mark.parametrize(
