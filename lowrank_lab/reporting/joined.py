@@ -1,4 +1,4 @@
-"""A published table joined with our records of its recipes: ours, published, difference, and where protocols differ."""
+"""A published table joined with our records of its recipes: ours, the difference, and where protocols differ."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
-import yaml
+from omegaconf import OmegaConf
 
-from lowrank_lab.reporting import measured, published
+from lowrank_lab.reporting import measured
 from lowrank_lab.reporting.published import Published
 from lowrank_lab.reporting.tables import outdated, quantized
 from lowrank_lab.results import Results
@@ -101,12 +101,16 @@ def join(table: Published, results: Results) -> pd.DataFrame:
     cells = recipe_cells(table, results)
     records = [cell.record for cell in cells if cell.record and cell.status == "done"]
     numbers = [ours for record in records for ours in _numbers(record, table)]
-    rows = [_with_ours(row, table, cells, numbers) for row in table.rows.to_dict("records")]
+    rows = [_with_ours(row, table, cells, numbers) for row in _dicts(table.rows)]
     _add_derived(rows)
     rows += _beyond(rows, table, numbers)
     frame = pd.DataFrame(rows, columns=COLUMNS)
     frame["difference"] = frame["ours"] - pd.to_numeric(frame["published"].str.replace(",", ""), errors="coerce")
     return frame
+
+
+def _dicts(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    return [dict(zip(rows.columns, row, strict=True)) for row in rows.itertuples(index=False)]
 
 
 def recipe_cells(table: Published, results: Results) -> list[Cell]:
@@ -195,7 +199,7 @@ def _add_derived(rows: list[dict[str, Any]]) -> None:
                     (dense[0]["ours"] - own[0]["ours"]) / dense[0]["ours"] * (100.0 if row["unit"] == "%" else 1.0)
                 )
                 row.update({name: own[0][name] for name in ("our_model", "differs", "keys", "seeds")})
-                row.update(ours=drop, status="done")
+                row.update(ours=100 * drop if row["unit"] == "%" else drop, status="done")
 
 
 def _line(row: dict[str, Any]) -> tuple[str, ...]:
@@ -203,7 +207,7 @@ def _line(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _beyond(rows: list[dict[str, Any]], table: Published, numbers: list[Ours]) -> list[dict[str, Any]]:
-    """Rows for our numbers in the table's columns that no published row stands for, such as a method of one's own."""
+    """Rows for our numbers in the table's columns that no published row has, such as of a method of one's own."""
     used = {(key, row["metric"], row["dataset"]) for row in rows for key in row["keys"].split()}
     columns = {(row["metric"], row["dataset"]): row["unit"] for row in rows}
     papers = {path: name for name, path in _paths().items()}
@@ -228,22 +232,21 @@ def _is_cell(row: dict[str, Any], record: dict[str, Any], table: Published) -> b
     quantization = table.also.get(row["quantization"], row["quantization"])
     quantization = QUANTIZATIONS.get(quantization, quantization) or "none"
     config = record["config"]
-    settings = dict(part.split("=", 1) for part in row["variant"].split(";") if part)
+    settings = [part.split("=", 1) for part in row["variant"].split(";") if "." in part.split("=")[0]]
     return (
         record["method"] == method
         and (method == "dense" or record["ratio"] == row["kept"])
         and quantized(config, "name") == quantization
-        and all(
-            str(_setting(config, name)) in (value, f"{value}.0") for name, value in settings.items() if "." in name
-        )
+        and all(str(_setting(config, name)) in (value, f"{value}.0") for name, value in settings)
     )
 
 
-def _setting(config: dict[str, Any], name: str) -> Any:
+def _setting(config: dict[str, Any], name: str) -> str:
+    """A setting by its dotted name, as text."""
     found: Any = config
     for part in name.split("."):
         found = found.get(part) if isinstance(found, dict) else None
-    return f"{found:g}" if isinstance(found, float) else found
+    return f"{found:g}" if isinstance(found, int | float) else str(found)
 
 
 def _within(variant: str, ours: str) -> bool:
@@ -256,9 +259,7 @@ def _within(variant: str, ours: str) -> bool:
 @cache
 def _paths() -> dict[str, str]:
     """By the published name of a model, where ours is on the hub."""
-    return {
-        name: yaml.safe_load((MODELS / f"{option}.yaml").read_text())["path"] for name, option in OPTIONS.items()
-    }
+    return {name: str(OmegaConf.load(MODELS / f"{option}.yaml")["path"]) for name, option in OPTIONS.items()}
 
 
 def _of_model(model: str, found: list[T], record_of: Callable[[T], dict[str, Any]]) -> list[T]:

@@ -1,4 +1,4 @@
-"""Published numbers: one CSV a table in ``references/``, and the catalogue of what the sources hold. No records here."""
+"""Published numbers: a CSV a table in ``references/``, and the catalogue of what the sources hold. No records."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
+from omegaconf import OmegaConf
 
 from lowrank_lab.errors import UserError
 
@@ -22,8 +22,8 @@ COLUMNS = ["model", "method", "ratio", "quantization", "metric", "dataset", "uni
 class Published:
     """A table of a source.
 
-    rows      as text, digit by digit, with COLUMNS: one row a number, in the source's order; see COLUMNS' meaning in
-              references/README.md. Two columns are added: ``number`` (float, nan where there is none) and
+    rows      as text, digit by digit, with COLUMNS: one row a number, in the source's order (what COLUMNS mean is
+              in references/README.md). Two columns are added: ``number`` (float, nan where there is none) and
               ``kept`` (float, the ratio; nan where there is none)
     recipes   the experiments whose cells are ours
     also      our names of methods and quantizations by the table's, where they differ
@@ -45,14 +45,14 @@ class Published:
 @cache
 def catalogue() -> dict[str, Any]:
     """references/catalogue.yaml: by source its protocol, tables and figures."""
-    found: dict[str, Any] = yaml.safe_load((REFERENCES / "catalogue.yaml").read_text())
+    found: dict[str, Any] = _yaml((REFERENCES / "catalogue.yaml").read_text())
     return found
 
 
 @cache
 def method_names() -> dict[str, str]:
     """By our name of a method, the printed one."""
-    names: dict[str, str] = yaml.safe_load((REFERENCES / "methods.yaml").read_text())
+    names: dict[str, str] = _yaml((REFERENCES / "methods.yaml").read_text())
     return names
 
 
@@ -104,7 +104,7 @@ def load(name: str) -> Published:
 def read(file: Path) -> tuple[dict[str, str], pd.DataFrame]:
     """The head of a reference file, and its rows as in ``Published``."""
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    head = yaml.safe_load("".join(line[2:] for line in lines if line.startswith("# ")))
+    head = _yaml("".join(line[2:] for line in lines if line.startswith("# ")))
     body = io.StringIO("".join(line for line in lines if not line.startswith("# ")))
     rows = pd.read_csv(body, dtype=str, keep_default_na=False)
     if list(rows.columns) != COLUMNS:
@@ -112,3 +112,7 @@ def read(file: Path) -> tuple[dict[str, str], pd.DataFrame]:
     rows["number"] = pd.to_numeric(rows["value"].str.replace(",", ""), errors="coerce")
     rows["kept"] = pd.to_numeric(rows["ratio"], errors="coerce")
     return head, rows
+
+
+def _yaml(text: str) -> Any:
+    return OmegaConf.to_container(OmegaConf.create(text))
