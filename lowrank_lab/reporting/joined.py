@@ -237,7 +237,7 @@ def _is_cell(row: dict[str, Any], record: dict[str, Any], table: Published) -> b
         record["method"] == method
         and (method == "dense" or record["ratio"] == row["kept"])
         and quantized(config, "name") == quantization
-        and all(str(_setting(config, name)) in (value, f"{value}.0") for name, value in settings)
+        and all(_setting(config, name) == value for name, value in settings)
     )
 
 
@@ -259,7 +259,7 @@ def _within(variant: str, ours: str) -> bool:
 @cache
 def _paths() -> dict[str, str]:
     """By the published name of a model, where ours is on the hub."""
-    return {name: str(OmegaConf.load(MODELS / f"{option}.yaml")["path"]) for name, option in OPTIONS.items()}
+    return {name: str(OmegaConf.select(OmegaConf.load(MODELS / f"{of}.yaml"), "path")) for name, of in OPTIONS.items()}
 
 
 def _of_model(model: str, found: list[T], record_of: Callable[[T], dict[str, Any]]) -> list[T]:
