@@ -259,7 +259,8 @@ def _within(variant: str, ours: str) -> bool:
 @cache
 def _paths() -> dict[str, str]:
     """By the published name of a model, where ours is on the hub."""
-    return {name: str(OmegaConf.select(OmegaConf.load(MODELS / f"{of}.yaml"), "path")) for name, of in OPTIONS.items()}
+    configs = {name: OmegaConf.load(MODELS / f"{option}.yaml") for name, option in OPTIONS.items()}
+    return {name: str(OmegaConf.select(config, "path")) for name, config in configs.items()}
 
 
 def _of_model(model: str, found: list[T], record_of: Callable[[T], dict[str, Any]]) -> list[T]:
