@@ -102,8 +102,8 @@ def join(table: Published, results: Results) -> pd.DataFrame:
     records = [cell.record for cell in cells if cell.record and cell.status == "done"]
     numbers = [ours for record in records for ours in _numbers(record, table)]
     rows = [_with_ours(row, table, cells, numbers) for row in _dicts(table.rows)]
+    rows += _beyond(rows, numbers)
     _add_derived(rows)
-    rows += _beyond(rows, table, numbers)
     frame = pd.DataFrame(rows, columns=COLUMNS)
     frame["difference"] = frame["ours"] - pd.to_numeric(frame["published"].str.replace(",", ""), errors="coerce")
     return frame
@@ -179,10 +179,11 @@ def _row(row: dict[str, Any], found: list[Ours], status: str) -> dict[str, Any]:
 
 def _add_derived(rows: list[dict[str, Any]]) -> None:
     """Averages over the accuracies of a line of the table, and relative drops of averages, from ours."""
+    tasks = {row["dataset"] for row in rows if row["metric"] == "accuracy" and row["dataset"] != "average"}
     for row in rows:
         if row["dataset"] == "average" and row["metric"] == "accuracy" and row["status"] != "done":
             parts = [r for r in rows if _line(r) == _line(row) and r["metric"] == "accuracy" and r is not row]
-            if parts and all(part["status"] == "done" for part in parts):
+            if len(parts) == len(tasks) and all(part["status"] == "done" for part in parts):
                 mean = sum(part["ours"] for part in parts) / len(parts)
                 row.update({name: parts[0][name] for name in ("our_model", "differs", "keys", "seeds")})
                 row.update(ours=mean, status="done")
@@ -206,24 +207,45 @@ def _line(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(row[name] for name in ("model", "method", "ratio", "quantization", "variant"))
 
 
-def _beyond(rows: list[dict[str, Any]], table: Published, numbers: list[Ours]) -> list[dict[str, Any]]:
-    """Rows for our numbers in the table's columns that no published row has, such as of a method of one's own."""
-    used = {(key, row["metric"], row["dataset"]) for row in rows for key in row["keys"].split()}
+def _beyond(rows: list[dict[str, Any]], numbers: list[Ours]) -> list[dict[str, Any]]:
+    """Our numbers in the table's columns that stand beside none of its rows, such as of a method of one's own.
+
+    Of a model that no paper has, all our numbers: beside published ones stand only those of the same cells.
+    """
+    beside = {(key, row["metric"], row["dataset"]) for row in rows for key in row["keys"].split()}
     columns = {(row["metric"], row["dataset"]): row["unit"] for row in rows}
     papers = {path: name for name, path in _paths().items()}
-    by_row: dict[tuple[str, ...], list[Ours]] = {}
+    found: dict[tuple[str, ...], dict[tuple[str, str, str], list[Ours]]] = {}
     for ours in numbers:
         record, where = ours.record, (ours.metric, ours.dataset)
-        if where in columns and (record["key"], *where) not in used and record["method"] != "dense":
-            model = papers.get(record["config"]["model"]["path"], record["model"])
-            cell = (record["method"], f"{record['ratio']:g}", quantized(record["config"], "name"))
-            by_row.setdefault((model, *cell, *where, ours.variant), []).append(ours)
+        model = papers.get(record["config"]["model"]["path"], "")
+        if where in columns and not (model and (record["key"], *where) in beside):
+            line = (record["method"], f"{record['ratio']:g}", quantized(record["config"], "name"))
+            of_line = found.setdefault((model or record["model"], *line), {})
+            of_line.setdefault((*where, ours.variant), []).append(ours)
     beyond = []
-    for (model, method, ratio, quantization, metric, dataset, variant), found in sorted(by_row.items()):
-        row = {"model": model, "method": method, "ratio": ratio, "quantization": quantization, "metric": metric}
-        row |= {"dataset": dataset, "variant": variant, "unit": columns[metric, dataset], "value": "", "note": ""}
-        beyond.append(_row(row, _latest(found), "done"))
+    for (model, method, ratio, quantization), of_line in sorted(found.items(), key=_dense_first):
+        line = {
+            "model": model,
+            "method": method,
+            "ratio": ratio,
+            "quantization": quantization,
+            "value": "",
+            "note": "",
+        }
+        for (metric, dataset), unit in columns.items():
+            cell = {**line, "metric": metric, "dataset": dataset, "unit": unit, "value": "", "note": ""}
+            if metric == "drop" or dataset == "average":
+                beyond.append(_row({**cell, "variant": ""}, [], "missing"))
+            for (of_metric, of_dataset, variant), same in of_line.items():
+                if (of_metric, of_dataset) == (metric, dataset):
+                    beyond.append(_row({**cell, "variant": variant}, _latest(same), "done"))
     return beyond
+
+
+def _dense_first(item: tuple[tuple[str, ...], Any]) -> tuple[Any, ...]:
+    model, method, ratio, quantization = item[0]
+    return model, method != "dense", -float(ratio), method, quantization
 
 
 def _is_cell(row: dict[str, Any], record: dict[str, Any], table: Published) -> bool:

@@ -63,7 +63,7 @@ def tables() -> list[str]:
 
 def figures() -> list[str]:
     """The names of all figures in the catalogue."""
-    return [f"{source}/{figure}" for source, entry in catalogue().items() for figure in entry["figures"]]
+    return [f"{source}/{figure}" for source, entry in catalogue().items() for figure in entry.get("figures", ())]
 
 
 def entry(name: str) -> dict[str, Any]:
