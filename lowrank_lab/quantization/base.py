@@ -122,8 +122,17 @@ class Quantization:
     @property
     def needs_calibration(self) -> bool:
         calibrated = any(part is not None and part.needs_calibration for part in (self.transform, self.latent))
+        return calibrated or self.calibrates_blocks
+
+    @property
+    def calibrates_blocks(self) -> bool:
+        """Whether rounding reads what the calibration text gives block by block, so that ``sequential`` matters."""
         of_weights = self.method is not None and (self.method.needs_inputs or self.method.needs_rows)
-        return calibrated or of_weights or (self.activations is not None and self.activations.static)
+        return of_weights or (self.activations is not None and self.activations.static)
+
+    @property
+    def needs_seed(self) -> bool:
+        return any(part is not None and part.needs_seed for part in (self.transform, self.latent))
 
     @property
     def online(self) -> bool:
