@@ -416,6 +416,27 @@ def test_settings_without_influence_are_in_no_key(lab):
     )
 
 
+def test_a_method_that_draws_has_its_seed_in_the_key(lab, monkeypatch):
+    """And draws the same, whatever drew before it."""
+    from lowrank_lab.bench import Bench, pick_device
+    from lowrank_lab.quantization.method.rtn import RoundToNearest
+    from lowrank_lab.results import Record
+
+    one, other = (lab.cells("method=dense", "quantization=int4", f"seed={seed}")[0] for seed in (0, 1))
+    assert one.key == other.key
+    monkeypatch.setattr(RoundToNearest, "needs_seed", True)
+    one, other = (lab.cells("method=dense", "quantization=int4", f"seed={seed}")[0] for seed in (0, 1))
+    assert one.key != other.key
+    drawn = []
+    plain = RoundToNearest.quantize
+    draw = lambda *given: (drawn.append(float(torch.rand(1))), plain(*given))[1]
+    monkeypatch.setattr(RoundToNearest, "quantize", draw)
+    torch.manual_seed(7)
+    one.quantization(Bench(one, Record(one, None), pick_device("cpu")))
+    torch.manual_seed(0)
+    assert drawn[0] == float(torch.rand(1))
+
+
 def test_a_number_that_is_not_finite_stays_so():
     from lowrank_lab.quantization.steps import Round
 

@@ -52,6 +52,7 @@ class WeightMethod:
     label         what stands before the format in tables; nothing for plain rounding
     needs_inputs  whether ``quantize`` reads what the linear is given on the calibration text
     needs_rows    whether it also reads a sample of tokens
+    needs_seed    whether it draws random numbers
     library       the optional one that does it
     """
 
@@ -59,6 +60,7 @@ class WeightMethod:
     library: str | None = None
     needs_inputs = False
     needs_rows = False
+    needs_seed = False
 
     def check(self, form: Format) -> None:
         """Raises ValueError for a format that the method cannot make."""
@@ -132,7 +134,7 @@ class Quantization:
 
     @property
     def needs_seed(self) -> bool:
-        return any(part is not None and part.needs_seed for part in (self.transform, self.latent))
+        return any(part is not None and part.needs_seed for part in (self.transform, self.latent, self.method))
 
     @property
     def online(self) -> bool:
