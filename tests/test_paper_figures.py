@@ -8,17 +8,23 @@ import json
 import math
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from matplotlib import pyplot as plt
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from scipy.stats import kurtosis
 
 from lowrank_lab import runner
 from lowrank_lab.allocation.sensitivity import perplexity_of
 from lowrank_lab.bench import Bench, pick_device
+from lowrank_lab.errors import SkippedCell, UserError
+from lowrank_lab.evaluation.factors import distribution
 from lowrank_lab.lowrank.ranks import Site, budget, fit
 from lowrank_lab.reporting.paper_figures import PAPER_FIGURES
 from lowrank_lab.results import Record
@@ -27,6 +33,8 @@ from .conftest import Lab
 
 # What a recipe needs beside conftest's settings to suit a model of 3 blocks and a text of a few thousand bytes.
 SMALLER = {
+    "dobi_figure4": ("eval.speed.repeats=2", "eval.speed.new_tokens=2"),
+    "dobi_figure11": ("eval.truncation.seqlen=64",),
     "dobi_figure8": (
         "eval.learned_ranks.seqlen=32",
         "eval.learned_ranks.max_windows=6",
@@ -145,6 +153,79 @@ def test_what_is_kept_of_the_parts_adds_up_to_the_ratio_reached(run: Run):
             mean = (parts["kept"] * parts["dense"]).sum() / parts["dense"].sum()
             assert mean == pytest.approx(record["sizes"]["ratio_reached"], rel=1e-12)
     assert frame["kept"].nunique() > 10  # STRS spends it unevenly
+
+
+def test_speeds_are_those_of_both_models_in_each_run(run: Run):
+    """A line a ratio over batch sizes and over lengths; the first setting is a point of both."""
+    records = run("dobi_figure4")
+    frame = PAPER_FIGURES["dobi/figure4"].data(records)
+    settings = {"batch size": [(1, 32), (4, 32), (16, 32)], "sequence length": [(16, 32), (16, 64), (16, 128)]}
+    assert len(frame) == 3 * 2 * 6
+    for record in records:
+        measured = {(one["batch_size"], one["prompt"]): one for one in record["metrics"]["speed"]["settings"]}
+        for panel, of_panel in settings.items():
+            for of, ratio in (("dense", 1.0), ("model", record["ratio"])):
+                same = (frame["run"] == record["ratio"]) & (frame["panel"] == panel) & (frame["ratio"] == ratio)
+                line = frame[same]
+                assert list(zip(line["batch_size"], line["prompt"], strict=True)) == of_panel
+                expected = [measured[setting][of]["decode"]["tokens_per_second"] for setting in of_panel]
+                assert list(line["tokens_per_second"]) == expected
+
+
+def test_distribution_in_closed_form():
+    """Two values as often as each other have kurtosis 1; a histogram counts each once, its edges too."""
+    found = distribution(torch.tensor([[-2.0, 2.0], [2.0, -2.0]]), bins=4)
+    assert found == {
+        "shape": [2, 2],
+        "mean": 0.0,
+        "std": 2.0,
+        "excess_kurtosis": -2.0,
+        "largest": 2.0,
+        "counts": [2, 0, 0, 2],
+    }
+    with pytest.raises(SkippedCell, match="equal"):
+        distribution(torch.zeros(3, 2), bins=4)
+
+
+def test_values_are_those_of_the_stored_factors(paper_lab: Lab):
+    """Counted and described by scipy from the tensors of the checkpoint."""
+    of_recipe = ("experiment=dobi_figure5", "method=svdllm", "save=true", "eval.factors.linears=[mlp]")
+    record = paper_lab.run(*of_recipe, "eval.factors.blocks=[2]", "eval.factors.bins=10")
+    tensors = load_file(paper_lab.root / record["checkpoint"] / "model.safetensors")
+    found = record["metrics"]["factors"]["linears"]
+    assert [one["linear"] for one in found] == ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    for one in found:
+        for factor in ("left", "right"):
+            values = tensors[f"model.layers.2.{one['linear']}.{factor}.weight"].double().numpy()
+            largest = abs(values).max()
+            assert one[factor]["shape"] == list(values.shape)
+            assert one[factor]["largest"] == largest
+            assert one[factor]["std"] == pytest.approx(values.std(), rel=1e-9)
+            assert one[factor]["excess_kurtosis"] == pytest.approx(kurtosis(values, axis=None), rel=1e-6)
+            edges = [-largest + 2 * largest * number / 10 for number in range(11)]
+            below = [(values < edge).sum() for edge in edges[1:-1]]
+            counts = [below[0], *(b - a for a, b in pairwise(below)), values.size - below[-1]]
+            assert one[factor]["counts"] == counts
+    frame = PAPER_FIGURES["dobi/figure6"].data([record])
+    assert len(frame) == 3 * 2 * 10
+    assert PAPER_FIGURES["dobi/figure5"].data([record]).empty  # no linear of the attention was asked for
+
+
+def test_factors_need_a_factored_linear(paper_lab: Lab):
+    record = paper_lab.run("method=svd", "targets=mlp", "eval=[ppl,factors]", "eval.factors.linears=[attention]")
+    assert "none of the linears" in record["left_out"]["factors"]
+    with pytest.raises(UserError, match=r"eval\.factors\.linears=other: this model has"):
+        paper_lab.run("method=svd", "eval=[ppl,factors]", "eval.factors.linears=[other]")
+
+
+def test_figure_11_has_all_that_was_truncated(run: Run):
+    [record] = run("dobi_figure11")
+    frame = PAPER_FIGURES["dobi/figure11"].data([record])
+    measured = record["metrics"]["truncation"]
+    gains = frame["weight_nll"] - frame["activation_nll"]
+    assert len(frame) == 7 * 3 * 5  # linears, blocks, ratios
+    assert gains.mean() == pytest.approx(measured["value"], rel=1e-9)
+    assert set(frame["dense_nll"]) == {measured["dense_nll"]}
 
 
 def test_losses_of_the_training_are_those_of_its_history(paper_lab: Lab, run: Run):

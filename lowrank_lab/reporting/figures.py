@@ -221,6 +221,11 @@ def truncation_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | 
         return None
     measured = finite["measured"].iloc[0]  # cells that differ in their dtype alone would look the same
     points = pd.DataFrame(measured["points"])
+    return truncations(points.assign(dense_nll=measured["dense_nll"]), caption)
+
+
+def truncations(points: pd.DataFrame, caption: str) -> plt.Figure:
+    """The ``points`` of eval=truncation, each with ``dense_nll``: a panel a linear, a colour a block."""
     names = linear_names(points["linear"].unique())
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
@@ -235,7 +240,7 @@ def truncation_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | 
                 for kind, style in (("activation", "-"), ("weight", "--")):
                     axes.plot(
                         line["ratio"],
-                        line[f"{kind}_nll"] - measured["dense_nll"],
+                        line[f"{kind}_nll"] - line["dense_nll"],
                         style,
                         **look(number),
                         label=f"block {block}, {kind}",

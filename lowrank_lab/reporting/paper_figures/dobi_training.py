@@ -43,6 +43,8 @@ def _per_epoch(record: dict[str, Any]) -> float:
 
 def _epoch_means(line: pd.DataFrame) -> pd.DataFrame:
     """The mean loss of each whole epoch, at its middle: batches differ more than a training changes their loss."""
+    if len(line) < 2:
+        return line
     epoch = line["epoch"].astype(int)
     whole = line[epoch < int(line["epoch"].max() + line["epoch"].diff().max() + 1e-9)]
     return whole.groupby(epoch)[["step", "value"]].mean()
