@@ -3,43 +3,48 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
+import pandas as pd
+
 from lowrank_lab.reporting.page.table import Cell, Column, Row, Table, number_in, ratio_tag
-from lowrank_lab.reporting.status import Asked, asked, count
+from lowrank_lab.reporting.status import asked, count
 from lowrank_lab.reporting.tables import all_groups, outdated, presentable
 from lowrank_lab.results import Results
 
 NAMES = ("method", "variant", "counts")  # columns of a table that are no numbers
+LABEL = r"(\S+)(?: ratio=([\d.e-]+))?(?: (.+))? (\S+) (\S+)"  # method, ratio, quantization, model, data set
+URGENCY = ("failed", "outdated", "skipped", "missing", "done")
 COSTS = ("parameters (M)", "bits a weight", "size (MB)", "compression (s)", "evaluation (s)")
 
 
 def grids(results: Results) -> list[Table]:
-    """A table a grid with the state of its cells; folded up where all are done."""
+    """A table a grid with the state of its cells, those first that need a look; folded up where none does."""
     cells = asked(results)
     found = []
     for number, name in enumerate(dict.fromkeys(cell.grid for cell in cells), start=1):
-        of_grid = [cell for cell in cells if cell.grid == name]
+        of_grid = sorted((cell for cell in cells if cell.grid == name), key=lambda cell: URGENCY.index(cell.state))
+        rows = []
+        for cell in of_grid:
+            keys = () if cell.state == "missing" else (cell.key,)
+            rows.append(_row(Cell(cell.state, None, keys, kind=f"state {cell.state}"), cell.label, cell.reason))
         counts = count(of_grid)
-        columns = ("state", "method", "ratio", "model", "cell", "reason")
-        rows = tuple(_asked_row(cell) for cell in of_grid)
-        unfinished = counts["done"] < len(of_grid)
-        table = Table(f"grid-{number}", name, _columns(columns), rows, counts=counts, open=unfinished)
-        found.append(table)
+        is_open = any(counts[state] for state in ("failed", "outdated", "skipped"))
+        found.append(Table(f"grid-{number}", name, _columns("state"), tuple(rows), counts, is_open))
     return found
 
 
-def _asked_row(cell: Asked) -> Row:
-    """A cell of a grid. One that has not run is known by its label alone: method, ratio, …, model, data set."""
-    words = cell.label.split()
-    method, model = words[0], words[-2] if len(words) > 2 else "—"
-    ratio = re.search(r" ratio=(\S+)", cell.label)
-    of = ratio_tag(ratio.group(1)) if ratio else "1"
-    keys = () if cell.state == "missing" else (cell.key,)
-    texts = (Cell(method), Cell(of, float(of)), Cell(model), Cell(cell.label), Cell(cell.reason))
-    tags = {"model": [model], "method": [method], "ratio": [of]}
-    return Row((Cell(cell.state, None, keys, kind=f"state {cell.state}"), *texts), tags)
+def _columns(first: str) -> tuple[Column, ...]:
+    return tuple(Column(name) for name in (first, "method", "ratio", "quantization", "model", "data set", "reason"))
+
+
+def _row(first: Cell, label: str, reason: str) -> Row:
+    """A row of a cell, known by its label alone: a cell that has not run has no record."""
+    found = re.fullmatch(LABEL, label)
+    method, ratio, quantization, model, dataset = found.groups(default="") if found else (label, "", "", "—", "—")
+    ratio = ratio_tag(ratio or 1)
+    texts = (Cell(method), Cell(ratio, float(ratio)), Cell(quantization or "none"), Cell(model), Cell(dataset))
+    return Row((first, *texts, Cell(reason)), {"model": [model], "method": [method], "ratio": [ratio]})
 
 
 def measured(records: list[dict[str, Any]]) -> list[Table]:
@@ -52,7 +57,7 @@ def measured(records: list[dict[str, Any]]) -> list[Table]:
             record = group.loc[index]
             cells = tuple(_cell(name, text, record["key"]) for name, text in zip(shown, texts, strict=True))
             rows.append(Row(cells, _tags(record)))
-        found.append(Table(f"own-{number}", caption, _columns(map(str, shown)), tuple(rows)))
+        found.append(Table(f"own-{number}", caption, tuple(Column(str(name)) for name in shown), tuple(rows)))
     return found
 
 
@@ -69,33 +74,22 @@ def without_number(records: list[dict[str, Any]]) -> Table | None:
     for record in records:
         state = "outdated" if outdated(record) else record["status"]
         if state != "done":
-            why = record.get("reason", "") if state != "outdated" else "made by other component versions; run it again"
-            rows.append(_record_row(record, Cell(state, None, (record["key"],), kind=f"state {state}"), why))
-    columns = _columns(("state", "method", "ratio", "model", "cell", "reason"))
-    return Table("without-number", "Cells without a number", columns, tuple(rows)) if rows else None
+            why = "made by other component versions; run it again" if state == "outdated" else record["reason"]
+            rows.append(_row(Cell(state, None, (record["key"],), kind=f"state {state}"), record["label"], why))
+    return Table("without-number", "Cells without a number", _columns("state"), tuple(rows)) if rows else None
 
 
 def left_out(records: list[dict[str, Any]]) -> Table | None:
     """The evaluators that measured nothing, since the model does not suit them."""
     rows = [
-        _record_row(record, Cell(name, None, (record["key"],)), why)
+        _row(Cell(name, None, (record["key"],)), record["label"], why)
         for record in records
         if record["status"] == "done"
         for name, why in record.get("left_out", {}).items()
     ]
-    columns = _columns(("evaluator", "method", "ratio", "model", "cell", "reason"))
-    return Table("left-out", "Left out, since the model does not suit it", columns, tuple(rows)) if rows else None
+    title = "Left out, since the model does not suit it"
+    return Table("left-out", title, _columns("evaluator"), tuple(rows)) if rows else None
 
 
-def _record_row(record: dict[str, Any], first: Cell, why: str) -> Row:
-    ratio = ratio_tag(record["ratio"])
-    texts = (Cell(record["method"]), Cell(ratio, float(ratio)), Cell(record["model"]))
-    return Row((first, *texts, Cell(record["label"]), Cell(why)), _tags(record))
-
-
-def _tags(record: Any) -> dict[str, list[str]]:
+def _tags(record: pd.Series) -> dict[str, list[str]]:
     return {"model": [record["model"]], "method": [record["method"]], "ratio": [ratio_tag(record["ratio"])]}
-
-
-def _columns(names: Iterable[str]) -> tuple[Column, ...]:
-    return tuple(Column(name) for name in names)

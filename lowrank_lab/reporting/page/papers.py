@@ -59,7 +59,8 @@ def _table(source: Published, joined: pd.DataFrame, marks: dict[str, str]) -> Ta
     heads = list(dict.fromkeys(column_name(row) for _, row in joined.iterrows()))
     columns += [Column(kind, head) for head in heads for kind in ("published", "ours")]
     rows = []
-    for _, line in joined.groupby(["model", *LINE], sort=False):
+    by_model = [rows for _, rows in joined.groupby("model", sort=False)]
+    for line in (line for rows_of_one in by_model for _, line in rows_of_one.groupby(LINE, sort=False)):
         first = line.iloc[0]
         method = published.method_names().get(first["method"], first["method"])
         cells = [Cell(method), Cell(first["ratio"] or "—", number_in(first["ratio"]))]

@@ -22,8 +22,10 @@ function address() {
 
 function go(change) {
   const state = address();
+  state.delete("at"); // the page stays where the reader is
   change(state);
-  location.hash = state.toString();
+  history.pushState(null, "", `#${state}`); // and would jump to its top if location.hash became empty
+  show();
 }
 
 // ---- what follows it
@@ -63,7 +65,8 @@ function sort(state) {
     }
     const sign = direction === "descending" ? -1 : 1;
     const sorted = column ? [...table.inOrder].sort((a, b) => order(a.cells[column], b.cells[column], sign)) : table.inOrder;
-    table.tBodies[0].append(...sorted);
+    // Rows that are moved lose the focus, so that they are moved only if they must.
+    if (sorted.some((row, place) => row !== table.tBodies[0].rows[place])) table.tBodies[0].append(...sorted);
   }
 }
 
@@ -124,7 +127,8 @@ function lines(value, indent = "") {
     .map(([name, inner]) => {
       const nested = inner !== null && typeof inner === "object" && !Array.isArray(inner) && Object.keys(inner).length;
       if (nested) return `${indent}${name}:\n${lines(inner, `${indent}  `)}`;
-      return `${indent}${name}: ${typeof inner === "string" ? inner : JSON.stringify(inner)}`;
+      const plain = typeof inner === "string" && /^[ -~\u00a1-\uffff]+$/.test(inner);
+      return `${indent}${name}: ${plain ? inner : JSON.stringify(inner)}`;
     })
     .join("\n");
 }
@@ -151,7 +155,6 @@ document.addEventListener("click", (event) => {
 
 function follow(target) {
   go((state) => {
-    state.delete("at");
     if (target.includes("=")) new URLSearchParams(target).forEach((value, name) => state.append(name, value));
     else state.set("at", target);
   });
@@ -163,7 +166,6 @@ function turn(state, button) {
   const next = { none: "ascending", ascending: "descending", descending: null }[button.parentElement.ariaSort];
   const others = state.getAll("sort").filter((text) => text.split(".")[0] !== id);
   state.delete("sort");
-  state.delete("at");
   for (const text of next ? [...others, `${id}.${button.dataset.column}.${next}`] : others) state.append("sort", text);
 }
 

@@ -54,16 +54,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """``id`` names it in the address, ``facts`` are the lines that stand below its title, ``open`` for one that is
-    folded up."""
+    """``id`` names it in the address. Of the cells of a grid, ``counts`` says how many are in each state, and ``open``
+    that they are not folded up."""
 
     id: str
     title: str
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
-    facts: tuple[str, ...] = ()
     counts: dict[str, int] = field(default_factory=dict)
     open: bool = True
+
+    @property
+    def numeric(self) -> set[int]:
+        """The columns that hold numbers."""
+        cells = ((number, cell) for row in self.rows for number, cell in enumerate(row.cells))
+        return {number for number, cell in cells if cell.sort is not None}
 
     @property
     def groups(self) -> list[tuple[str, list[tuple[int, str]]]]:
