@@ -55,7 +55,7 @@ def measured(records: list[dict[str, Any]]) -> list[Table]:
         rows = []
         for index, *texts in shown.itertuples(name=None):
             record = group.loc[index]
-            cells = tuple(_cell(name, text, record["key"]) for name, text in zip(shown, texts, strict=True))
+            cells = tuple(_cell(str(name), text, record["key"]) for name, text in zip(shown, texts, strict=True))
             rows.append(Row(cells, _tags(record)))
         found.append(Table(f"own-{number}", caption, tuple(Column(str(name)) for name in shown), tuple(rows)))
     return found
