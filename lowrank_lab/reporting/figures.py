@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -265,10 +265,8 @@ FIGURES: dict[str, Callable[[pd.DataFrame, str], plt.Figure | None]] = {
 }
 
 
-def write(records: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """Write each comparable set as PNG and PDF; returns the files written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
+def drawn(records: list[dict[str, Any]]) -> Iterator[tuple[str, str, plt.Figure]]:
+    """Name, caption and figure of each comparable set that can be drawn; a figure is closed when the next is asked for."""
     for section, caption, group in all_groups(records):
         if section.metric not in FIGURES:
             continue
@@ -277,12 +275,20 @@ def write(records: list[dict[str, Any]], folder: Path) -> list[Path]:
             continue
         first = group.iloc[0]
         what = [section.metric, first["model"], first["protocol_text"].split(",")[0], first["identity"][:6]]
+        yield re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(what)), caption, figure
+        plt.close(figure)
+
+
+def write(records: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """Write each comparable set as PNG and PDF; returns the files written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name, _, figure in drawn(records):
         for suffix in ("png", "pdf"):
-            file = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', '_'.join(what))}.{suffix}"
+            file = folder / f"{name}.{suffix}"
             # No creation date, so that the same records give the same bytes.
             figure.savefig(file, metadata={"CreationDate": None} if suffix == "pdf" else {"Software": None})
             files.append(file)
-        plt.close(figure)
     return files
 
 

@@ -1,0 +1,54 @@
+"""What records measured, by the names that published tables use: metric, data set and the columns' variants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+Number = tuple[str, str, str, float]  # metric, data set, variant, value
+
+PTB = {"ptb_validation": "ptb"}  # the papers say PTB whichever split they take
+
+
+def numbers(record: dict[str, Any]) -> Iterator[tuple[Number, dict[str, Any]]]:
+    """Each number of a record with the measurement it is from. Numbers that are not finite are nan."""
+    for measured in record["metrics"].values():
+        kind = measured["metric"]
+        if kind == "perplexity":
+            dataset = measured["protocol"]["dataset"]
+            yield ("perplexity", PTB.get(dataset, dataset), "", _float(measured["value"])), measured
+        elif kind == "accuracy":
+            for task, of_task in measured["tasks"].items():
+                yield ("accuracy", task, "", _float(of_task["value"])), measured
+                for group, found in of_task.get("results", {}).items():
+                    if group != task and group in of_task.get("groups", {}):
+                        yield ("accuracy", group, "", _float(found["metrics"].get(of_task["metric"]))), measured
+        elif kind == "speed":
+            for number in _speeds(measured):
+                yield number, measured
+    sizes = record.get("sizes")
+    if sizes:
+        yield ("size", "", "", sizes["bytes"] / 1e9), {}
+        yield ("parameters", "", "", sizes["parameters"] / 1e9), {}
+
+
+def of_dense(record: dict[str, Any]) -> Iterator[tuple[Number, dict[str, Any]]]:
+    """What a compressed model's record says of the dense model that was measured beside it."""
+    for measured in record["metrics"].values():
+        if measured["metric"] == "speed":
+            for number in _speeds(measured, "dense"):
+                yield number, measured
+
+
+def _speeds(measured: dict[str, Any], of: str = "model") -> Iterator[Number]:
+    """Decoded tokens a second, and over those of the dense model, by batch size and prompt length."""
+    for setting in measured["settings"]:
+        variant = f"batch={setting['batch_size']};prompt={setting['prompt']}"
+        if setting[of] is not None:
+            yield "tokens_per_second", "", variant, float(setting[of]["decode"]["tokens_per_second"])
+        if of == "model" and setting["decode_ratio"]:
+            yield "speedup", "", variant, float(setting["decode_ratio"]["median"])
+
+
+def _float(value: float | None) -> float:
+    return float("nan") if value is None else float(value)
