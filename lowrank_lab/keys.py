@@ -139,11 +139,17 @@ class Keys:
         return fingerprint({**content, "version": versions.GRADIENTS})
 
     @property
+    def targeted(self) -> Any:
+        """Which linears are targeted: their role, and the blocks where these are not all."""
+        targets = self.cfg.targets
+        return [targets.linears, config.plain(targets.blocks)] if targets.get("blocks") else targets.linears
+
+    @property
     def spectra_key(self) -> str:
         return fingerprint(
             {
                 **self._weights,
-                "sites": [config.for_key(self.cfg.grouping), self.cfg.targets.linears],
+                "sites": [config.for_key(self.cfg.grouping), self.targeted],
                 "metric": config.for_key(self.cfg.metric),
                 "statistics": self.statistics_key,
                 "gradients": self.gradients_key,
@@ -194,7 +200,7 @@ class Keys:
         return fingerprint(
             {
                 "model": self.factored_key,
-                "targets": None if self.compressed else self.cfg.targets.linears,
+                "targets": None if self.compressed else self.targeted,
                 "quantization": answers,
                 "seed": self.cfg.seed if self.quantization.needs_seed else None,
                 "tokens": self.calibration_tokens_key if self.quantization.needs_calibration else None,

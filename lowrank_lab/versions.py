@@ -20,6 +20,7 @@ OUTPUT_ERROR = 1  # evaluation/block_errors.py
 TRUNCATION = 1  # evaluation/one_truncated.py
 LEARNED_RANKS = 1  # evaluation/learned_ranks.py
 FACTORS = 1  # evaluation/factors.py
+IPCA_MEMORY = 1  # evaluation/ipca_memory.py
 HARNESS = 2  # evaluation/harness.py, lm.py, tasks.py, task_data.py
 RECORD = 3  # the schema of results.py
 
@@ -31,6 +32,7 @@ EVALUATORS = (
     "TRUNCATION",
     "LEARNED_RANKS",
     "FACTORS",
+    "IPCA_MEMORY",
     "HARNESS",
 )
 ON_COMPRESSED = ("STATISTICS", "GRADIENTS", "SPECTRA", "COMPRESSION")  # have no part in a dense model's numbers

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowrank_lab import checks
-from lowrank_lab.errors import SkippedCell
+from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.lowrank.ranks import Site
 from lowrank_lab.models.arch import ArchSpec
 
@@ -24,15 +24,32 @@ class Targets:
     linears   a role, such as ``all`` or ``kv``
     ratio_of  ``parameters``: of the storage of these linears; ``kv_cache``: of the values cached a token (ASVD
               §3.4), where a rank costs one and may have more parameters than the dense linear
+    blocks    their indices, from the last where negative (-1); None for all. The ratio is of their linears alone
     """
 
-    def __init__(self, linears: str, ratio_of: str) -> None:
+    def __init__(self, linears: str, ratio_of: str, blocks: list[int] | None = None) -> None:
         checks.one_of(ROLES, linears=linears)
         checks.one_of(RATIO_OF, ratio_of=ratio_of)
         if ratio_of == "kv_cache" and linears != "kv":
             raise ValueError("ratio_of=kv_cache counts what is cached, so it needs linears=kv")
+        if blocks is not None and not (isinstance(blocks, list) and blocks and all(map(_is_index, blocks))):
+            raise ValueError(f"blocks={blocks} is not valid; it must be a list of whole numbers, such as [0, -1]")
         self.linears = linears
         self.ratio_of = ratio_of
+        self.blocks = blocks
+
+    def blocks_of(self, count: int) -> set[int]:
+        """Which of ``count`` blocks. Raises UserError for one that there is not."""
+        if self.blocks is None:
+            return set(range(count))
+        for index in self.blocks:
+            if not -count <= index < count:
+                raise UserError(f"targets.blocks={index}: this model has the blocks 0 to {count - 1}")
+        return {index % count for index in self.blocks}
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class Grouping:
@@ -61,12 +78,15 @@ def sites_of(
     """All sites by their full names, in the order of the model.
 
     ``shapes`` has by block the (out, in) of every compressible linear; ``storage`` says what a rank costs.
-    Raises SkippedCell where the architecture lacks a role that is asked for.
+    Raises SkippedCell where the architecture lacks a role that is asked for, UserError where it lacks a block.
     """
     wanted = spec.linears if targets.linears == "all" else _role(spec, targets.linears)
     joint = [_role(spec, role) for role in grouping.joint]
+    blocks = targets.blocks_of(len(shapes))
     sites = {}
     for index, of_block in enumerate(shapes):
+        if index not in blocks:
+            continue
         for members in _groups(spec, joint):
             members = tuple(name for name in members if name in wanted)
             if not members:

@@ -80,7 +80,8 @@ def counted(config: dict[str, Any]) -> str:
     if targets["ratio_of"] == "kv_cache":
         return "cached values"
     what = "16-bit words" if str(config["storage"]["_target_"]).endswith(".Remap") else "weights"
-    return what if targets["linears"] == "all" else f"{what} of {targets['linears']}"
+    what = what if targets["linears"] == "all" else f"{what} of {targets['linears']}"
+    return f"{what} in blocks {_word(targets['blocks'])}" if targets.get("blocks") else what
 
 
 def bits(record: dict[str, Any]) -> float:

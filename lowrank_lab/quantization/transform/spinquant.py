@@ -63,7 +63,7 @@ class SpinQuant(Transform):
             {
                 "quantization": versions.QUANTIZATION,
                 "model": cell.factored_key,
-                "sites": [config.for_key(cfg.grouping), cfg.targets.linears],
+                "sites": [config.for_key(cfg.grouping), cell.targeted],
                 "transform": config.for_key(cfg.quantization.transform, without=self.no_influence),
                 "activations": config.for_key(cfg.quantization.activations),
                 "weights": [config.for_key(cfg.quantization[form]) for form in forms],

@@ -8,9 +8,10 @@ from __future__ import annotations
 from lowrank_lab.reporting.paper_figures.asvd import ASVD
 from lowrank_lab.reporting.paper_figures.common import PaperFigure
 from lowrank_lab.reporting.paper_figures.dobi import DOBI
+from lowrank_lab.reporting.paper_figures.dobi_figure3 import DOBI_FIGURE3
 from lowrank_lab.reporting.paper_figures.dobi_training import DOBI_TRAINING
 
 PAPER_FIGURES: dict[str, PaperFigure] = {
     **{f"asvd/{name}": figure for name, figure in ASVD.items()},
-    **{f"dobi/{name}": figure for name, figure in (DOBI | DOBI_TRAINING).items()},
+    **{f"dobi/{name}": figure for name, figure in (DOBI_FIGURE3 | DOBI | DOBI_TRAINING).items()},
 }

@@ -1,0 +1,116 @@
+"""The ``eval=ipca_memory`` evaluator: memory of PCA against incremental PCA (Dobi-SVD, §4.2.2, Figure 3 right)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lowrank_lab import checks, progress, versions
+from lowrank_lab.evaluation.base import Evaluator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lowrank_lab.bench import Bench
+
+
+class IpcaMemory(Evaluator):
+    """The most bytes that are held at once while ``samples`` sets of directions are brought down to one.
+
+    The directions of a sample are random orthonormal V_i (n, k) in float64, made one after the other, as they come
+    from calibration. No model has a part in it; the number stands in the record of a dense one. The value is PCA's
+    number over IPCA's at the largest width.
+
+    widths   n, the width of an n × n matrix
+    samples  how many V_i (paper: 256)
+    share    k / n
+    """
+
+    version = versions.IPCA_MEMORY
+    component = "IPCA_MEMORY"
+    no_influence = ()
+    models = ("dense",)
+
+    def __init__(self, widths: list[int], samples: int, share: float) -> None:
+        if not isinstance(widths, list) or not widths or not all(checks.is_count(width, 2) for width in widths):
+            raise ValueError(f"widths={widths} is not valid; it must be a list of whole numbers from 2")
+        checks.whole(2, samples=samples)
+        if not checks.is_number(share) or not 0 < share < 1:
+            raise ValueError(f"share={share} is not valid; it must be a number between 0 and 1")
+        self.widths = sorted(widths)
+        self.samples = samples
+        self.share = share
+
+    def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
+        """Measure it: the value, and ``points``, by width and way the peak in ``bytes``."""
+        from lowrank_lab.evaluation.held import peak_bytes
+
+        points, last = [], {}
+        for width in progress.track(self.widths, "memory", "width"):
+            rank = max(1, round(self.share * width))
+            made = directions(width, rank, bench.device)
+            last = {name: peak_bytes(partial(run, made, self.samples, rank)) for name, run in WAYS.items()}
+            points += [{"width": width, "rank": rank, "way": name, "bytes": peak} for name, peak in last.items()]
+        return {
+            "metric": "memory of PCA over IPCA",
+            "value": last["PCA"] / last["IPCA"],
+            "points": points,
+            "protocol": {
+                "samples": self.samples,
+                "share": self.share,
+                "counted": "tensors alive at once, op by op; without the workspace within a kernel",
+            },
+        }
+
+
+def directions(width: int, rank: int, device: Any) -> Callable[[int], Tensor]:
+    """What gives V_i (width, rank), orthonormal in float64, of sample i."""
+
+    def of_sample(number: int) -> Tensor:
+        import torch
+
+        generator = torch.Generator().manual_seed(number)
+        return torch.linalg.qr(torch.randn(width, rank, dtype=torch.float64, generator=generator).to(device))[0]
+
+    return of_sample
+
+
+def pca(made: Callable[[int], Tensor], samples: int, rank: int) -> Tensor:
+    """The first ``rank`` left singular vectors (n, rank) of [V_1, …, V_samples], kept as one matrix."""
+    from lowrank_lab.refinement.ipca import leading_directions
+
+    first = made(0)
+    together = first.new_empty(first.shape[0], samples * rank)
+    for number in range(samples):
+        together[:, number * rank : (number + 1) * rank] = made(number)
+    return leading_directions(together, rank)
+
+
+def pca_of_gram(made: Callable[[int], Tensor], samples: int, rank: int) -> Tensor:
+    """The same (n, rank), from the sum of V_i V_iᵀ, which is n × n however many samples there are."""
+    import torch
+
+    first = made(0)
+    gram = first.new_zeros(first.shape[0], first.shape[0])
+    for number in range(samples):
+        v = made(number)
+        gram.addmm_(v, v.T)
+    return torch.linalg.eigh(gram)[1][:, -rank:].flip(1)
+
+
+def ipca(made: Callable[[int], Tensor], samples: int, rank: int) -> Tensor:
+    """Algorithm 2's directions (n, rank), as refinement/ipca.py merges them."""
+    from lowrank_lab.refinement.ipca import merge
+
+    v = made(0)
+    for number in range(1, samples):
+        v = merge(v, made(number), number + 1, rank)
+    return v
+
+
+WAYS = {
+    "PCA": pca,
+    "PCA of the summed Gram matrices": pca_of_gram,
+    "IPCA": ipca,
+}
