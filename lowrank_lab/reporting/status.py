@@ -52,10 +52,10 @@ def status(results: Results) -> str:
     lines = []
     for grid in dict.fromkeys(cell.grid for cell in cells):
         lines.append(f"grid: {grid}")
-        lines += [
-            f"  {cell.state:9}{cell.label}{_explain(cell, results)}" for cell in cells if cell.grid == grid
-        ]
-    total = ", ".join(f"{number} {state}" for state, number in count(cells).items() if number or state != "outdated")
+        lines += [f"  {cell.state:9}{cell.label}{_explain(cell, results)}" for cell in cells if cell.grid == grid]
+    total = ", ".join(
+        f"{number} {state}" for state, number in count(cells).items() if number or state != "outdated"
+    )
     return "\n".join([*lines, total])
 
 

@@ -125,7 +125,8 @@ def _alt(figure: plt.Figure) -> str:
     """What is drawn against what, and the names of the lines."""
     axes = [one for one in figure.axes if one.get_visible()]
     labels = (label for one in axes for label in one.get_legend_handles_labels()[1])
-    y, x = (next(filter(None, texts), "") for texts in zip(*((a.get_ylabel(), a.get_xlabel()) for a in axes)))
+    y = next(filter(None, (one.get_ylabel() for one in axes)), "")
+    x = next(filter(None, (one.get_xlabel() for one in axes)), "")
     text = f"{y} against {x}: {', '.join(dict.fromkeys(labels))}. The numbers are in the tables."
     return " ".join(text.split())
 

@@ -52,12 +52,13 @@ def measured(records: list[dict[str, Any]]) -> list[Table]:
     found = []
     for number, (section, caption, group) in enumerate(all_groups(records), start=1):
         shown = presentable(group, section)
+        names = [str(name) for name in shown]
         rows = []
         for index, *texts in shown.itertuples(name=None):
             record = group.loc[index]
-            cells = tuple(_cell(name, text, record["key"]) for name, text in zip(shown, texts, strict=True))
+            cells = tuple(_cell(name, text, record["key"]) for name, text in zip(names, texts, strict=True))
             rows.append(Row(cells, _tags(record)))
-        found.append(Table(f"own-{number}", caption, tuple(Column(str(name)) for name in shown), tuple(rows)))
+        found.append(Table(f"own-{number}", caption, tuple(map(Column, names)), tuple(rows)))
     return found
 
 

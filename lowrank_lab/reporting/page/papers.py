@@ -119,7 +119,7 @@ def _without_number(status: str, keys: tuple[str, ...], method: str, source: Pub
 
 
 def _colour(relative: float) -> str:
-    """The class of a relative difference: "agrees", or "over" or "under" with the number of steps that it reaches."""
+    """The class of a relative difference: "agrees", or "over" or "under" with how many steps it reaches."""
     steps = sum(abs(relative) >= step for step in STEPS)
     return f"{'over' if relative > 0 else 'under'}{steps}" if steps else "agrees"
 
