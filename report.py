@@ -27,9 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", default="all", help="all, status, count, table=NAME, figure=NAME, page")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder given to run.py as results=")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="where to write (default: <results>/report; the page: <results>)"
-    )
+    parser.add_argument("--out", type=Path, help="where to write (default: <results>/report; the page: <results>)")
     arguments = parser.parse_args()
 
     from lowrank_lab.errors import UserError
