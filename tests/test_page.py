@@ -39,6 +39,7 @@ def results(tmp_path_factory, data_root) -> Results:
     asked = [cell for ratio in (0.95, 0.9, 0.85, 0.8) for cell in lab.cells("method=asvd", f"ratio={ratio}")]
     cells = [*lab.cells("method=svd", "ratio=0.95,0.8", multirun=True), *lab.cells("method=dense"), *asked]
     lab.results.note_grid(["experiment=asvd_table1"], cells)
+    lab.results.note_grid(["experiment=asvd_figure5"], lab.cells("method=dense"))
     failed, skipped, outdated, _ = asked
     ran = done[1]
     for cell, facts in (
@@ -130,14 +131,17 @@ def test_nothing_is_loaded_from_elsewhere(html, read):
     style = re.search(r"<style>(.*?)</style>", html, re.S).group(1)
     assert "url(" not in style and "@import" not in style
     assert all(image["alt"].count("against") == 1 for tag, image in read.elements if tag == "img")
-    assert sum(tag == "img" for tag, _ in read.elements) >= 1
+    figures = [attributes["id"] for tag, attributes in read.elements if tag == "figure"]
+    assert figures[0] == "figure-asvd-figure5"  # the papers' first, then ours
+    assert any(name.startswith("figure-perplexity_tiny-llama_") for name in figures)
+    assert sum(tag == "img" for tag, _ in read.elements) == len(figures)
 
 
 def test_the_state_of_the_grid_is_on_top(read):
-    rows = {(row[0], row[1], row[2]): row[-1] for row in read.rows["grid-1"][1:]}
+    rows = {(row[0], row[1], row[2]): row[-1] for row in read.rows["grid-2"][1:]}
     assert rows == {
         ("failed", "asvd", "0.95"): "RuntimeError: out of luck",
-        ("outdated", "asvd", "0.85"): "",
+        ("outdated", "asvd", "0.85"): "made by other component versions; run it again",
         ("skipped", "asvd", "0.9"): "no rank is left",
         ("missing", "asvd", "0.8"): "",
         ("done", "dense", "1"): "",
@@ -156,7 +160,7 @@ def test_published_numbers_stand_beside_ours_and_cells_without_one_say_why(read,
     value = svd["metrics"]["ppl"]["value"]
     assert published == "2800"
     assert ours.startswith(f"{value:.4g}")
-    assert ours.endswith(f"{100 * (value / 2800 - 1):.3g} %".replace("-", "−"))
+    assert ours.endswith(f" · −{100 * (1 - value / 2800):.0f} %")
     states = [lines["ASVD", ratio, "llama-7b"][place + 1] for ratio in ("0.95", "0.9", "0.85", "0.8", "0.75")]
     assert states == ["failed", "skipped", "outdated", "missing", "missing"]
     assert lines["SVD", "0.8", svd["model"]][place] == "—"  # what the paper does not have
@@ -237,9 +241,9 @@ def test_nothing_measured_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("relative", "colour", "text"),
     [
-        (0.0099, "agrees", "+0.99 %"),
-        (0.01, "over1", "+1 %"),
-        (-0.05, "under2", "−5 %"),
+        (0.0099, "agrees", "+1.0 %"),
+        (0.01, "over1", "+1.0 %"),
+        (-0.05, "under2", "−5.0 %"),
         (-0.2, "under3", "−20 %"),
         (8.5, "over3", "+850 %"),
         (99, "over3", "× 100"),
@@ -313,7 +317,7 @@ def browse(chromium, html, tmp_path):
 
 
 def test_filters_in_the_address_hide_the_other_rows_of_all_tables(browse, read):
-    told = browse("#method=svd&ratio=0.8", "return { papers: table('asvd-table1'), grid: table('grid-1') }")
+    told = browse("#method=svd&ratio=0.8", "return { papers: table('asvd-table1'), grid: table('grid-2') }")
     assert told["papers"] and {tuple(row[:2]) for row in told["papers"]} == {("SVD", "0.8")}
     assert [row[:3] for row in told["grid"]] == [["done", "svd", "0.8"]]
     total = sum(tag == "tr" and "data-method" in attributes for tag, attributes in read.elements)
@@ -330,9 +334,9 @@ def test_filters_in_the_address_hide_the_other_rows_of_all_tables(browse, read):
 def test_controls_change_the_address_and_reset_shows_all_again(browse):
     script = """
       click("input[name=method][value=svd]");
-      const filtered = [location.hash, document.getElementById("shown").textContent, table("grid-1").length];
+      const filtered = [location.hash, document.getElementById("shown").textContent, table("grid-2").length];
       click("#reset");
-      return { filtered, rows: table("grid-1").length };
+      return { filtered, rows: table("grid-2").length };
     """
     told = browse("", script)
     assert told["filtered"][0] == "#method=svd"
@@ -369,11 +373,11 @@ def test_an_address_holds_filters_sorting_and_the_open_record(browse, results):
     script = """
       const dialog = document.getElementById("record");
       const shown = [dialog.open, dialog.textContent];
-      const order = table("grid-1").map((row) => row[2]);
+      const order = table("grid-2").map((row) => row[2]);
       dialog.close();
       return { shown, order };
     """
-    told = browse(f"#method=svd&sort=grid-1.2.ascending&record={svd['key']}", script)
+    told = browse(f"#method=svd&sort=grid-2.2.ascending&record={svd['key']}", script)
     assert told["order"] == ["0.8", "0.95"]
     assert told["shown"][0] is True
     for text in (svd["label"], svd["git"]["commit"], "window: 32", "model conversion", "_target_: lowrank_lab."):

@@ -127,7 +127,7 @@ def _colour(relative: float) -> str:
 def _relative(relative: float) -> str:
     """In percent, and as a multiple from ten times on."""
     if relative < 9:
-        return _minus(f"{100 * relative:+.3g} %")
+        return _minus(f"{100 * relative:+.{0 if abs(relative) >= 0.1 else 1}f} %")
     multiple = 1 + relative
     return f"× {multiple:,.0f}" if multiple < 1e6 else f"× {multiple:.2e}"
 
