@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from lowrank_lab import cell, grid
 from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation.harness import Harness
-from lowrank_lab.reporting import coverage, published
+from lowrank_lab.reporting import coverage, joined, paper_tables, published
 from lowrank_lab.results import Results
 
 from .conftest import REPOSITORY
@@ -46,6 +46,25 @@ def test_values_stay_as_they_are_printed():
     rows = published.load("dobi/table2").rows
     asvd = rows[(rows["method"] == "dobi") & (rows["metric"] == "perplexity") & (rows["dataset"] == "wikitext2")]
     assert list(asvd["value"]) == ["6.08", "8.12", "9.95"]
+
+
+def test_drops_stand_in_their_own_columns_and_ours_are_in_percent():
+    """Dobi-SVD's are of averages; the slides have one for each data set, of which ours are not made."""
+    rows = published.load("slides/svdllm").rows
+    drops = rows[rows["metric"] == "drop"]
+    assert {paper_tables.column_name(row) for _, row in paper_tables.setting_apart(drops).iterrows()} == {
+        "drop wikitext2 (%)",
+        "drop c4 (%)",
+    }
+    line = {"model": "llama-7b", "ratio": "0.8", "quantization": "none", "variant": "", "unit": "%"}
+    ours = {"our_model": "m", "differs": "", "keys": "", "seeds": 1, "status": "done"}
+    average = {**line, **ours, "metric": "accuracy", "dataset": "average"}
+    dense = {**average, "method": "dense", "ratio": "1", "ours": 50.0}
+    drop = {**line, "method": "dobi", "metric": "drop", "dataset": "average", "status": "missing"}
+    other = {**drop, "dataset": "c4"}
+    joined._add_derived([dense, {**average, "method": "dobi", "ours": 40.0}, drop, other])
+    assert drop["ours"] == pytest.approx(20.0)
+    assert other["status"] == "missing"
 
 
 def test_every_contradiction_of_a_source_is_kept():

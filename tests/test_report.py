@@ -200,6 +200,10 @@ def test_status_tells_done_failed_skipped_and_missing(grid_lab, tmp_path):
     assert text.splitlines()[-1].endswith("1 failed, 1 skipped, 1 missing")
     assert f"(because; traceback in {results.path(keys[1])})" in text
     assert "missing" in next(line for line in text.splitlines() if grid["cells"][keys[0]] in line)
+    old = results.find(keys[3])
+    old["components"]["MODEL"] = 0
+    results.path(keys[3]).write_text(json.dumps(old))
+    assert status(results).splitlines()[-1].endswith("1 failed, 1 skipped, 1 missing, 1 outdated")
     assert "no grid has been run" in status(Results(tmp_path / "nothing"))
 
 

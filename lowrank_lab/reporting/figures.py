@@ -266,7 +266,7 @@ FIGURES: dict[str, Callable[[pd.DataFrame, str], plt.Figure | None]] = {
 
 
 def drawn(records: list[dict[str, Any]]) -> Iterator[tuple[str, str, plt.Figure]]:
-    """Name, caption and figure of each comparable set that can be drawn; a figure is closed when the next is asked for."""
+    """Name, caption and figure of each comparable set that can be drawn; each is closed when the next is asked."""
     for section, caption, group in all_groups(records):
         if section.metric not in FIGURES:
             continue

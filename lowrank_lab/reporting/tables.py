@@ -122,7 +122,7 @@ def all_groups(records: list[dict[str, Any]]) -> Iterator[tuple[Section, str, pd
 
 
 def presentable(group: pd.DataFrame, section: Section) -> pd.DataFrame:
-    """The columns that people read, as text. The index is that of ``group``: a row's once for each of its settings."""
+    """The columns that people read, as text. The index is ``group``'s: a row's once for each of its settings."""
     what = pd.DataFrame(
         {
             "method": group["method"],

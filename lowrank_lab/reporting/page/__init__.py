@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import pyplot as plt
 
 from lowrank_lab.errors import UserError
-from lowrank_lab.reporting import figures, published
+from lowrank_lab.reporting import figures, paper_figures, published
 from lowrank_lab.reporting.page import own, papers
 from lowrank_lab.reporting.page.facts import facts
 from lowrank_lab.reporting.page.table import Table
@@ -110,6 +110,8 @@ def _filters(tables: list[Table]) -> dict[str, list[tuple[str, str]]]:
 
 
 def _images(results: Results) -> Iterator[Image]:
+    for name, title, figure in paper_figures.drawn(results):
+        yield _image(name.replace("/", "-"), title, figure)
     for name, caption, figure in figures.drawn(results.records()):
         yield _image(name, caption, figure)
 
@@ -125,8 +127,9 @@ def _alt(figure: plt.Figure) -> str:
     """What is drawn against what, and the names of the lines."""
     axes = [one for one in figure.axes if one.get_visible()]
     labels = (label for one in axes for label in one.get_legend_handles_labels()[1])
-    y, x = (next(filter(None, texts), "") for texts in zip(*((a.get_ylabel(), a.get_xlabel()) for a in axes)))
-    text = f"{y} against {x}: {', '.join(dict.fromkeys(labels))}. The numbers are in the tables."
+    y = next(filter(None, (one.get_ylabel() for one in axes)), "")
+    x = next(filter(None, (one.get_xlabel() for one in axes)), "")
+    text = f"{y} against {x}: {', '.join(dict.fromkeys(labels))}"
     return " ".join(text.split())
 
 

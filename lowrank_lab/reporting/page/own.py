@@ -14,6 +14,7 @@ from lowrank_lab.results import Results
 
 NAMES = ("method", "variant", "counts")  # columns of a table that are no numbers
 LABEL = r"(\S+)(?: ratio=([\d.e-]+))?(?: (.+))? (\S+) (\S+)"  # method, ratio, quantization, model, data set
+OUTDATED = "made by other component versions; run it again"
 URGENCY = ("failed", "outdated", "skipped", "missing", "done")
 COSTS = ("parameters (M)", "bits a weight", "size (MB)", "compression (s)", "evaluation (s)")
 
@@ -22,20 +23,27 @@ def grids(results: Results) -> list[Table]:
     """A table a grid with the state of its cells, those first that need a look; folded up where none does."""
     cells = asked(results)
     found = []
-    for number, name in enumerate(dict.fromkeys(cell.grid for cell in cells), start=1):
+    for number, name in enumerate(sorted({cell.grid for cell in cells}), start=1):
         of_grid = sorted((cell for cell in cells if cell.grid == name), key=lambda cell: URGENCY.index(cell.state))
         rows = []
         for cell in of_grid:
             keys = () if cell.state == "missing" else (cell.key,)
-            rows.append(_row(Cell(cell.state, None, keys, kind=f"state {cell.state}"), cell.label, cell.reason))
+            why = OUTDATED if cell.state == "outdated" else cell.reason
+            rows.append(_row(Cell(cell.state, None, keys, kind=f"state {cell.state}"), cell.label, why))
         counts = count(of_grid)
         is_open = any(counts[state] for state in ("failed", "outdated", "skipped"))
-        found.append(Table(f"grid-{number}", name, _columns("state"), tuple(rows), counts, is_open))
+        found.append(_table(f"grid-{number}", name, "state", rows, counts, is_open))
     return found
 
 
-def _columns(first: str) -> tuple[Column, ...]:
-    return tuple(Column(name) for name in (first, "method", "ratio", "quantization", "model", "data set", "reason"))
+def _table(
+    id: str, title: str, first: str, rows: list[Row], counts: dict[str, int] | None = None, is_open: bool = True
+) -> Table:
+    """A table of rows by ``_row``, without the columns that say nothing in any of them."""
+    names = (first, "method", "ratio", "quantization", "model", "data set", "reason")
+    told = [n for n in range(len(names)) if any(row.cells[n].text not in ("", "none") for row in rows)]
+    shown = tuple(Row(tuple(row.cells[n] for n in told), row.tags) for row in rows)
+    return Table(id, title, tuple(Column(names[n]) for n in told), shown, counts or {}, is_open)
 
 
 def _row(first: Cell, label: str, reason: str) -> Row:
@@ -52,12 +60,13 @@ def measured(records: list[dict[str, Any]]) -> list[Table]:
     found = []
     for number, (section, caption, group) in enumerate(all_groups(records), start=1):
         shown = presentable(group, section)
+        names = [str(name) for name in shown]
         rows = []
         for index, *texts in shown.itertuples(name=None):
             record = group.loc[index]
-            cells = tuple(_cell(str(name), text, record["key"]) for name, text in zip(shown, texts, strict=True))
+            cells = tuple(_cell(name, text, record["key"]) for name, text in zip(names, texts, strict=True))
             rows.append(Row(cells, _tags(record)))
-        found.append(Table(f"own-{number}", caption, tuple(Column(str(name)) for name in shown), tuple(rows)))
+        found.append(Table(f"own-{number}", caption, tuple(map(Column, names)), tuple(rows)))
     return found
 
 
@@ -74,9 +83,9 @@ def without_number(records: list[dict[str, Any]]) -> Table | None:
     for record in records:
         state = "outdated" if outdated(record) else record["status"]
         if state != "done":
-            why = "made by other component versions; run it again" if state == "outdated" else record["reason"]
+            why = OUTDATED if state == "outdated" else record["reason"]
             rows.append(_row(Cell(state, None, (record["key"],), kind=f"state {state}"), record["label"], why))
-    return Table("without-number", "Cells without a number", _columns("state"), tuple(rows)) if rows else None
+    return _table("without-number", "Cells without a number", "state", rows) if rows else None
 
 
 def left_out(records: list[dict[str, Any]]) -> Table | None:
@@ -87,8 +96,7 @@ def left_out(records: list[dict[str, Any]]) -> Table | None:
         if record["status"] == "done"
         for name, why in record.get("left_out", {}).items()
     ]
-    title = "Left out, since the model does not suit it"
-    return Table("left-out", title, _columns("evaluator"), tuple(rows)) if rows else None
+    return _table("left-out", "Left out, since the model does not suit it", "evaluator", rows) if rows else None
 
 
 def _tags(record: pd.Series) -> dict[str, list[str]]:

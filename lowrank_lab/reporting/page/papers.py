@@ -119,7 +119,7 @@ def _without_number(status: str, keys: tuple[str, ...], method: str, source: Pub
 
 
 def _colour(relative: float) -> str:
-    """The class of a relative difference: "agrees", or "over" or "under" with the number of steps that it reaches."""
+    """The class of a relative difference: "agrees", or "over" or "under" with how many steps it reaches."""
     steps = sum(abs(relative) >= step for step in STEPS)
     return f"{'over' if relative > 0 else 'under'}{steps}" if steps else "agrees"
 
@@ -127,7 +127,7 @@ def _colour(relative: float) -> str:
 def _relative(relative: float) -> str:
     """In percent, and as a multiple from ten times on."""
     if relative < 9:
-        return _minus(f"{100 * relative:+.3g} %")
+        return _minus(f"{100 * relative:+.{0 if abs(relative) >= 0.1 else 1}f} %")
     multiple = 1 + relative
     return f"× {multiple:,.0f}" if multiple < 1e6 else f"× {multiple:.2e}"
 

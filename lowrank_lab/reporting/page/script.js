@@ -44,7 +44,9 @@ function filter(state) {
   for (const row of rows) {
     row.hidden = !filters.every((name) => !wanted[name].length || row.tags[name].some((tag) => wanted[name].includes(tag)));
   }
-  for (const part of document.querySelectorAll(".part")) part.hidden = !part.querySelector("tbody tr:not([hidden])");
+  for (const part of document.querySelectorAll(".tables:has(tr), .part")) {
+    part.hidden = !part.querySelector("tbody tr:not([hidden])");
+  }
   for (const box of boxes) box.checked = wanted[box.name].includes(box.value);
   for (const chosen of document.querySelectorAll(".chosen")) {
     const count = wanted[chosen.dataset.of].length;

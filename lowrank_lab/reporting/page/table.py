@@ -54,7 +54,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """``id`` names it in the address. Of the cells of a grid, ``counts`` says how many are in each state, and ``open``
+    """``id`` names it in the address. Of a grid's cells, ``counts`` says how many are in each state, and ``open``
     that they are not folded up."""
 
     id: str
