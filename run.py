@@ -74,12 +74,12 @@ def _plan(arguments: argparse.Namespace) -> list[Cell]:
     cells = grid.plan(CONFIG_DIR, arguments.config_name or "config", overrides, arguments.multirun)
     results = Results(cells[0].cfg.results)
     os.environ[GRID_NAME] = results.note_grid(arguments.overrides, cells)
-    finished = {cell.label: record for cell in cells if (record := runner.finished(cell)) is not None}
-    count = sum(cell.label in finished for cell in cells)
+    finished = {cell.key: (cell.label, record) for cell in cells if (record := runner.finished(cell)) is not None}
+    count = sum(cell.key in finished for cell in cells)  # a label does not tell all settings
     print(f"{len(cells)} cells, {count} finished already", file=sys.stderr)
     if count < len(cells):
         return cells
-    for label, record in finished.items():
+    for label, record in finished.values():
         print(f"{label}: {record['status']} ({runner.summary(record)})", file=sys.stderr)
     print("nothing to do; python report.py makes the table", file=sys.stderr)
     return []

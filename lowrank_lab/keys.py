@@ -181,18 +181,22 @@ class Keys:
         """Identifies the weights that are evaluated."""
         if self.quantization is None:
             return self.factored_key
-        answers = config.for_key(self.cfg.quantization, without=() if self.compressed else ("left", "right"))
+        factors = ("left", "right") if not self.compressed or self.quantization.method is None else ()
+        answers = config.for_key(self.cfg.quantization, without=factors)
+        if self.quantization.method is None:
+            answers["weights"] = None
+        if not self.quantization.calibrates_blocks:
+            answers["sequential"] = True
         transforms = {name: getattr(self.quantization, name) for name in ("transform", "latent")}
         for name, transform in transforms.items():
             if transform is not None:
                 answers[name] = config.for_key(self.cfg.quantization[name], without=transform.no_influence)
-        seeded = any(transform is not None and transform.needs_seed for transform in transforms.values())
         return fingerprint(
             {
                 "model": self.factored_key,
                 "targets": None if self.compressed else self.cfg.targets.linears,
                 "quantization": answers,
-                "seed": self.cfg.seed if seeded else None,
+                "seed": self.cfg.seed if self.quantization.needs_seed else None,
                 "tokens": self.calibration_tokens_key if self.quantization.needs_calibration else None,
                 "version": versions.QUANTIZATION,
             }

@@ -142,6 +142,7 @@ def test_values_between_two_codes_go_to_the_nearest():
         ({"bits": 1}, "bits"), ({"bits": 9}, "bits"), ({"bits": 8, "grid": "nf4"}, "nf4"),
         ({"bits": 4, "grid": "hexagonal"}, "grid"), ({"bits": 4, "granularity": 0}, "granularity"),
         ({"bits": 4, "granularity": "row"}, "granularity"), ({"bits": 4, "scale_dtype": "int8"}, "scale_dtype"),
+        ({"bits": 4, "symmetric": "no"}, "symmetric"),
     ],
 )  # fmt: skip
 def test_formats_out_of_range_are_rejected(settings, message):
@@ -408,6 +409,32 @@ def test_settings_without_influence_are_in_no_key(lab):
     assert same("method=dense quantization=int4", "method=dense quantization=int4 quantization.left.bits=8")
     assert same("method=dense quantization=int4", "method=dense quantization=int4 grouping=qkv")
     assert not same("method=dense quantization=int4", "method=dense quantization=int4 targets=kv")
+    for unread in ("int4 quantization.sequential=false", "kv4 quantization.weights.bits=3"):
+        assert same(f"method=svdllm quantization={unread.split()[0]}", f"method=svdllm quantization={unread}")
+    assert not same(
+        "method=svdllm quantization=gptq", "method=svdllm quantization=gptq quantization.sequential=false"
+    )
+
+
+def test_a_method_that_draws_has_its_seed_in_the_key(lab, monkeypatch):
+    """And draws the same, whatever drew before it."""
+    from lowrank_lab.bench import Bench, pick_device
+    from lowrank_lab.quantization.method.rtn import RoundToNearest
+    from lowrank_lab.results import Record
+
+    one, other = (lab.cells("method=dense", "quantization=int4", f"seed={seed}")[0] for seed in (0, 1))
+    assert one.key == other.key
+    monkeypatch.setattr(RoundToNearest, "needs_seed", True)
+    one, other = (lab.cells("method=dense", "quantization=int4", f"seed={seed}")[0] for seed in (0, 1))
+    assert one.key != other.key
+    drawn = []
+    plain = RoundToNearest.quantize
+    draw = lambda *given: (drawn.append(float(torch.rand(1))), plain(*given))[1]
+    monkeypatch.setattr(RoundToNearest, "quantize", draw)
+    torch.manual_seed(7)
+    one.quantization(Bench(one, Record(one, None), pick_device("cpu")))
+    torch.manual_seed(0)
+    assert drawn[0] == float(torch.rand(1))
 
 
 def test_a_number_that_is_not_finite_stays_so():

@@ -249,6 +249,22 @@ def test_a_table_tells_what_a_ratio_counts(lab):
     assert found == expected
 
 
+def test_quantized_dense_models_are_told_apart(lab):
+    """By what they are calibrated on, their seed, and which linears are in few bits, which are not all bits."""
+    jobs = ("gptq", "gptq calibration.samples=6", "quarot", "quarot seed=1", "int4 targets=kv")
+    for job in jobs:
+        lab.run("method=dense", *f"quantization={job}".split())
+    [(_, _, group)] = tables.all_groups(lab.results.records())
+    counted = dict(zip(group["variant"], group["counted"], strict=True))
+    assert counted == {
+        "calibration.samples=12, quantization=GPTQ INT4": "weights",
+        "calibration.samples=6, quantization=GPTQ INT4": "weights",
+        "quantization=QuaRot INT4 A4, seed=0": "weights",
+        "quantization=QuaRot INT4 A4, seed=1": "weights",
+        "quantization=INT4": "weights of kv",
+    }
+
+
 def test_quantized_cells_are_compared_by_the_bits_they_keep(lab):
     """The ratio times the bits, with scales and zero points: the axis that low rank and few bits share."""
     for job in (["method=dense"], ["method=dense", "quantization=int4"], ["method=svdllm", "ratio=0.6"]):

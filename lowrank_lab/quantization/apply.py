@@ -30,6 +30,7 @@ def apply(bench: Bench, quantization: Quantization) -> None:
 
     Raises FloatingPointError, naming the linear, where something is not finite.
     """
+    torch.manual_seed(bench.cell.cfg.seed)  # what a method draws must not depend on what was done before
     members = members_by_block(bench)
     if any(part is not None for part in (quantization.transform, quantization.latent, quantization.method)):
         for block, names in zip(blocks_of(bench.model, bench.spec), members, strict=True):

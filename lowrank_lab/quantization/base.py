@@ -52,6 +52,7 @@ class WeightMethod:
     label         what stands before the format in tables; nothing for plain rounding
     needs_inputs  whether ``quantize`` reads what the linear is given on the calibration text
     needs_rows    whether it also reads a sample of tokens
+    needs_seed    whether it draws random numbers
     library       the optional one that does it
     """
 
@@ -59,6 +60,7 @@ class WeightMethod:
     library: str | None = None
     needs_inputs = False
     needs_rows = False
+    needs_seed = False
 
     def check(self, form: Format) -> None:
         """Raises ValueError for a format that the method cannot make."""
@@ -122,8 +124,17 @@ class Quantization:
     @property
     def needs_calibration(self) -> bool:
         calibrated = any(part is not None and part.needs_calibration for part in (self.transform, self.latent))
+        return calibrated or self.calibrates_blocks
+
+    @property
+    def calibrates_blocks(self) -> bool:
+        """Whether rounding reads what the calibration text gives block by block, so that ``sequential`` matters."""
         of_weights = self.method is not None and (self.method.needs_inputs or self.method.needs_rows)
-        return calibrated or of_weights or (self.activations is not None and self.activations.static)
+        return of_weights or (self.activations is not None and self.activations.static)
+
+    @property
+    def needs_seed(self) -> bool:
+        return any(part is not None and part.needs_seed for part in (self.transform, self.latent, self.method))
 
     @property
     def online(self) -> bool:

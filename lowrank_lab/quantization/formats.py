@@ -36,6 +36,7 @@ class Format:
         checks.one_of(("integer", "nf4", "fp4", "codebook"), grid=self.grid)
         if self.grid in ("nf4", "fp4") and self.bits != 4:
             raise ValueError(f"bits={self.bits} is not valid with grid={self.grid}, which has 4")
+        checks.flag(symmetric=self.symmetric)
         if self.granularity not in ("tensor", "channel"):
             checks.whole(1, granularity=self.granularity)
         checks.one_of(("float32", "float16", "bfloat16"), scale_dtype=self.scale_dtype)

@@ -225,16 +225,9 @@ def _beyond(rows: list[dict[str, Any]], numbers: list[Ours]) -> list[dict[str, A
             of_line.setdefault((*where, ours.variant), []).append(ours)
     beyond = []
     for (model, method, ratio, quantization), of_line in sorted(found.items(), key=_dense_first):
-        line = {
-            "model": model,
-            "method": method,
-            "ratio": ratio,
-            "quantization": quantization,
-            "value": "",
-            "note": "",
-        }
+        shared = {"model": model, "method": method, "ratio": ratio, "quantization": quantization, "note": ""}
         for (metric, dataset), unit in columns.items():
-            cell = {**line, "metric": metric, "dataset": dataset, "unit": unit, "value": "", "note": ""}
+            cell = {**shared, "metric": metric, "dataset": dataset, "unit": unit, "value": ""}
             if metric == "drop" or dataset == "average":
                 beyond.append(_row({**cell, "variant": ""}, [], "missing"))
             for (of_metric, of_dataset, variant), same in of_line.items():

@@ -73,9 +73,10 @@ WHOLE = ("weights", "16-bit words")  # what ratios of all linears count; other r
 
 def counted(config: dict[str, Any]) -> str:
     """What a cell's ratio is a fraction of, in a few words."""
-    if config["allocation"] is None:
-        return "weights"
     targets = config["targets"]
+    if config["allocation"] is None:  # its bits may be those of a part of the model alone
+        part = config["quantization"] is not None and targets["linears"] != "all"
+        return f"weights of {targets['linears']}" if part else "weights"
     if targets["ratio_of"] == "kv_cache":
         return "cached values"
     what = "16-bit words" if str(config["storage"]["_target_"]).endswith(".Remap") else "weights"
@@ -253,12 +254,15 @@ def _told_of(record: dict[str, Any]) -> dict[str, Any]:
 
 def _settings(config: dict[str, Any], calibrated: bool) -> dict[str, Any]:
     """The settings that may tell two cells of one method apart, flat, by their names on the command line."""
+    flat: dict[str, Any] = {}
     if config["allocation"] is None:
-        return {"allocation": "none", "dtype": config["dtype"], **_quantization(config)}
+        flat |= {"allocation": "none", "dtype": config["dtype"]}
+        if calibrated:
+            _flatten("calibration", config["calibration"], flat)
+        return flat | _quantization(config)
     refinement = config["refinement"]
     if refinement is not None and refinement.get("dataset") == config["calibration"]["dataset"]:
         config = {**config, "refinement": {k: v for k, v in refinement.items() if k != "dataset"}}
-    flat: dict[str, Any] = {}
     for name in (*ANSWERS, "dtype", *(["calibration"] if calibrated else [])):
         _flatten(name, config[name], flat)
     return flat | _quantization(config)
@@ -269,6 +273,8 @@ def _quantization(config: dict[str, Any]) -> dict[str, Any]:
     settings, flat = config["quantization"], {"quantization": quantized(config, "name")}
     if settings is None:
         return flat
+    if build(OmegaConf.create(settings)).needs_seed:
+        flat["seed"] = config["seed"]
     flat["quantization.sequential"] = settings["sequential"]
     flat |= {f"quantization.{of}.scale_dtype": settings[of]["scale_dtype"] for of in ("weights", "left", "right")}
     for part in ("transform", "latent", "method", "kv_cache"):

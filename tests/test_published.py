@@ -1,0 +1,126 @@
+"""The published numbers as data, and the recipes that make ours."""
+
+from __future__ import annotations
+
+import re
+
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+
+from lowrank_lab import cell, grid
+from lowrank_lab.errors import UserError
+from lowrank_lab.evaluation.harness import Harness
+from lowrank_lab.reporting import coverage, published
+from lowrank_lab.results import Results
+
+from .conftest import REPOSITORY
+
+RECIPES = sorted(file.stem for file in (REPOSITORY / "conf" / "experiment").glob("*.yaml"))
+EARLIER = ("demo", "methods", "quantization")  # of no table
+FILES = sorted(published.REFERENCES.glob("*/*.csv"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_a_reference_is_tidy(file):
+    head, rows = published.read(file)
+    assert head["title"]
+    assert head["source"]
+    assert len(rows) > 0
+    identity = ["model", "method", "ratio", "quantization", "metric", "dataset", "variant"]
+    assert not rows.duplicated([*identity, "value"]).any()
+    if file.stem != "text":  # the running text may give a number twice, and otherwise
+        assert not rows.duplicated(identity).any()
+        assert set(rows["method"]) - {""} <= set(published.method_names())
+    assert rows["ratio"].map(lambda text: text == "" or 0 < float(text) <= 1).all()
+    assert (
+        rows["value"].map(lambda text: bool(re.fullmatch(r"|nan|-?\d+(\.\d+)?(e-?\d+)?|-?\.\d+|\w+", text))).all()
+    )
+    assert rows.loc[rows["value"] == "", "note"].all()  # what is not there has a reason
+
+
+def test_values_stay_as_they_are_printed():
+    rows = published.load("asvd/table3").rows
+    found = rows[(rows["model"] == "llama-2-13b") & (rows["kept"] == 0.9) & (rows["dataset"] == "wikitext2")]
+    assert list(found["value"]) == ["5.12", "5.11", "5.16", "5.31"]
+    rows = published.load("dobi/table2").rows
+    asvd = rows[(rows["method"] == "dobi") & (rows["metric"] == "perplexity") & (rows["dataset"] == "wikitext2")]
+    assert list(asvd["value"]) == ["6.08", "8.12", "9.95"]
+
+
+def test_every_contradiction_of_a_source_is_kept():
+    """Dobi-SVD gives LLaMA-7B at 0.4 on WikiText-2 as 9.95 in Table 2, as 9.07 and 9.70 in its text."""
+    _, text = published.read(published.REFERENCES / "dobi" / "text.csv")
+    dobi = text[(text["method"] == "dobi") & (text["metric"] == "perplexity") & (text["ratio"] == "0.4")]
+    assert {"9.07", "9.70"} <= set(dobi["value"])
+
+
+def test_the_catalogue_names_what_is_there():
+    for name in [*published.tables(), *published.figures()]:
+        entry = published.entry(name)
+        assert set(entry.get("recipes", ())) <= set(RECIPES), name
+        assert entry.get("recipes") or entry.get("waits_for") or entry.get("settings"), name
+    for name in published.tables():
+        assert len(published.load(name).rows) > 0
+    used = {recipe for name in [*published.tables(), *published.figures()] for recipe in _recipes(name)}
+    assert set(RECIPES) - used <= {*EARLIER, "dobi_table27"}  # which has texts
+
+
+def _recipes(name):
+    return published.entry(name).get("recipes", ())
+
+
+def test_an_unknown_table_is_one_line_with_what_may_be_meant():
+    with pytest.raises(UserError, match=r"dobi/tabel2: no such table or figure; did you mean dobi/table2"):
+        published.load("dobi/tabel2")
+
+
+def test_the_count_knows_what_nothing_was_run_for(tmp_path):
+    rows = coverage.coverage(Results(tmp_path))
+    assert (rows["done"] == 0).all()
+    assert rows.set_index("name").loc["asvd/table1", "published"] == 78
+    assert "| asvd " in coverage.markdown(Results(tmp_path))
+
+
+@pytest.mark.parametrize("scale", ["small", "paper"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_a_grid_of_valid_cells(recipe, scale, checkpoints, monkeypatch):
+    """Each cell composes and is checked as before a run; models and data, which only the hub has, aside."""
+    _without_hub(monkeypatch, checkpoints)
+    config = OmegaConf.load(REPOSITORY / "conf" / "experiment" / f"{recipe}.yaml")
+    models = str(OmegaConf.select(config, f"models.{scale}", default="smollm2")).split(",")
+    words = [f"experiment={recipe}", f"scale={scale}"]
+    cells = grid.plan(REPOSITORY / "conf", "config", [*words, f"model={models[0]}"], True)
+    assert all(one.evaluators or one.kind == "dense" for one in cells)
+    if recipe not in EARLIER:
+        assert {one.cfg.calibration.seqlen for one in cells} == {2048 if scale == "paper" else 256}
+        assert (models == ["smollm2"]) == (scale == "small")
+    for model in models[1:]:
+        OmegaConf.load(REPOSITORY / "conf" / "model" / f"{model}.yaml")
+
+
+def _without_hub(monkeypatch, checkpoints):
+    llama, resolve = str(checkpoints["llama"]), cell.resolve
+    monkeypatch.setattr(cell, "resolve", lambda path, revision, store: resolve(llama, None, store))
+    monkeypatch.setattr(cell, "_content", lambda dataset, which, data_root, store: f"{dataset['name']} {which}")
+    monkeypatch.setattr(Harness, "parts", lambda self, cfg, store: {name: {"task": name} for name in self.tasks})
+
+
+def test_recipes_narrow_from_the_command_line(checkpoints, monkeypatch):
+    resolve = cell.resolve
+    monkeypatch.setattr(
+        cell, "resolve", lambda path, revision, store: resolve(str(checkpoints["llama"]), None, store)
+    )
+    monkeypatch.setattr(cell, "_content", lambda dataset, which, data_root, store: f"{dataset['name']} {which}")
+    words = ["experiment=asvd_table3", "ratio=0.9", "quantization=int6"]
+    cells = grid.plan(REPOSITORY / "conf", "config", words, True)
+    assert {(one.cfg.method.name, one.ratio) for one in cells} == {("dense", 1.0), ("asvd", 0.9)}
+
+
+def test_scale_sets_published_trainings(lab):
+    [small] = lab.cells("method=dobi")
+    [paper] = lab.cells("method=dobi", "scale=paper")
+    assert small.key != paper.key
+    assert small.allocation.steps == 60
+    assert paper.allocation.steps == 160
+    assert pd.Series([paper.allocation.beta, paper.allocation.batch_size]).tolist() == [10.0, 32]
