@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,10 @@ def ranks(record: dict[str, Any]) -> pd.DataFrame:
 
 
 def weights_and_bytes(record: dict[str, Any], sites: dict[str, Site]) -> pd.DataFrame:
-    """``ranks`` with ``full`` (the rank that is no compression), and each site's ``weights`` kept, ``dense`` and ``bytes``.
+    """``ranks`` with ``full`` (the rank that reproduces the matrix), ``weights``, ``dense`` and ``bytes``.
 
-    Biases are left out. Bytes are at the mean of the record's sites, scales and the like with them: exact where all
-    weights are kept in as many bits, which is all but remapped and quantized factors.
+    ``weights`` are those kept and ``dense`` those before, biases apart. Bytes are at the mean of the record's sites,
+    scales and the like with them: exact where all weights are kept in as many bits, so not where factors are remapped.
     """
     table = ranks(record)
     of_site = [sites[name] for name in table["site"]]
@@ -76,7 +77,7 @@ def sites(record: dict[str, Any], results: Results) -> dict[str, Site]:
         config = AutoConfig.from_pretrained(location, local_files_only=True, **remote)
     except (OSError, ValueError):
         raise UserError(
-            f"the shapes of {record['model']} are not on this machine; run again: {record['label']}"
+            f"the shapes of {record['model']} are not on this machine; to have them, {again(record, results)}"
         ) from None
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=model["trust_remote_code"])
@@ -94,11 +95,17 @@ def artifact(record: dict[str, Any], stage: str, results: Results) -> Artifact |
     return None
 
 
+def again(record: dict[str, Any], results: Results) -> str:
+    """What makes a record's artifacts once more, in one line; its numbers stay the same."""
+    command = shlex.join(["run.py", *record["command"][1:]])
+    return f"move {results.path(record['key'])} away and run: python {command}"
+
+
 def spectrum(folder: Path, site: Site) -> pd.DataFrame:
     """By ``rank`` 0 … full: the ``singular_value`` cut there, the ``tail_error`` left, both relative.
 
-    ``singular_value`` is σ of R^½ W C^½ over the largest (that of rank k is the k-th; nan at rank 0), ``tail_error``
-    the error ‖R^½ (W − W') C^½‖_F over that of W' = 0. ``folder`` is the artifact of the stage "decomposition".
+    ``singular_value`` is σ of R^½ W C^½ over the largest (at rank k the k-th; nan at rank 0), ``tail_error`` the
+    error ‖R^½ (W − W') C^½‖_F over that of W' = 0. ``folder`` is the artifact of the stage "decomposition".
     """
     from lowrank_lab.lowrank.spectra import load_singular_values, load_tails
 
