@@ -4,6 +4,7 @@ python report.py                      all of it: tables, figures, the papers' ta
 python report.py status               which cells are done, failed, skipped and missing
 python report.py table=dobi/table2    a published table beside our numbers (Markdown, CSV, LaTeX)
 python report.py figure=dobi/figure8  a figure of a paper from our records (PNG, PDF, and the CSV that it shows)
+python report.py page                 all of it as one HTML file: <results>/index.html
 python report.py count                which tables and figures have published numbers, recipes and results
 """
 
@@ -24,9 +25,9 @@ def main() -> None:
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # python report.py | head
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="all", help="all, status, count, table=NAME, figure=NAME")
+    parser.add_argument("what", nargs="?", default="all", help="all, status, count, table=NAME, figure=NAME, page")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder given to run.py as results=")
-    parser.add_argument("--out", type=Path, default=None, help="where to write (default: <results>/report)")
+    parser.add_argument("--out", type=Path, help="where to write (default: <results>/report; the page: <results>)")
     arguments = parser.parse_args()
 
     from lowrank_lab.errors import UserError
@@ -34,16 +35,17 @@ def main() -> None:
 
     results = Results(arguments.results)
     out = arguments.out or arguments.results / "report"
+    index = (arguments.out or arguments.results) / "index.html"
     try:
-        report(arguments.what, results, out)
+        report(arguments.what, results, out, index)
     except UserError as error:
         sys.exit(f"error: {error}")
 
 
-def report(what: str, results: Results, out: Path) -> None:
+def report(what: str, results: Results, out: Path, index: Path) -> None:
     """Print and write what is asked for. Raises UserError for what is not known or has no records."""
     from lowrank_lab.errors import UserError
-    from lowrank_lab.reporting import coverage, paper_tables, published
+    from lowrank_lab.reporting import coverage, page, paper_tables, published
     from lowrank_lab.reporting.status import status
 
     kind, _, name = what.partition("=")
@@ -55,10 +57,13 @@ def report(what: str, results: Results, out: Path) -> None:
         source = published.load(name)
         print(paper_tables.markdown(source, paper_tables.join(source, results), results))
         _wrote(paper_tables.write(name, results, out / "papers"))
+    elif what == "page":
+        _wrote([page.write(results, index)])
     elif what == "all":
         everything(results, out)
+        _wrote([page.write(results, index)])
     else:
-        raise UserError(f"{what}: no such report; choose all, status, count, table=NAME, figure=NAME")
+        raise UserError(f"{what}: no such report; choose all, status, count, table=NAME, figure=NAME, page")
 
 
 def everything(results: Results, out: Path) -> None:

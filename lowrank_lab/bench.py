@@ -35,13 +35,15 @@ log = logging.getLogger(__name__)
 class Bench:
     """``model`` is dense until it is compressed in place; evaluators find the compressed one.
 
-    Allocations and refinements are given a bench, and read from it what they need.
+    Allocations and refinements are given a bench, and read from it what they need. ``facts`` is what the allocation
+    found on its way to the ranks, as plain data for the record.
     """
 
     cell: Cell
     record: Record
     device: torch.device
     evaluator: str = field(default="", init=False)
+    facts: dict[str, Any] = field(default_factory=dict, init=False)
 
     @cached_property
     def location(self) -> str:

@@ -18,7 +18,7 @@ from lowrank_lab import checkpoint, config, environment
 from lowrank_lab.bench import Bench, pick_device
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import SkippedCell
-from lowrank_lab.lowrank.ranks import Ranks
+from lowrank_lab.lowrank.ranks import Ranks, Site
 from lowrank_lab.lowrank.sizes import sizes
 from lowrank_lab.lowrank.spectra import compress, install_factors
 from lowrank_lab.results import CHECKPOINTS, Record
@@ -56,7 +56,12 @@ def compute(cell: Cell, record: Record) -> None:
         with record.stage("allocation"):
             ranks = cell.allocation(bench)
         squared_error = _compress(cell, record, bench, ranks)
-        record.data["compression"] = {"ranks": ranks, "squared_error": squared_error}
+        record.data["compression"] = {
+            "ranks": ranks,
+            "squared_error": squared_error,
+            "sites": {name: _described(site) for name, site in bench.sites.items()},
+            **bench.facts,
+        }
     if cell.quantization is not None:
         ranks = ranks or dict.fromkeys(bench.sites)
         with record.stage("quantization"):
@@ -99,6 +104,16 @@ def _compress(cell: Cell, record: Record, bench: Bench, ranks: Ranks) -> float |
     with record.stage("factorization"):
         install_factors(bench.model, bench.spec, bench.sites, ranks, factors, storage, bench.device)
     return None
+
+
+def _described(site: Site) -> dict[str, Any]:
+    """Where a site is and what it costs; with its rank, what is kept of it."""
+    return {
+        "block": site.block,
+        "linears": list(site.members),
+        "dense": site.dense,
+        "per_rank": site.per_rank,
+    }
 
 
 def _save(cell: Cell, record: Record, bench: Bench, what: str, saved: Saved | None) -> None:

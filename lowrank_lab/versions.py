@@ -18,10 +18,21 @@ SPEED = 1  # evaluation/timing.py
 GENERATION = 1  # evaluation/generation.py, evaluation/text.py
 OUTPUT_ERROR = 1  # evaluation/block_errors.py
 TRUNCATION = 1  # evaluation/one_truncated.py
+LEARNED_RANKS = 1  # evaluation/learned_ranks.py
+FACTORS = 1  # evaluation/factors.py
 HARNESS = 2  # evaluation/harness.py, lm.py, tasks.py, task_data.py
 RECORD = 3  # the schema of results.py
 
-EVALUATORS = ("PERPLEXITY", "SPEED", "GENERATION", "OUTPUT_ERROR", "TRUNCATION", "HARNESS")
+EVALUATORS = (
+    "PERPLEXITY",
+    "SPEED",
+    "GENERATION",
+    "OUTPUT_ERROR",
+    "TRUNCATION",
+    "LEARNED_RANKS",
+    "FACTORS",
+    "HARNESS",
+)
 ON_COMPRESSED = ("STATISTICS", "GRADIENTS", "SPECTRA", "COMPRESSION")  # have no part in a dense model's numbers
 
 

@@ -15,7 +15,8 @@ class Allocation(Protocol):
 
     All that it may need is made when first asked for: ``bench.tails`` and ``bench.spectra`` by the metric,
     ``bench.calibration_ids``, ``bench.model``, and artifacts of its own through ``bench.artifact``.
-    ``needs_calibration`` says that it reads calibration tokens, whatever the metric does.
+    What it finds beside the ranks it leaves in ``bench.facts``, for the record. ``needs_calibration`` says that it
+    reads calibration tokens, whatever the metric does.
     """
 
     needs_calibration: bool

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lowrank_lab import checks
-from lowrank_lab.lowrank.ranks import Ranks, budget, fit
+from lowrank_lab.lowrank.ranks import Ranks, Site, Sites, budget, fit
 
 if TYPE_CHECKING:
     from lowrank_lab.bench import Bench
+
+STATES = 21  # of a training, whose ranks the record keeps: the first, the last, and evenly between
 
 
 class Differentiable:
@@ -67,4 +69,39 @@ class Differentiable:
         make = lambda folder: train_ranks(folder, bench, ids, self)
         folder = bench.artifact("rank training", "ranks", parts, make, resumable=True)
         learned = json.loads((folder / "ranks.json").read_text())
+        history = json.loads((folder / "history.json").read_text())
+        bench.facts["training"] = told(history, bench.sites, bench.ratio, self.gamma)
         return fit(bench.sites, learned, budget(bench.sites, bench.ratio))
+
+
+def starting_share(site: Site, ratio: float) -> float:
+    """Where between rank 1 and the last that saves anything a site starts: at the rank that ``ratio`` gives it
+    alone, away from both ends, where nothing would be learned."""
+    share = (ratio * site.dense / site.per_rank - 1) / max(1, site.last - 1)
+    return min(max(share, 0.01), 0.99)
+
+
+def told(history: dict[str, Any], sites: Sites, ratio: float, gamma: float) -> dict[str, Any]:
+    """What a record keeps of a training with target ``ratio`` and weight ``gamma``, from its ``history.json``.
+
+    steps   after so many steps as it stands in the list, the ``ratio`` that the ranks spend, and on the next batch
+            the ``loss`` and its part without the distance from the target, ``task_loss``, in nats
+    states  numbers of steps, from 0 (untrained) to the last, at most ``STATES`` of them
+    k       by site, its rank after each of ``states``
+    """
+    start = {name: 1 + (site.last - 1) * starting_share(site, ratio) for name, site in sites.items()}
+    dense = sum(site.dense for site in sites.values())
+    ratios = [sum(k * sites[name].per_rank for name, k in start.items()) / dense]
+    steps = []
+    for step in history["steps"]:  # the loss there is of the ranks before the step, the ratio of those after it
+        task_loss = step["loss"] - gamma * abs(ratios[-1] - ratio)
+        steps.append({"ratio": ratios[-1], "loss": step["loss"], "task_loss": task_loss})
+        ratios.append(step["ratio"])
+    count = len(steps)
+    last = min(STATES - 1, count)
+    states = [round(number * count / last) for number in range(last + 1)]
+    k = {}
+    for number, name in enumerate(history["sites"]):
+        of_steps = [round(start[name], 3), *(step["k"][number] for step in history["steps"])]
+        k[name] = [of_steps[state] for state in states]
+    return {"steps": steps, "states": states, "k": k}

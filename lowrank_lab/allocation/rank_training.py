@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from lowrank_lab.allocation.differentiable import starting_share
 from lowrank_lab.lowrank.masked import mask_activations, mask_directions
 from lowrank_lab.lowrank.ranks import Site
 from lowrank_lab.store import write_json
@@ -27,8 +28,7 @@ class LearnedRank:
         """Start at the rank that ``ratio`` gives the site alone."""
         self.last = site.last
         self.beta = beta
-        share = (ratio * site.dense / site.per_rank - 1) / max(1, site.last - 1)
-        share = min(max(share, 0.01), 0.99)
+        share = starting_share(site, ratio)
         self.parameter = nn.Parameter(torch.tensor(math.log(share / (1 - share)), device=device))
 
     @property

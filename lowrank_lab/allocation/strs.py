@@ -75,10 +75,11 @@ class Strs:
             folder, bench.model, bench.spec, bench.sites, spectra, batches, self.ratios, bench.device
         )
         folder = bench.artifact("sensitivities", "sensitivities", parts, make, resumable=True)
-        steps = []
+        found: dict[str, dict[str, float]] = {}
         for file in sorted(folder.glob("block_*.json")):
-            for site, by_rank in json.loads(file.read_text()).items():
-                steps += [Step(site, int(rank), nll) for rank, nll in by_rank.items()]
+            found |= json.loads(file.read_text())
+        bench.facts["sensitivities"] = found  # by site and rank, the mean negative log-likelihood in nats
+        steps = [Step(site, int(rank), nll) for site, of_site in found.items() for rank, nll in of_site.items()]
         # Equal sensitivities in an order that does not depend on the machine: the mildest truncation first.
         return sorted(steps, key=lambda step: (step.sensitivity, -step.rank, step.site))
 

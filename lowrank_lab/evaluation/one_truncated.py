@@ -25,11 +25,16 @@ from lowrank_lab.storage.absorb import Absorb
 
 
 def chosen_sites(
-    model: nn.Module, spec: ArchSpec, linears: Sequence[str] | None, blocks: Sequence[int] | None
+    model: nn.Module,
+    spec: ArchSpec,
+    linears: Sequence[str] | None,
+    blocks: Sequence[int] | None,
+    setting: str = "eval.truncation",
 ) -> dict[str, Site]:
     """The linears of ``linears`` (roles or paths; None: all) in ``blocks`` (None: the first, middle and last).
 
-    By full name, in the order of the model. Raises UserError for one that the model does not have.
+    By full name, in the order of the model. Raises UserError for one that the model does not have, with the
+    ``setting`` that asked for it.
     """
     count = len(blocks_of(model, spec))
     blocks = (0, count // 2, count - 1) if blocks is None else blocks
@@ -37,11 +42,11 @@ def chosen_sites(
     wanted: set[str] = set()
     for name in spec.linears if linears is None else linears:
         if name not in named:
-            raise UserError(f"eval.truncation.linears={name}: this model has {', '.join(named)}")
+            raise UserError(f"{setting}.linears={name}: this model has {', '.join(named)}")
         wanted.update(named[name])
     for index in blocks:
         if index >= count:
-            raise UserError(f"eval.truncation.blocks={index}: this model has the blocks 0 to {count - 1}")
+            raise UserError(f"{setting}.blocks={index}: this model has the blocks 0 to {count - 1}")
     each = sites_of(spec, linear_shapes(model, spec), Grouping(()), Targets("all", "parameters"), Absorb(0.5))
     return {name: site for name, site in each.items() if site.block in blocks and site.key in wanted}
 

@@ -115,12 +115,12 @@ def factors_of(block: nn.Module, site: Site) -> tuple[Tensor, Tensor] | None:
     members: list[Any] = [block.get_submodule(name) for name in site.members]
     if not all(isinstance(member, FactorizedLinear) for member in members):
         return None
-    lefts = [_innermost(member.left).weight.detach() for member in members]
-    return torch.cat(lefts), _innermost(members[0].right).weight.detach()
+    lefts = [innermost(member.left).weight.detach() for member in members]
+    return torch.cat(lefts), innermost(members[0].right).weight.detach()
 
 
-def _innermost(module: Any) -> Any:
-    """The linear itself, within what shares its outcome or prepares its input."""
+def innermost(module: Any) -> Any:
+    """The linear itself, dense or in few bits, within what shares its outcome or prepares its input."""
     while "linear" in module._modules:
         module = module.linear
     return module

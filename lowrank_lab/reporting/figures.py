@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,13 @@ STYLE: Any = {
 }
 
 
-def _look(number: int) -> dict[str, Any]:
+def look(number: int) -> dict[str, Any]:
     """Colour and marker of a line; shifted once the colours are used up, so that no pair comes twice."""
     marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
     return {"color": COLOURS[number % len(COLOURS)], "marker": marker}
 
 
-def _label(name: str, variant: str) -> str:
+def label_of(name: str, variant: str) -> str:
     """A line's name in the legend."""
     return textwrap.fill(f"{name} ({variant})" if variant else name, 36)
 
@@ -62,8 +62,8 @@ def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | 
             axes.plot(
                 line["ratio_reached"],
                 line["value"],
-                **_look(number),
-                label=_label(method, variant),
+                **look(number),
+                label=label_of(method, variant),
             )
         dense = group[group["method"] == "dense"]
         for value, variant in zip(dense["value"], dense["variant"], strict=True):
@@ -79,7 +79,7 @@ def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | 
         words = " (remapped: words)" if (compressed["counted"] == "16-bit words").any() else ""
         axes.set_xlabel(f"ratio of compressible parameters{words} kept")
         axes.set_ylabel("perplexity")
-        axes.set_title(_wrapped(caption), fontsize=11)
+        axes.set_title(wrapped(caption), fontsize=11)
         if len(axes.get_lines()) <= 6:
             axes.legend(frameon=False)
         else:  # beside the axes: inside it would hide the lines
@@ -107,9 +107,9 @@ def perplexity_against_bits(group: pd.DataFrame, caption: str) -> plt.Figure:
         for number, ((method, quantized), line) in enumerate(rows[~plain].groupby(["method", "quantized"])):
             line = line.sort_values(["bits", "value"])
             best = line["value"] <= line["value"].cummin()
-            label = _label(method, "" if quantized == "none" else quantized)
-            axes.plot(line["bits"][best], line["value"][best], **_look(number), label=label)
-            axes.plot(line["bits"][~best], line["value"][~best], **_look(number), linestyle="", alpha=0.4)
+            label = label_of(method, "" if quantized == "none" else quantized)
+            axes.plot(line["bits"][best], line["value"][best], **look(number), label=label)
+            axes.plot(line["bits"][~best], line["value"][~best], **look(number), linestyle="", alpha=0.4)
         for value in rows[plain]["value"].map("{:.4g}".format).unique():  # in other dtypes it is hardly another
             axes.axhline(float(value), color="0.35", linestyle="--", label=f"dense ({value})")
         axes.set_xscale("log", base=2)
@@ -117,7 +117,7 @@ def perplexity_against_bits(group: pd.DataFrame, caption: str) -> plt.Figure:
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("bits kept for each weight of the dense linears")
         axes.set_ylabel("perplexity")
-        axes.set_title(_wrapped(caption), fontsize=11)
+        axes.set_title(wrapped(caption), fontsize=11)
         figure.legend(loc="outside right upper", frameon=False)
     return figure
 
@@ -155,8 +155,8 @@ def speed_against_settings(group: pd.DataFrame, caption: str) -> plt.Figure | No
                         ratios["median"],
                         yerr=[ratios["median"] - ratios["q1"], ratios["q3"] - ratios["median"]],
                         capsize=3,
-                        **_look(number),
-                        label=_label(f"{row['method']} {row['ratio']:g}", row["variant"]),
+                        **look(number),
+                        label=label_of(f"{row['method']} {row['ratio']:g}", row["variant"]),
                     )
                 axes.set_xscale("log")
                 axes.set_xticks(x, [str(value) for value in x])
@@ -164,7 +164,7 @@ def speed_against_settings(group: pd.DataFrame, caption: str) -> plt.Figure | No
                 axes.set_xlabel(xlabel)
                 axes.set_title(fixed, fontsize=12)
             of_phase[0].set_ylabel(f"{phase}, × dense")
-        figure.suptitle(_wrapped(caption), fontsize=11)
+        figure.suptitle(wrapped(caption), fontsize=11)
         handles, labels = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return figure
@@ -199,9 +199,9 @@ def output_error_against_block(group: pd.DataFrame, caption: str) -> plt.Figure 
                 axes.plot(
                     range(len(errors)),
                     errors,
-                    **_look(number),
+                    **look(number),
                     markevery=max(1, len(errors) // 8),
-                    label=_label(f"{row['method']} {row['ratio']:g}", row["variant"]),
+                    label=label_of(f"{row['method']} {row['ratio']:g}", row["variant"]),
                 )
             axes.set_title(title, fontsize=13)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -209,7 +209,7 @@ def output_error_against_block(group: pd.DataFrame, caption: str) -> plt.Figure 
             axes.set_ylabel("relative output error")
         for axes in grid[-1]:
             axes.set_xlabel("block")
-        figure.suptitle(_wrapped(caption), fontsize=11)
+        figure.suptitle(wrapped(caption), fontsize=11)
         figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
@@ -221,6 +221,11 @@ def truncation_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | 
         return None
     measured = finite["measured"].iloc[0]  # cells that differ in their dtype alone would look the same
     points = pd.DataFrame(measured["points"])
+    return truncations(points.assign(dense_nll=measured["dense_nll"]), caption)
+
+
+def truncations(points: pd.DataFrame, caption: str) -> plt.Figure:
+    """The ``points`` of eval=truncation, each with ``dense_nll``: a panel a linear, a colour a block."""
     names = linear_names(points["linear"].unique())
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
@@ -235,9 +240,9 @@ def truncation_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | 
                 for kind, style in (("activation", "-"), ("weight", "--")):
                     axes.plot(
                         line["ratio"],
-                        line[f"{kind}_nll"] - measured["dense_nll"],
+                        line[f"{kind}_nll"] - line["dense_nll"],
                         style,
-                        **_look(number),
+                        **look(number),
                         label=f"block {block}, {kind}",
                     )
             axes.axhline(0, color="0.35", linestyle=":", label="dense")
@@ -246,7 +251,7 @@ def truncation_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | 
             axes.set_xlabel("rank / min(out, in)")
         for axes in grid[:, 0]:
             axes.set_ylabel("loss above dense (nats)")
-        figure.suptitle(_wrapped(caption), fontsize=11)
+        figure.suptitle(wrapped(caption), fontsize=11)
         figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
@@ -260,10 +265,8 @@ FIGURES: dict[str, Callable[[pd.DataFrame, str], plt.Figure | None]] = {
 }
 
 
-def write(records: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """Write each comparable set as PNG and PDF; returns the files written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
+def drawn(records: list[dict[str, Any]]) -> Iterator[tuple[str, str, plt.Figure]]:
+    """Name, caption and figure of each comparable set that can be drawn; a figure is closed when the next is asked for."""
     for section, caption, group in all_groups(records):
         if section.metric not in FIGURES:
             continue
@@ -272,14 +275,22 @@ def write(records: list[dict[str, Any]], folder: Path) -> list[Path]:
             continue
         first = group.iloc[0]
         what = [section.metric, first["model"], first["protocol_text"].split(",")[0], first["identity"][:6]]
+        yield re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(what)), caption, figure
+        plt.close(figure)
+
+
+def write(records: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """Write each comparable set as PNG and PDF; returns the files written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name, _, figure in drawn(records):
         for suffix in ("png", "pdf"):
-            file = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', '_'.join(what))}.{suffix}"
+            file = folder / f"{name}.{suffix}"
             # No creation date, so that the same records give the same bytes.
             figure.savefig(file, metadata={"CreationDate": None} if suffix == "pdf" else {"Software": None})
             files.append(file)
-        plt.close(figure)
     return files
 
 
-def _wrapped(caption: str) -> str:
+def wrapped(caption: str) -> str:
     return "\n".join(textwrap.wrap(caption, 72))

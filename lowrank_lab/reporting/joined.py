@@ -94,7 +94,8 @@ def join(table: Published, results: Results, methods: Collection[str] = ()) -> p
     A frame with COLUMNS. ``published`` is text as printed, ``ours`` a float in the unit of the row, the mean over
     seeds (``seeds`` of them) with the sample standard deviation as ``spread``; ``difference`` is ours − published.
     ``differs`` says in what our protocol is another than the published one. Where there is no number, ``status``
-    says what became of the cell, and is "missing" for one that nobody has run. ``keys`` are those of the records.
+    says what became of the cell, and is "missing" for one that nobody has run. ``keys`` are those of the records,
+    of one without a number too.
     Ours are measured on the published model where records of it exist, else on one that no paper has (SmolLM2).
     Of runs with other settings the latest counts. Of ``methods`` all records count, not only those of the recipes.
     """
@@ -156,7 +157,8 @@ def _with_ours(row: dict[str, Any], table: Published, cells: list[Cell], numbers
     ran = [(cell.status, cell.record) for cell in cells if cell.record and _is_cell(row, cell.record, table)]
     ran = _of_model(row["model"], ran, lambda one: one[1])
     status = ran[0][0] if ran else "missing"
-    return _row(row, [], "not measured" if status == "done" else status)
+    keys = ran[0][1]["key"] if ran else ""
+    return {**_row(row, [], "not measured" if status == "done" else status), "keys": keys}
 
 
 def _row(row: dict[str, Any], found: list[Ours], status: str) -> dict[str, Any]:
@@ -192,7 +194,7 @@ def _add_derived(rows: list[dict[str, Any]]) -> None:
         r for r in rows if r["dataset"] == "average" and r["metric"] == "accuracy" and r["status"] == "done"
     ]
     for row in rows:
-        if row["metric"] == "drop":
+        if (row["metric"], row["dataset"]) == ("drop", "average"):
             own = [r for r in averages if _line(r) == _line(row)]
             dense = [r for r in averages if r["model"] == row["model"] and r["method"] == "dense"]
             dense = [r for r in dense if r["our_model"] == own[0]["our_model"]] if own else []
@@ -201,7 +203,7 @@ def _add_derived(rows: list[dict[str, Any]]) -> None:
                     (dense[0]["ours"] - own[0]["ours"]) / dense[0]["ours"] * (100.0 if row["unit"] == "%" else 1.0)
                 )
                 row.update({name: own[0][name] for name in ("our_model", "differs", "keys", "seeds")})
-                row.update(ours=100 * drop if row["unit"] == "%" else drop, status="done")
+                row.update(ours=drop, status="done")
 
 
 def _line(row: dict[str, Any]) -> tuple[str, ...]:

@@ -77,22 +77,22 @@ def lines(rows: pd.DataFrame, marks: dict[str, str]) -> pd.DataFrame:
     Where nothing is published there is one line, ours; where nothing of ours is there, what became of it stands in
     its place. Columns that say nothing (no quantization, no variant) are left out.
     """
-    shown = _split(rows)
+    shown = setting_apart(rows)
     told = [name for name in LINE if name in ("ratio", "method") or (shown[name].replace("none", "") != "").any()]
     found = []
     for key, line in shown.groupby(LINE, sort=False):
         head = {name: str(value) for name, value in zip(LINE, key, strict=True) if name in told}
         head["method"] = published.method_names().get(head["method"], head["method"])
         of_line = {
-            "published": {_head(row): row["published"] or "—" for _, row in line.iterrows()},
-            "ours": {_head(row): ours_text(row, marks) for _, row in line.iterrows()},
-            "difference": {_head(row): difference_text(row) for _, row in line.iterrows()},
+            "published": {column_name(row): row["published"] or "—" for _, row in line.iterrows()},
+            "ours": {column_name(row): ours_text(row, marks) for _, row in line.iterrows()},
+            "difference": {column_name(row): difference_text(row) for _, row in line.iterrows()},
         }
         for kind, cells in of_line.items():
             empty = all(text == "—" for text in cells.values())
             if not empty or (kind == "published" and (line["published"] != "").any()):
                 found.append({**head, "": kind, **cells})
-    columns = [*told, "", *dict.fromkeys(_head(row) for _, row in shown.iterrows())]
+    columns = [*told, "", *dict.fromkeys(column_name(row) for _, row in shown.iterrows())]
     return pd.DataFrame(found, columns=columns).fillna("—")
 
 
@@ -103,7 +103,7 @@ def latex(source: Published, joined: pd.DataFrame) -> str:
     """
     parts = []
     for model, rows in joined.groupby("model", sort=False):
-        shown = _split(rows)
+        shown = setting_apart(rows)
         wide = lines(rows, {})
         wide = wide[wide[""] != "difference"].reset_index(drop=True)
         emphasis = _emphasis(shown)
@@ -153,7 +153,7 @@ def _number(value: float, metric: str, unit: str) -> str:
     return f"{value:.4g}"
 
 
-def _split(rows: pd.DataFrame) -> pd.DataFrame:
+def setting_apart(rows: pd.DataFrame) -> pd.DataFrame:
     """With the part of the variant that belongs to a column as ``setting``, and the rest as ``variant``."""
     parts = rows["variant"].map(lambda text: [part for part in text.split(";") if part])
 
@@ -164,10 +164,10 @@ def _split(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(setting=setting, variant=variant)
 
 
-def _head(row: pd.Series) -> str:
+def column_name(row: pd.Series) -> str:
     """A column's name."""
     what = {"perplexity": "", "accuracy": "", "drop": "drop"}.get(row["metric"], row["metric"])
-    dataset = "" if row["metric"] == "drop" else row["dataset"]
+    dataset = "" if (row["metric"], row["dataset"]) == ("drop", "average") else row["dataset"]
     unit = f"({row['unit']})" if row["unit"] else ""
     return " ".join(part for part in (what, dataset, row["setting"], unit) if part).replace("_", " ")
 
@@ -194,7 +194,7 @@ def _emphasis(shown: pd.DataFrame) -> dict[tuple[str, ...], str]:
             for command, value in zip(("textbf", "uline"), distinct if len(distinct) > 1 else [], strict=False):
                 for index in order[order == value].index:
                     row = shown.loc[index]
-                    key = (kind, *(str(row[name]) for name in LINE), _head(row))
+                    key = (kind, *(str(row[name]) for name in LINE), column_name(row))
                     emphasis[key] = command
     return emphasis
 

@@ -3,31 +3,64 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
+from lowrank_lab.reporting.tables import outdated
 from lowrank_lab.results import Results
+
+STATES = ("done", "failed", "skipped", "missing", "outdated")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A cell that a grid asked for: one of STATES, and of a failed or skipped one the reason."""
+
+    grid: str
+    key: str
+    label: str
+    state: str
+    reason: str
+
+
+def asked(results: Results) -> list[Asked]:
+    """The cells of every grid, in the order of their labels; a cell of several grids stands in each."""
+    known = {record["key"]: record for record in results.records()}
+    grids: dict[str, dict[str, str]] = {}
+    for grid in results.grids():  # the same command may have asked for other cells later
+        grids.setdefault(grid["name"], {}).update(grid["cells"])
+    found = []
+    for name, cells in grids.items():
+        for key, label in sorted(cells.items(), key=lambda item: item[1]):
+            record = known.get(key)
+            state = "missing" if record is None else "outdated" if outdated(record) else record["status"]
+            reason = record["reason"] if record and state in ("failed", "skipped") else ""
+            found.append(Asked(name, key, label, state, reason))
+    return found
+
+
+def count(cells: list[Asked]) -> dict[str, int]:
+    """How many cells are in each of STATES; one that is in several grids counts once."""
+    total = Counter({cell.key: cell.state for cell in cells}.values())
+    return {state: total[state] for state in STATES}
 
 
 def status(results: Results) -> str:
-    """One line a cell (done, failed, skipped, missing) below each grid, and a count at the end."""
-    lines = []
-    states: dict[str, str] = {}  # a cell may be in several grids and counts once
-    known = {record["key"]: record for record in results.records()}
-    for grid in results.grids():
-        lines.append(f"grid: {grid['name']}")
-        for key, label in sorted(grid["cells"].items(), key=lambda item: item[1]):
-            record = known.get(key)
-            state = record["status"] if record is not None else "missing"
-            states[key] = state
-            lines.append(f"  {state:8}{label}{_explain(record, results)}")
-    if not lines:
+    """One line a cell with its state below each grid, and a count at the end."""
+    cells = asked(results)
+    if not cells:
         return f"no grid has been run in {results.root} yet; start with: python run.py"
-    total = Counter(states.values())
-    counts = ", ".join(f"{total[state]} {state}" for state in ("done", "failed", "skipped", "missing"))
-    return "\n".join([*lines, counts])
+    lines = []
+    for grid in dict.fromkeys(cell.grid for cell in cells):
+        lines.append(f"grid: {grid}")
+        lines += [f"  {cell.state:9}{cell.label}{_explain(cell, results)}" for cell in cells if cell.grid == grid]
+    total = ", ".join(
+        f"{number} {state}" for state, number in count(cells).items() if number or state != "outdated"
+    )
+    return "\n".join([*lines, total])
 
 
-def _explain(record: dict | None, results: Results) -> str:
-    if record is None or record["status"] == "done":
+def _explain(cell: Asked, results: Results) -> str:
+    if cell.state not in ("failed", "skipped"):
         return ""
-    where = f"; traceback in {results.path(record['key'])}" if record["status"] == "failed" else ""
-    return f"  ({record['reason']}{where})"
+    where = f"; traceback in {results.path(cell.key)}" if cell.state == "failed" else ""
+    return f"  ({cell.reason}{where})"

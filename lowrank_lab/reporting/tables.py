@@ -121,7 +121,7 @@ def all_groups(records: list[dict[str, Any]]) -> Iterator[tuple[Section, str, pd
 
 
 def presentable(group: pd.DataFrame, section: Section) -> pd.DataFrame:
-    """The columns that people read, as text."""
+    """The columns that people read, as text. The index is that of ``group``: a row's once for each of its settings."""
     what = pd.DataFrame(
         {
             "method": group["method"],
@@ -150,7 +150,7 @@ def presentable(group: pd.DataFrame, section: Section) -> pd.DataFrame:
     if (group["quantized"] == "none").all():
         costs = costs.drop(columns="bits a weight")
     columns = (what.drop(columns=same).loc[place], measured, costs.loc[place])
-    return pd.concat([part.reset_index(drop=True) for part in columns], axis=1)
+    return pd.concat([part.reset_index(drop=True) for part in columns], axis=1).set_axis(place)
 
 
 def markdown(records: list[dict[str, Any]]) -> str:

@@ -1,0 +1,101 @@
+"""The ``eval=factors`` evaluator: how the values of factors are distributed (Dobi-SVD, A.7, Figures 5 and 6)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lowrank_lab import checks, versions
+from lowrank_lab.errors import SkippedCell
+from lowrank_lab.evaluation.base import Evaluator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lowrank_lab.bench import Bench
+
+
+class Factors(Evaluator):
+    """Histogram, mean, standard deviation and excess kurtosis of the left and right factors of some linears.
+
+    They are those that the model multiplies with, as stored. The value is the mean of the excess kurtoses:
+    0 for normal values, which the paper takes its factors to have, more the heavier the tails.
+
+    linears  roles of models/arch.py or paths of linears within a block; None: the first of the attention (the
+             queries) and the first of the MLP (the gate)
+    blocks   their indices; None for the middle one
+    bins     of the histograms, which are even and reach as far on both sides of 0 as the largest value
+    """
+
+    version = versions.FACTORS
+    component = "FACTORS"
+    no_influence = ()
+    models = ("compressed", "checkpoint")
+
+    def __init__(self, linears: list[str] | None, blocks: list[int] | None, bins: int) -> None:
+        for name, values in (("linears", linears), ("blocks", blocks)):
+            if values is not None and not (isinstance(values, list) and values):
+                raise ValueError(f"{name}={values} is not valid; it must be a list that is not empty")
+        for index in blocks or ():
+            checks.whole(0, blocks=index)
+        checks.whole(1, bins=bins)
+        self.linears = linears
+        self.blocks = blocks
+        self.bins = bins
+
+    def check(self, bench: Bench) -> None:
+        self._chosen(bench)
+
+    def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
+        """Measure it: the value, and all of ``linears``. Raises SkippedCell where none of them has factors."""
+        from lowrank_lab.lowrank.factorized import FactorizedLinear, innermost
+        from lowrank_lab.models.walk import blocks_of
+
+        blocks, found = blocks_of(bench.model, bench.spec), []
+        for site in self._chosen(bench).values():
+            module = blocks[site.block].get_submodule(site.key)
+            if isinstance(module, FactorizedLinear):
+                role = "mlp" if site.key in bench.spec.roles["mlp"] else "attention"
+                factors = {"left": innermost(module.left).weight, "right": innermost(module.right).weight}
+                told = {name: distribution(factor, self.bins) for name, factor in factors.items()}
+                found.append({"linear": site.key, "role": role, "block": site.block, **told})
+        if not found:
+            raise SkippedCell("eval=factors: none of the linears asked for is factored")
+        kurtoses = [one[factor]["excess_kurtosis"] for one in found for factor in ("left", "right")]
+        return {
+            "metric": "excess kurtosis of factors",
+            "value": sum(kurtoses) / len(kurtoses),
+            "linears": found,
+            "protocol": {"linears": [one["linear"] for one in found], "blocks": [one["block"] for one in found]},
+        }
+
+    def _chosen(self, bench: Bench) -> Any:
+        from lowrank_lab.evaluation.one_truncated import chosen_sites
+        from lowrank_lab.models.walk import blocks_of
+
+        model, spec = bench.skeleton(), bench.spec
+        linears = self.linears or [spec.roles["attention"][0], spec.roles["mlp"][0]]
+        blocks = self.blocks or [len(blocks_of(model, spec)) // 2]
+        return chosen_sites(model, spec, linears, blocks, "eval.factors")
+
+
+def distribution(values: Tensor, bins: int) -> dict[str, Any]:
+    """``shape``, ``mean``, ``std``, ``excess_kurtosis`` E[(x − mean)⁴] / std⁴ − 3, and the histogram of ``values``.
+
+    ``counts`` of the ``bins`` even bins from -``largest`` to ``largest``, the largest |x|. Raises SkippedCell where
+    all values are equal.
+    """
+    import numpy as np
+
+    x = values.detach().double().cpu().numpy()
+    largest, mean, std = float(np.abs(x).max()), float(x.mean()), float(x.std())
+    if std == 0:
+        raise SkippedCell("eval=factors: all values of a factor are equal")
+    counts, _ = np.histogram(x, bins, (-largest, largest))
+    return {
+        "shape": list(x.shape),
+        "mean": mean,
+        "std": std,
+        "excess_kurtosis": float((((x - mean) / std) ** 4).mean()) - 3,
+        "largest": largest,
+        "counts": counts.tolist(),
+    }

@@ -1,0 +1,81 @@
+"""The ``eval=learned_ranks`` evaluator: what the ranks are worth while they are trained (Dobi-SVD, Figure 7)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from lowrank_lab import checks, versions
+from lowrank_lab.allocation.differentiable import STATES, Differentiable
+from lowrank_lab.errors import SkippedCell
+from lowrank_lab.evaluation.windows import WindowEvaluator
+from lowrank_lab.lowrank.ranks import budget, fit
+
+if TYPE_CHECKING:
+    from lowrank_lab.bench import Bench
+
+
+class LearnedRanks(WindowEvaluator):
+    """Perplexity with the ranks as they stood after some steps of their training.
+
+    The ranks of every state are made whole and brought to the ratio that is asked for, as those at the end are: the
+    ratio that the training spends on its way would hide what they are worth. The factors are those of the metric,
+    without refinement and storage. The value is the perplexity after the last step.
+
+    points  how many states, from the untrained to the last, evenly between; the record keeps no more than 21
+    """
+
+    version = versions.LEARNED_RANKS
+    component = "LEARNED_RANKS"
+    models = ("compressed",)
+
+    def __init__(
+        self,
+        seqlen: int,
+        max_windows: int | None,
+        bos: Literal["text", "window"],
+        batch_size: int,
+        points: int,
+        dataset: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(seqlen, max_windows, bos, batch_size, dataset)
+        checks.whole(2, points=points)
+        if points > STATES:
+            raise ValueError(f"points={points} is not valid; it must be a whole number from 2 to {STATES}")
+        self.points = points
+
+    def check(self, bench: Bench) -> None:
+        """Raises SkippedCell where no ranks are trained."""
+        if not isinstance(bench.cell.allocation, Differentiable) or bench.ratio >= 1:
+            raise SkippedCell("eval=learned_ranks needs allocation=differentiable and a ratio below 1")
+
+    def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
+        """Measure it: ``states``, steps of the training, and the perplexity after each."""
+        from lowrank_lab.evaluation.one_truncated import first
+        from lowrank_lab.evaluation.perplexity import perplexity
+        from lowrank_lab.lowrank.masked import mask_directions
+
+        windows, protocol = self.windows(bench)
+        training, sites = bench.facts["training"], bench.sites
+        last = {name: site.last for name, site in sites.items()}
+        ranks: dict[str, int | None] = {}
+
+        def mask(name: str) -> Any:
+            return lambda count: first(ranks[name] or last[name])(count)
+
+        masks = {name: mask(name) for name in sites}
+        model = bench.dense_model()
+        mask_directions(model, bench.spec, sites, bench.spectra, last, masks, bench.device)
+        limit, known = budget(sites, bench.ratio), len(training["states"])
+        places = sorted({round(number * (known - 1) / (self.points - 1)) for number in range(self.points)})
+        found = []
+        for place in places:
+            ranks.update(fit(sites, {name: k[place] for name, k in training["k"].items()}, limit))
+            found.append(perplexity(model, windows, self.batch_size, bench.device))
+        return {
+            "metric": "perplexity of learned ranks",
+            "value": found[-1]["value"],
+            **{name: why for name, why in found[-1].items() if name == "not_finite"},
+            "states": [training["states"][place] for place in places],
+            "perplexity": [one["value"] for one in found],
+            "protocol": {**protocol, "points": len(places)},
+        }

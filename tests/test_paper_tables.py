@@ -1,0 +1,228 @@
+"""Published tables beside our records: joined, marked where protocols differ, and never broken by a record."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import statistics
+import subprocess
+
+import pandas as pd
+import pytest
+
+from lowrank_lab import versions
+from lowrank_lab.reporting import paper_tables, published
+from lowrank_lab.reporting.joined import experiment_of, join
+from lowrank_lab.results import Results
+
+from .conftest import REPOSITORY, Lab
+
+RECIPE = "experiment=asvd_table6"  # ASVD with three ways to absorb the singular values, in 6 bits, on WikiText-2
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory, data_root):
+    """A results folder in which the recipe of ASVD's Table 6 has run on a tiny model with two seeds."""
+    lab = Lab(tmp_path_factory.mktemp("papers") / "results", data_root)
+    lab_cli(lab, "-m", RECIPE, "ratio=0.9", "seed=0,1", "storage=uv,v")
+    return lab.results
+
+
+def lab_cli(lab, *words):
+    small = [
+        "calibration.seqlen=32",
+        "calibration.samples=4",
+        "eval.wikitext2.seqlen=32",
+        "eval.wikitext2.max_windows=4",
+    ]
+    base = ["model=tiny", f"data_root={lab.data_root}", f"results={lab.root}", *small]
+    command = [lab.command()[0], "run.py", *words, *base]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def copied(ran, tmp_path):
+    """A copy of these results that a test may change."""
+    shutil.copytree(ran.root, tmp_path / "results", ignore=shutil.ignore_patterns("artifacts", "logs"))
+    return Results(tmp_path / "results")
+
+
+def row_of(frame, share, ratio="0.9", model="opt-125m"):
+    variant = f"storage.left_share={share}"
+    [row] = frame[(frame["variant"] == variant) & (frame["ratio"] == ratio) & (frame["model"] == model)].to_dict(
+        "records"
+    )
+    return row
+
+
+def change(results, key, edit):
+    record = json.loads(results.path(key).read_text())
+    edit(record)
+    results.path(key).write_text(json.dumps(record))
+
+
+def test_our_number_is_the_mean_over_seeds_beside_the_published_one(ran):
+    row = row_of(join(published.load("asvd/table6"), ran), "0.5")
+    values = [
+        record["metrics"]["wikitext2"]["value"]
+        for record in ran.records()
+        if record["config"]["storage"]["left_share"] == 0.5
+    ]
+    assert len(values) == row["seeds"] == 2
+    assert row["ours"] == pytest.approx(statistics.mean(values), rel=1e-12)
+    assert row["spread"] == pytest.approx(statistics.stdev(values), rel=1e-12)
+    assert row["published"] == "37.58"
+    assert row["difference"] == pytest.approx(row["ours"] - 37.58)
+    assert set(row["keys"].split()) == {
+        r["key"] for r in ran.records() if r["config"]["storage"]["left_share"] == 0.5
+    }
+
+
+def test_the_mark_says_model_windows_and_calibration(ran):
+    row = row_of(join(published.load("asvd/table6"), ran), "0.5")
+    assert "model tiny" in row["differs"]
+    assert "4 of" in row["differs"]
+    assert "windows of 32 tokens, not 2048" in row["differs"]
+    assert "calibrated on 4 × 32 tokens of wikitext2, not 32 × 2048 of wikitext2" in row["differs"]
+
+
+def test_what_has_not_run_is_a_dash_and_what_failed_is_told(copied):
+    table = published.load("asvd/table6")
+    frame = join(table, copied)
+    assert row_of(frame, "1")["status"] == "missing"
+    assert row_of(frame, "0.5", ratio="0.85")["status"] == "missing"
+    for key in row_of(frame, "0")["keys"].split():
+        change(copied, key, lambda record: record.update(status="failed", reason="ValueError: too small"))
+    frame = join(table, copied)
+    assert row_of(frame, "0")["status"] == "failed (ValueError: too small)"
+    assert math.isnan(row_of(frame, "0")["ours"])
+    text = paper_tables.markdown(table, frame, copied)
+    assert "failed (ValueError: too small)" in text
+    assert "| failed " in text
+    assert "37.58" in text
+
+
+@pytest.mark.parametrize(
+    ("edit", "status"),
+    [
+        (lambda record: record.update(metrics={}), "not measured"),
+        (lambda record: record.update(components={**record["components"], "SPECTRA": -1}), "outdated"),
+        (lambda record: record.update(status="skipped", reason="makes no sense"), "skipped (makes no sense)"),
+    ],
+)
+def test_a_record_without_its_number_never_breaks_a_table(copied, edit, status):
+    table = published.load("asvd/table6")
+    for key in row_of(join(table, copied), "0")["keys"].split():
+        change(copied, key, edit)
+    frame = join(table, copied)
+    assert row_of(frame, "0")["status"] == status
+    assert status.split(" (")[0] in paper_tables.markdown(table, frame, copied)
+
+
+def test_a_model_that_is_not_finite_is_nan_in_the_table(copied):
+    table = published.load("asvd/table6")
+    for key in row_of(join(table, copied), "0")["keys"].split():
+        change(copied, key, lambda record: record["metrics"]["wikitext2"].update(value=None, not_finite="block 1"))
+    frame = join(table, copied)
+    assert row_of(frame, "0")["status"] == "done"
+    assert "nan [" in paper_tables.markdown(table, frame, copied)
+
+
+def test_records_of_the_published_model_stand_before_others(copied):
+    table = published.load("asvd/table6")
+    keys = sorted(row_of(join(table, copied), "0.5")["keys"].split())
+    change(copied, keys[0], lambda record: record["config"]["model"].update(path="facebook/opt-125m"))
+    row = row_of(join(table, copied), "0.5")
+    assert row["keys"] == keys[0]
+    assert "model" not in row["differs"].split(";")[0]
+
+
+def test_a_method_of_ones_own_gets_lines_of_its_own(copied):
+    table = published.load("asvd/table6")
+    keys = row_of(join(table, copied), "0")["keys"].split()
+    for key in keys:
+        change(copied, key, lambda record: record.update(method="mine"))
+    frame = join(table, copied)
+    mine = frame[frame["method"] == "mine"]
+    assert list(mine["published"]) == [""]
+    assert set(mine["keys"].iloc[0].split()) == set(keys)
+    assert "| mine " in paper_tables.markdown(table, frame, copied)
+
+
+def test_ours_are_the_cells_of_the_tables_recipes_alone(ran):
+    assert join(published.load("asvd/table1"), ran)["ours"].isna().all()
+    assert experiment_of("experiment=asvd_table6 ratio=0.9") == "asvd_table6"
+    assert experiment_of("method=asvd") is None
+
+
+def test_averages_and_drops_are_those_of_our_accuracies(tmp_path):
+    """Dobi-SVD's Table 2 from records with accuracies that were made up: 0.5 dense, 0.4 compressed."""
+    results = Results(tmp_path)
+    tasks = ["openbookqa", "arc_easy", "arc_challenge", "winogrande", "hellaswag", "piqa", "mathqa"]
+    cells = {}
+    for method, ratio, accuracy in (("dense", 1.0, 0.5), ("dobi", 0.8, 0.4)):
+        record = _invented(method, ratio, dict.fromkeys(tasks, accuracy))
+        cells[record["key"]] = method
+        results.path(record["key"]).parent.mkdir(parents=True, exist_ok=True)
+        results.path(record["key"]).write_text(json.dumps(record))
+    (tmp_path / "grids").mkdir()
+    (tmp_path / "grids" / "one.json").write_text(json.dumps({"name": "experiment=dobi_table2", "cells": cells}))
+    frame = join(published.load("dobi/table2"), results)
+    ours = frame[(frame["method"] == "dobi") & (frame["ratio"] == "0.8") & (frame["model"] == "llama-7b")]
+    by_column = ours.set_index(["metric", "dataset"])
+    assert by_column.loc[("accuracy", "average"), "ours"] == pytest.approx(0.4)
+    assert by_column.loc[("drop", "average"), "ours"] == pytest.approx(20.0)
+    assert by_column.loc[("drop", "average"), "published"] == "3.84"
+    assert by_column.loc[("perplexity", "c4"), "status"] == "not measured"
+
+
+def _invented(method, ratio, accuracies):
+    measured = {
+        "metric": "accuracy",
+        "value": statistics.mean(accuracies.values()),
+        "tasks": {task: {"value": value, "metric": "acc"} for task, value in accuracies.items()},
+        "protocol": {"limit": None},
+    }
+    config = {
+        "allocation": None if method == "dense" else {},
+        "quantization": None,
+        "model": {"path": "huggyllama/llama-7b"},
+        "calibration": {"samples": 256, "seqlen": 2048, "dataset": {"name": "wikitext2"}},
+    }
+    shared = {
+        "status": "done",
+        "started": "2026",
+        "seed": 0,
+        "content": {"model": "x"},
+        "components": versions.current(),
+    }
+    return {
+        "key": method,
+        "method": method,
+        "ratio": ratio,
+        "model": "llama-7b",
+        "config": config,
+        "metrics": {"zeroshot": measured},
+        **shared,
+    }
+
+
+def test_latex_has_the_best_in_bold_and_the_second_underlined():
+    table = published.load("dobi/table9")
+    frame = join(table, Results("no-such-folder"))
+    text = paper_tables.latex(table, frame)
+    assert r"\textbf{46.18}" in text
+    assert r"\uline{58.02}" in text
+    assert r"\textbf{145.41}" in text  # C4 at 0.4, where training made it worse
+    assert text.count(r"\toprule") == 1
+
+
+def test_a_second_run_changes_no_byte(ran, tmp_path):
+    first = paper_tables.write("asvd/table6", ran, tmp_path / "a")
+    second = paper_tables.write("asvd/table6", ran, tmp_path / "b")
+    assert [file.read_bytes() for file in first] == [file.read_bytes() for file in second]
+    assert [file.suffix for file in first] == [".md", ".csv", ".tex"]
+    read = pd.read_csv(first[1], dtype={"published": str, "ratio": str})
+    assert list(read["published"].dropna()) == list(published.load("asvd/table6").rows["value"])
