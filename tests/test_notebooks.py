@@ -95,7 +95,7 @@ def test_seeds_are_averaged(lab, monkeypatch):
     assert values[0] != values[1]
     text = shown(executed("compare_methods", lab.root, monkeypatch))
     last = re.sub(r"\s+", " ", re.sub("<[^>]*>", " ", text[text.rindex("<thead") :]))
-    assert f"svdllm 0.800000 {pd.Series(values).mean():.4g} {pd.Series(values).std():.2g} 2" in last
+    assert f"svdllm 0.8 {pd.Series(values).mean():.4g} {pd.Series(values).std():.2g} 2" in last
 
 
 def test_ranks_and_spectra_are_shown(grid_lab, monkeypatch):

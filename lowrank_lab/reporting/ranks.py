@@ -43,8 +43,8 @@ def ranks(record: dict[str, Any]) -> pd.DataFrame:
 def weights_and_bytes(record: dict[str, Any], sites: dict[str, Site]) -> pd.DataFrame:
     """``ranks`` with ``full`` (the rank that reproduces the matrix), ``weights``, ``dense`` and ``bytes``.
 
-    ``weights`` are those kept and ``dense`` those before, biases apart. Bytes are at the mean of the record's sites,
-    scales and the like with them: exact where all weights are kept in as many bits, so not where factors are remapped.
+    ``weights`` are those kept, ``dense`` those before, biases apart. Bytes are at the mean of the record's sites,
+    scales and the like with them: exact where all weights have as many bits, so not where factors are remapped.
     """
     table = ranks(record)
     of_site = [sites[name] for name in table["site"]]
