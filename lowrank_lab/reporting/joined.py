@@ -323,7 +323,10 @@ def _differs(record: dict[str, Any], source: dict[str, Any], table: Published) -
         if protocol["window"] != expected.get("window", protocol["window"]):
             differences.append(f"windows of {protocol['window']} tokens, not {expected['window']}")
     if source.get("metric") == "accuracy" and protocol["limit"] is not None:
-        differences.append(f"the first {protocol['limit']} documents of each task")
+        error = 0.5 / protocol["limit"] ** 0.5  # of a fraction near a half
+        differences.append(
+            f"the first {protocol['limit']} documents of each task (standard error up to {error:.2f})"
+        )
     if source.get("metric") == "speed":
         differences.append(f"on {record['hardware'].get('gpu') or record['hardware']['cpu']}")
     if "calibration" in record and record["config"]["allocation"] is not None and "samples" in expected:
