@@ -28,8 +28,10 @@ def main() -> None:
     parser.add_argument("what", nargs="?", default="all", help="all, status, count, table=NAME, figure=NAME, page")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder given to run.py as results=")
     parser.add_argument("--out", type=Path, help="where to write (default: <results>/report; the page: <results>)")
+    parser.add_argument("--wandb", metavar="PROJECT", help="log what is written to this W&B project as well")
     arguments = parser.parse_args()
 
+    from lowrank_lab import tracking
     from lowrank_lab.errors import UserError
     from lowrank_lab.results import Results
 
@@ -37,13 +39,15 @@ def main() -> None:
     out = arguments.out or arguments.results / "report"
     index = (arguments.out or arguments.results) / "index.html"
     try:
-        report(arguments.what, results, out, index)
+        files = report(arguments.what, results, out, index)
     except UserError as error:
         sys.exit(f"error: {error}")
+    if arguments.wandb and files:
+        tracking.log_report(arguments.what, arguments.results, files, arguments.wandb)
 
 
-def report(what: str, results: Results, out: Path, index: Path) -> None:
-    """Print and write what is asked for. Raises UserError for what is not known or has no records."""
+def report(what: str, results: Results, out: Path, index: Path) -> list[Path]:
+    """Print and write what is asked for; returns the files. Raises UserError for an unknown name or no records."""
     from lowrank_lab.errors import UserError
     from lowrank_lab.reporting import coverage, page, paper_tables, published
     from lowrank_lab.reporting.status import status
@@ -51,23 +55,23 @@ def report(what: str, results: Results, out: Path, index: Path) -> None:
     kind, _, name = what.partition("=")
     if what == "status":
         print(status(results))
-    elif what == "count":
+        return []
+    if what == "count":
         print(coverage.markdown(results))
-    elif kind == "table":
+        return []
+    if kind == "table":
         source = published.load(name)
         print(paper_tables.markdown(source, paper_tables.join(source, results), results))
-        _wrote(paper_tables.write(name, results, out / "papers"))
-    elif what == "page":
-        _wrote([page.write(results, index)])
-    elif what == "all":
-        everything(results, out)
-        _wrote([page.write(results, index)])
-    else:
-        raise UserError(f"{what}: no such report; choose all, status, count, table=NAME, figure=NAME, page")
+        return _wrote(paper_tables.write(name, results, out / "papers"))
+    if what == "page":
+        return _wrote([page.write(results, index)])
+    if what == "all":
+        return [*everything(results, out), *_wrote([page.write(results, index)])]
+    raise UserError(f"{what}: no such report; choose all, status, count, table=NAME, figure=NAME, page")
 
 
-def everything(results: Results, out: Path) -> None:
-    """All tables and figures, and those of the papers whose recipes have results."""
+def everything(results: Results, out: Path) -> list[Path]:
+    """All tables and figures, and those of the papers whose recipes have results; returns the files."""
     from lowrank_lab.errors import UserError
     from lowrank_lab.reporting import coverage, figures, generation, paper_tables, tables
 
@@ -75,15 +79,17 @@ def everything(results: Results, out: Path) -> None:
     if not records:
         raise UserError(f"no records in {results.root}; run something first: python run.py")
     print(tables.markdown(records))
-    _wrote([*tables.write(records, out), *figures.write(records, out), *generation.write(records, out)])
+    files = _wrote([*tables.write(records, out), *figures.write(records, out), *generation.write(records, out)])
     found = coverage.coverage(results)
     for name in found["name"][(found["kind"] == "table") & (found["done"] > 0)]:
-        _wrote(paper_tables.write(name, results, out / "papers"))
+        files += _wrote(paper_tables.write(name, results, out / "papers"))
+    return files
 
 
-def _wrote(files: list[Path]) -> None:
+def _wrote(files: list[Path]) -> list[Path]:
     for file in files:
         print(f"wrote {file}")
+    return files
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from lowrank_lab import grid, progress, runner
+from lowrank_lab import config, grid, progress, runner
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import UserError
 from lowrank_lab.results import Results
@@ -81,6 +81,8 @@ def _plan(arguments: argparse.Namespace) -> list[Cell]:
         return cells
     for label, record in finished.values():
         print(f"{label}: {record['status']} ({runner.summary(record)})", file=sys.stderr)
+    for cell in cells:
+        config.build(cell.cfg.tracker).again(finished[cell.key][1], results.path(cell.key))
     print("nothing to do; python report.py makes the table", file=sys.stderr)
     return []
 

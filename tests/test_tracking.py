@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,14 @@ import pytest
 from lowrank_lab import tracking
 from lowrank_lab.tracking import WandbTracker, logged_in
 
+from .conftest import REPOSITORY, Lab
+
 pytest.importorskip("wandb")
 
 
 @pytest.fixture(autouse=True)
 def logged_out(monkeypatch, tmp_path):
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_DATA_DIR", "WANDB_SWEEP_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
 
@@ -49,27 +54,134 @@ def wandb_records(file: Path) -> Iterator[Any]:
             yield record
 
 
-def test_an_offline_run_can_be_read_back(lab):
-    record = lab.run("method=svd", "tracker=wandb")
-    [file] = (lab.root / "wandb").glob("offline-run-*/*.wandb")
-    history: dict[str, Any] = {}
-    config: dict[str, Any] = {}
-    run = None
+@dataclass
+class OfflineRun:
+    """What an offline run would upload."""
+
+    run: Any
+    config: dict[str, Any]
+    history: dict[str, Any]
+    artifacts: list[Any]
+
+
+def offline_run(file: Path) -> OfflineRun:
+    found = OfflineRun(None, {}, {}, [])
     for entry in wandb_records(file):
         kind = entry.WhichOneof("record_type")
         if kind == "history":
-            history |= {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in entry.history.item}
+            found.history |= {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in entry.history.item}
         elif kind == "run":
-            run = entry.run
-            config |= {i.key: json.loads(i.value_json) for i in run.config.update}
-    assert run is not None
+            found.run = entry.run
+            found.config |= {i.key: json.loads(i.value_json) for i in entry.run.config.update}
+        elif kind == "request" and entry.request.WhichOneof("request_type") == "log_artifact":
+            found.artifacts.append(entry.request.log_artifact.artifact)
+        elif kind == "artifact":
+            found.artifacts.append(entry.artifact)
+    assert found.run is not None
+    return found
+
+
+def test_an_offline_run_can_be_read_back(lab):
+    record = lab.run("method=svd", "tracker=wandb")
+    [file] = (lab.root / "wandb").glob("offline-run-*/*.wandb")
+    found = offline_run(file)
+    run, history = found.run, found.history
     assert (run.project, run.run_group, run.display_name) == ("lowrank_lab", "single", "svd 0.8 tiny-llama")
     seconds = {stage["stage"]: stage["seconds"] for stage in record["stages"]}
     assert history["ppl/perplexity"] == record["metrics"]["ppl"]["value"]
     assert history["ratio_reached"] == record["sizes"]["ratio_reached"]
     assert history["seconds/decomposition"] == seconds["decomposition"]
-    assert config["key"] == record["key"]
-    assert config["ratio"] == 0.8
+    assert found.config["key"] == record["key"]
+    assert found.config["ratio"] == 0.8
+
+
+def report(lab: Lab, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "report.py", *arguments, "--results", str(lab.root), "--wandb", "reports"]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def written(done: subprocess.CompletedProcess[str]) -> list[Path]:
+    return [Path(line.removeprefix("wrote ")) for line in done.stdout.splitlines() if line.startswith("wrote ")]
+
+
+def test_a_report_is_one_run_with_an_artifact_of_all_files(lab):
+    record = lab.run("method=svd")
+    done = report(lab)
+    assert done.returncode == 0, done.stderr
+    [file] = (lab.root / "wandb").glob("offline-run-*/*.wandb")
+    found = offline_run(file)
+    assert (found.run.project, found.run.display_name, found.run.job_type) == ("reports", "report all", "report")
+    [artifact] = [one for one in found.artifacts if one.type == "report"]
+    assert artifact.name == "report"
+    kept = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
+    assert kept.keys() == {str(file.relative_to(lab.root)) for file in written(done)} > {"report/table.md"}
+    for (
+        name,
+        copy,
+    ) in kept.items():  # what is uploaded later is below the results, and is not what a next report writes
+        assert copy.is_relative_to(lab.root / "wandb")
+        assert copy.read_bytes() == (lab.root / name).read_bytes()
+    table = json.loads((file.parent / "files" / found.history["tables/report/perplexity"]["path"]).read_text())
+    [row] = table["data"]
+    assert row[table["columns"].index("value")] == record["metrics"]["ppl"]["value"]
+    pictures = {f"figures/{name.removesuffix('.png')}" for name in kept if name.endswith(".png")}
+    assert pictures and all(found.history[name]["_type"] == "image-file" for name in pictures)
+
+
+def test_a_papers_table_is_a_report_too(lab):
+    lab.run("method=svd")
+    assert report(lab, "table=asvd/table1").returncode == 0
+    [file] = (lab.root / "wandb").glob("offline-run-*/*.wandb")
+    found = offline_run(file)
+    assert found.run.display_name == "report table=asvd/table1"
+    assert found.history["tables/asvd_table1"]["ncols"] == 18  # also with columns that are empty
+
+
+def test_what_writes_nothing_logs_nothing(lab):
+    lab.run("method=svd")
+    assert report(lab, "status").returncode == 0
+    assert not (lab.root / "wandb").exists()
+
+
+def test_a_report_survives_wandb(lab, tmp_path, monkeypatch):
+    """For real: its process cannot even import it."""
+    lab.run("method=svd")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "wandb.py").write_text("raise ImportError('no wandb today')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+    done = report(lab, "page")
+    assert done.returncode == 0
+    assert "no wandb today" in done.stderr and "its files are safe" in done.stderr
+    assert written(done) and all(file.is_file() for file in written(done))
+
+
+def test_a_cell_of_a_sweep_is_the_run_that_the_agent_asked_for(lab, tmp_path, monkeypatch):
+    """As wandb's agent starts it; also where the cell has run before, or the sweep would wait for its number."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+    from wandb.sdk.lib.config_util import save_config_file_from_dict
+
+    asked = {"method": {"value": "svd"}, "ratio": {"value": 0.6}, "calibration.samples": {"value": 8}}
+    arguments = create_sweep_command_args({"args": asked})["args_no_hyphens"]
+    save_config_file_from_dict(str(tmp_path / "config.yaml"), asked)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(tmp_path / "config.yaml"))
+    for run_id in ("first", "again"):
+        monkeypatch.setenv("WANDB_RUN_ID", run_id)
+        lab.cli(*arguments, "tracker=wandb")
+    [record] = lab.results.records()
+    assert (record["method"], record["ratio"], record["config"]["calibration"]["samples"]) == ("svd", 0.6, 8)
+    for run_id in ("first", "again"):
+        [file] = (lab.root / "wandb").glob(f"offline-run-*/run-{run_id}.wandb")
+        found = offline_run(file)
+        assert (found.run.run_id, found.run.sweep_id) == (run_id, "sweep1")
+        assert found.history["ppl/perplexity"] == record["metrics"]["ppl"]["value"]
+        assert found.config["key"] == record["key"]
+
+
+def test_a_finished_cell_outside_a_sweep_is_not_copied_again(lab):
+    for _ in range(2):
+        lab.cli("method=svd", "tracker=wandb")
+    assert len(list((lab.root / "wandb").glob("offline-run-*"))) == 1
 
 
 def test_whether_somebody_is_logged_in_is_told_without_a_server(monkeypatch, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -88,7 +88,7 @@ class Ours:
     differs: str
 
 
-def join(table: Published, results: Results) -> pd.DataFrame:
+def join(table: Published, results: Results, methods: Collection[str] = ()) -> pd.DataFrame:
     """Each row of ``table`` with our number, and below them those of our cells that the table does not have.
 
     A frame with COLUMNS. ``published`` is text as printed, ``ours`` a float in the unit of the row, the mean over
@@ -97,9 +97,9 @@ def join(table: Published, results: Results) -> pd.DataFrame:
     says what became of the cell, and is "missing" for one that nobody has run. ``keys`` are those of the records,
     of one without a number too.
     Ours are measured on the published model where records of it exist, else on one that no paper has (SmolLM2).
-    Of runs with other settings the latest counts.
+    Of runs with other settings the latest counts. Of ``methods`` all records count, not only those of the recipes.
     """
-    cells = recipe_cells(table, results)
+    cells = recipe_cells(table, results, methods)
     records = [cell.record for cell in cells if cell.record and cell.status == "done"]
     numbers = [ours for record in records for ours in _numbers(record, table)]
     rows = [_with_ours(row, table, cells, numbers) for row in _dicts(table.rows)]
@@ -114,12 +114,13 @@ def _dicts(rows: pd.DataFrame) -> list[dict[str, Any]]:
     return [dict(zip(rows.columns, row, strict=True)) for row in rows.itertuples(index=False)]
 
 
-def recipe_cells(table: Published, results: Results) -> list[Cell]:
-    """The cells of all grids that were run with a recipe of the table; later ones first."""
+def recipe_cells(table: Published, results: Results, methods: Collection[str] = ()) -> list[Cell]:
+    """The cells of all grids that were run with a recipe of the table, and all of ``methods``; later ones first."""
     asked: dict[str, str] = {}
     for grid in results.grids():
         if experiment_of(grid["name"]) in table.recipes:
             asked |= grid["cells"]
+    asked |= {r["key"]: r["label"] for r in (results.records() if methods else []) if r["method"] in methods}
     records = {key: results.find(key) for key in asked}
     cells = [Cell(key, label, records[key]) for key, label in sorted(asked.items())]
     return sorted(cells, key=lambda cell: (cell.record or {}).get("started", ""), reverse=True)

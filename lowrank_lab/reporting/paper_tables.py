@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pandas as pd
@@ -20,12 +20,12 @@ HIGHER_IS_BETTER = ("accuracy", "tokens_per_second", "speedup")
 NO_RANK = ("parameters", "size", "memory", "flops")  # nothing to be best at
 
 
-def table(name: str, results: str | Path = "results") -> pd.DataFrame:
+def table(name: str, results: str | Path = "results", methods: Collection[str] = ()) -> pd.DataFrame:
     """The published table ``name`` ("dobi/table2") joined with the records below ``results``; see joined.join.
 
-    Raises UserError for a name that is no table.
+    ``methods`` may name some of your own. Raises UserError for a name that is no table.
     """
-    return join(published.load(name), Results(results))
+    return join(published.load(name), Results(results), methods)
 
 
 def write(name: str, results: Results, folder: Path) -> list[Path]:

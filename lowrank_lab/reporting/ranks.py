@@ -1,0 +1,127 @@
+"""Where a record's ranks went: by linear and block, in weights and bytes, beside the spectra that they cut."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from omegaconf import OmegaConf
+
+from lowrank_lab.config import build
+from lowrank_lab.errors import UserError
+from lowrank_lab.lowrank.ranks import Site
+from lowrank_lab.models.arch import spec_for
+from lowrank_lab.reporting.kinds.errors import linear_names
+from lowrank_lab.results import Results
+from lowrank_lab.store import Artifact, Store
+
+
+def ranks(record: dict[str, Any]) -> pd.DataFrame:
+    """``block``, ``linear`` and ``rank`` (nan where it stays dense) of every site, from the record alone.
+
+    Linears that are factored together are one row, "q+k+v". Raises UserError for a record that compresses nothing.
+    """
+    if "compression" not in record:
+        raise UserError(f"{record['label']} has no ranks; choose a record of a compressed model that is done")
+    found = record["compression"]["ranks"]
+    places = [_place(name) for name in found]
+    paths = [member for _, key in places for member in key.split("+")]
+    short = linear_names(dict.fromkeys(paths))
+    return pd.DataFrame(
+        {
+            "site": list(found),
+            "block": [block for block, _ in places],
+            "linear": ["+".join(short[member] for member in key.split("+")) for _, key in places],
+            "rank": pd.Series(list(found.values()), dtype=float),
+        }
+    )
+
+
+def weights_and_bytes(record: dict[str, Any], sites: dict[str, Site]) -> pd.DataFrame:
+    """``ranks`` with ``full`` (the rank that reproduces the matrix), ``weights``, ``dense`` and ``bytes``.
+
+    ``weights`` are those kept, ``dense`` those before, biases apart. Bytes are at the mean of the record's sites,
+    scales and the like with them: exact where all weights have as many bits, so not where factors are remapped.
+    """
+    table = ranks(record)
+    of_site = [sites[name] for name in table["site"]]
+    kept = [record["compression"]["ranks"][name] for name in table["site"]]
+    total = record["sizes"]["sites"]
+    table["full"] = [site.full for site in of_site]
+    table["weights"] = [site.parameters(rank) for site, rank in zip(of_site, kept, strict=True)]
+    table["dense"] = [site.parameters(None) for site in of_site]
+    table["bytes"] = table["weights"] * (total["bytes"] / total["parameters"])
+    return table
+
+
+def sites(record: dict[str, Any], results: Results) -> dict[str, Site]:
+    """The sites of a record's model with their shapes, from its config.json; no weights are read.
+
+    Raises UserError where the config.json is not on this machine: neither among the artifacts nor in model.path nor
+    in the hub's cache.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lowrank_lab.lowrank.sites import sites_of
+    from lowrank_lab.lowrank.spectra import linear_shapes
+
+    model = record["config"]["model"]
+    converted = artifact(record, "model conversion", results)
+    location = model["path"] if converted is None else str(converted.path)
+    remote = {"revision": record["content"]["revision"], "trust_remote_code": model["trust_remote_code"]}
+    try:
+        config = AutoConfig.from_pretrained(location, local_files_only=True, **remote)
+    except (OSError, ValueError):
+        raise UserError(
+            f"the shapes of {record['model']} are not on this machine; to have them, {again(record, results)}"
+        ) from None
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=model["trust_remote_code"])
+    spec = spec_for(config.model_type)
+    answers = (build(OmegaConf.create(record["config"][name])) for name in ("grouping", "targets", "storage"))
+    return sites_of(spec, linear_shapes(skeleton, spec), *answers)
+
+
+def artifact(record: dict[str, Any], stage: str, results: Results) -> Artifact | None:
+    """The artifact of a record's stage: below the results, or where the record says; None where it is gone."""
+    named = [entry["artifact"] for entry in record["stages"] if entry["stage"] == stage and "artifact" in entry]
+    for root in (results.root / "artifacts", Path(record["config"]["artifacts"])) if named else ():
+        if found := Store(root).get(*named[0].split("/")):
+            return found
+    return None
+
+
+def again(record: dict[str, Any], results: Results) -> str:
+    """What makes a record's artifacts once more, in one line; its numbers stay the same."""
+    command = shlex.join(["run.py", *record["command"][1:]])
+    return f"move {results.path(record['key'])} away and run: python {command}"
+
+
+def spectrum(folder: Path, site: Site) -> pd.DataFrame:
+    """By ``rank`` 0 … full: the ``singular_value`` cut there, the ``tail_error`` left, both relative.
+
+    ``singular_value`` is σ of R^½ W C^½ over the largest (at rank k the k-th; nan at rank 0), ``tail_error`` the
+    error ‖R^½ (W − W') C^½‖_F over that of W' = 0. ``folder`` is the artifact of the stage "decomposition".
+    """
+    from lowrank_lab.lowrank.spectra import load_singular_values, load_tails
+
+    [squared] = load_tails(folder, {"site": site}).values()
+    values = load_singular_values(folder, site).double().numpy()
+    return pd.DataFrame(
+        {
+            "rank": np.arange(len(squared)),
+            "singular_value": np.append(np.nan, values / values[0]),
+            "tail_error": np.sqrt(squared / squared[0]),
+        }
+    )
+
+
+def _place(name: str) -> tuple[int, str]:
+    """The block and the key of a site, from its full name "model.layers.3.self_attn.q_proj"."""
+    parts = name.split(".")
+    number = next(index for index, part in enumerate(parts) if part.isdigit())
+    return int(parts[number]), ".".join(parts[number + 1 :])
