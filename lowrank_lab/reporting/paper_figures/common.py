@@ -25,8 +25,8 @@ class PaperFigure:
     """One figure of a paper, or one panel where the panels have recipes of their own.
 
     title   what it shows, with its number
-    recipe  the experiment in conf/experiment/ whose records it is made from
-    data    from these records what it shows: tidy, in an order of its own, with no rows where no record has it
+    recipe  the experiment in conf/experiment/ that is made for it; catalogue.yaml names others that do too
+    data    from records of these what it shows: tidy, in an order of its own, with no rows where no record has it
     draw    from ``data``, as it is or read from a CSV, the figure
     """
 
