@@ -49,7 +49,7 @@ def main() -> None:
 def report(what: str, results: Results, out: Path, index: Path) -> list[Path]:
     """Print and write what is asked for; returns the files. Raises UserError for an unknown name or no records."""
     from lowrank_lab.errors import UserError
-    from lowrank_lab.reporting import coverage, page, paper_tables, published
+    from lowrank_lab.reporting import coverage, page, paper_figures, paper_tables, published
     from lowrank_lab.reporting.status import status
 
     kind, _, name = what.partition("=")
@@ -63,6 +63,11 @@ def report(what: str, results: Results, out: Path, index: Path) -> list[Path]:
         source = published.load(name)
         print(paper_tables.markdown(source, paper_tables.join(source, results), results))
         return _wrote(paper_tables.write(name, results, out / "papers"))
+    if kind == "figure":
+        if not (files := paper_figures.write(name, results, out / "papers")):
+            recipes = " or ".join(f"python run.py -m experiment={recipe}" for recipe in published.recipes(name))
+            raise UserError(f"{name}: no record has what it shows; run {recipes}")
+        return _wrote(files)
     if what == "page":
         return _wrote([page.write(results, index)])
     if what == "all":
@@ -73,7 +78,7 @@ def report(what: str, results: Results, out: Path, index: Path) -> list[Path]:
 def everything(results: Results, out: Path) -> list[Path]:
     """All tables and figures, and those of the papers whose recipes have results; returns the files."""
     from lowrank_lab.errors import UserError
-    from lowrank_lab.reporting import coverage, figures, generation, paper_tables, tables
+    from lowrank_lab.reporting import coverage, figures, generation, paper_figures, paper_tables, tables
 
     records = results.records()
     if not records:
@@ -81,8 +86,9 @@ def everything(results: Results, out: Path) -> list[Path]:
     print(tables.markdown(records))
     files = _wrote([*tables.write(records, out), *figures.write(records, out), *generation.write(records, out)])
     found = coverage.coverage(results)
-    for name in found["name"][(found["kind"] == "table") & (found["done"] > 0)]:
-        files += _wrote(paper_tables.write(name, results, out / "papers"))
+    for _, row in found[found["done"] > 0].iterrows():
+        write = paper_tables.write if row["kind"] == "table" else paper_figures.write
+        files += _wrote(write(row["name"], results, out / "papers"))
     return files
 
 

@@ -115,17 +115,15 @@ def test_a_report_is_one_run_with_an_artifact_of_all_files(lab):
     assert artifact.name == "report"
     kept = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
     assert kept.keys() == {str(file.relative_to(lab.root)) for file in written(done)} > {"report/table.md"}
-    for (
-        name,
-        copy,
-    ) in kept.items():  # what is uploaded later is below the results, and is not what a next report writes
+    # What is uploaded later is below the results, and is not what the next report writes over.
+    for name, copy in kept.items():
         assert copy.is_relative_to(lab.root / "wandb")
         assert copy.read_bytes() == (lab.root / name).read_bytes()
-    table = json.loads((file.parent / "files" / found.history["tables/report/perplexity"]["path"]).read_text())
+    table = json.loads((file.parent / "files" / found.history["tables/report/perplexity.path"]).read_text())
     [row] = table["data"]
     assert row[table["columns"].index("value")] == record["metrics"]["ppl"]["value"]
     pictures = {f"figures/{name.removesuffix('.png')}" for name in kept if name.endswith(".png")}
-    assert pictures and all(found.history[name]["_type"] == "image-file" for name in pictures)
+    assert pictures and all(found.history[f"{name}._type"] == "image-file" for name in pictures)
 
 
 def test_a_papers_table_is_a_report_too(lab):
@@ -134,7 +132,7 @@ def test_a_papers_table_is_a_report_too(lab):
     [file] = (lab.root / "wandb").glob("offline-run-*/*.wandb")
     found = offline_run(file)
     assert found.run.display_name == "report table=asvd/table1"
-    assert found.history["tables/asvd_table1"]["ncols"] == 18  # also with columns that are empty
+    assert found.history["tables/asvd_table1.ncols"] == 18  # also with columns that are empty
 
 
 def test_what_writes_nothing_logs_nothing(lab):

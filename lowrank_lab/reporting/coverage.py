@@ -22,7 +22,7 @@ def coverage(results: Results) -> pd.DataFrame:
     rows = []
     for name in [*published.tables(), *published.figures()]:
         facts = published.entry(name)
-        recipes = facts.get("recipes", [])
+        recipes = published.recipes(name)
         is_table = name in published.tables()
         rows.append(
             {

@@ -285,11 +285,14 @@ def write(records: list[dict[str, Any]], folder: Path) -> list[Path]:
     files = []
     for name, _, figure in drawn(records):
         for suffix in ("png", "pdf"):
-            file = folder / f"{name}.{suffix}"
-            # No creation date, so that the same records give the same bytes.
-            figure.savefig(file, metadata={"CreationDate": None} if suffix == "pdf" else {"Software": None})
-            files.append(file)
+            files.append(folder / f"{name}.{suffix}")
+            save(figure, files[-1])
     return files
+
+
+def save(figure: plt.Figure, file: Path) -> None:
+    """Write a PNG or PDF without its date of creation, so that the same records give the same bytes."""
+    figure.savefig(file, metadata={"CreationDate": None} if file.suffix == ".pdf" else {"Software": None})
 
 
 def wrapped(caption: str) -> str:

@@ -218,14 +218,16 @@ def _beyond(rows: list[dict[str, Any]], numbers: list[Ours]) -> list[dict[str, A
     beside = {(key, row["metric"], row["dataset"]) for row in rows for key in row["keys"].split()}
     columns = {(row["metric"], row["dataset"]): row["unit"] for row in rows}
     papers = {path: name for name, path in _paths().items()}
+    settings = dict.fromkeys(name for row in rows for name, _ in _settings(row["variant"]))
     found: dict[tuple[str, ...], dict[tuple[str, str, str], list[Ours]]] = {}
     for ours in numbers:
         record, where = ours.record, (ours.metric, ours.dataset)
         model = papers.get(record["config"]["model"]["path"], "")
         if where in columns and not (model and (record["key"], *where) in beside):
             line = (record["method"], f"{record['ratio']:g}", quantized(record["config"], "name"))
-            of_line = found.setdefault((model or record["model"], *line), {})
-            of_line.setdefault((*where, ours.variant), []).append(ours)
+            own = [f"{name}={_setting(record['config'], name)}" for name in settings]
+            variant = ";".join(part for part in (*own, ours.variant) if part)
+            found.setdefault((model or record["model"], *line), {}).setdefault((*where, variant), []).append(ours)
     beyond = []
     for (model, method, ratio, quantization), of_line in sorted(found.items(), key=_dense_first):
         shared = {"model": model, "method": method, "ratio": ratio, "quantization": quantization, "note": ""}
@@ -250,13 +252,18 @@ def _is_cell(row: dict[str, Any], record: dict[str, Any], table: Published) -> b
     quantization = table.also.get(row["quantization"], row["quantization"])
     quantization = QUANTIZATIONS.get(quantization, quantization) or "none"
     config = record["config"]
-    settings = [part.split("=", 1) for part in row["variant"].split(";") if "." in part.split("=")[0]]
     return (
         record["method"] == method
         and (method == "dense" or record["ratio"] == row["kept"])
         and quantized(config, "name") == quantization
-        and all(_setting(config, name) == value for name, value in settings)
+        and all(_setting(config, name) == value for name, value in _settings(row["variant"]))
     )
+
+
+def _settings(variant: str) -> list[tuple[str, str]]:
+    """The settings of a model in a variant, by their dotted names."""
+    parts = [part.partition("=") for part in variant.split(";")]
+    return [(name, value) for name, _, value in parts if "." in name]
 
 
 def _setting(config: dict[str, Any], name: str) -> str:
@@ -323,10 +330,7 @@ def _differs(record: dict[str, Any], source: dict[str, Any], table: Published) -
         if protocol["window"] != expected.get("window", protocol["window"]):
             differences.append(f"windows of {protocol['window']} tokens, not {expected['window']}")
     if source.get("metric") == "accuracy" and protocol["limit"] is not None:
-        error = 0.5 / protocol["limit"] ** 0.5  # of a fraction near a half
-        differences.append(
-            f"the first {protocol['limit']} documents of each task (standard error up to {error:.2f})"
-        )
+        differences.append(f"the first {protocol['limit']} documents of each task {_standard_error(source)}")
     if source.get("metric") == "speed":
         differences.append(f"on {record['hardware'].get('gpu') or record['hardware']['cpu']}")
     if "calibration" in record and record["config"]["allocation"] is not None and "samples" in expected:
@@ -336,6 +340,14 @@ def _differs(record: dict[str, Any], source: dict[str, Any], table: Published) -
             paper = "{samples} × {seqlen} of {calibration}".format(**expected)
             differences.append(f"calibrated on {ours[0]} × {ours[1]} tokens of {ours[2]}, not {paper}")
     return "; ".join(differences)
+
+
+def _standard_error(source: dict[str, Any]) -> str:
+    """How exact an accuracy near a half on the first documents is; a group of tasks has those of all its tasks."""
+    members = max(
+        len(set(task.get("results", {})) - set(task.get("groups", {}))) for task in source["tasks"].values()
+    )
+    return f"(standard error up to {0.5 / (source['protocol']['limit'] * max(1, members)) ** 0.5:.2f})"
 
 
 def _marks(model: str, found: list[Ours]) -> str:

@@ -78,6 +78,11 @@ def entry(name: str) -> dict[str, Any]:
     raise UserError(f"{name}: no such table or figure; {'did you mean ' + ', '.join(near) if near else known}")
 
 
+def recipes(name: str) -> tuple[str, ...]:
+    """The experiments that make ours. Raises UserError for a name that is in no source."""
+    return tuple(entry(name).get("recipes", ()))
+
+
 @cache
 def load(name: str) -> Published:
     """The table ``name``, such as "dobi/table2". Raises UserError for one that is not there."""
@@ -94,7 +99,7 @@ def load(name: str) -> Published:
         head.get("protocol") or "",
         head.get("notes") or "",
         rows,
-        tuple(facts.get("recipes", ())),
+        recipes(name),
         {**source.get("also", {}), **facts.get("also", {})},
         {**source["protocol"], **facts.get("protocol", {})},
         facts.get("waits_for"),

@@ -6,9 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+import pandas as pd
 from matplotlib import pyplot as plt
 
+from lowrank_lab.errors import UserError
+from lowrank_lab.reporting import published
+from lowrank_lab.reporting.figures import save
 from lowrank_lab.reporting.joined import experiment_of
 from lowrank_lab.reporting.paper_figures.asvd import ASVD
 from lowrank_lab.reporting.paper_figures.common import PaperFigure
@@ -24,14 +29,37 @@ PAPER_FIGURES: dict[str, PaperFigure] = {
 
 
 def drawn(results: Results) -> Iterator[tuple[str, str, plt.Figure]]:
-    """Name, title and figure of each whose recipe has records to show; each is closed when the next is asked."""
-    records = results.records()
+    """Name, title and figure of each whose recipes have records to show; each is closed when the next is asked."""
     for name, figure in PAPER_FIGURES.items():
-        grids = [grid for grid in results.grids() if experiment_of(grid["name"]) == figure.recipe]
-        asked = {key for grid in grids for key in grid["cells"]}
-        data = figure.data([record for record in records if record["key"] in asked])
-        if data.empty:
-            continue
-        shown = figure.draw(data)
-        yield name, figure.title, shown
-        plt.close(shown)
+        data = data_of(name, results)
+        if not data.empty:
+            shown = figure.draw(data)
+            yield name, figure.title, shown
+            plt.close(shown)
+
+
+def data_of(name: str, results: Results) -> pd.DataFrame:
+    """What the figure ``name`` shows, from the records of its recipes; no rows where there are none.
+
+    Raises UserError for a name that is no figure.
+    """
+    recipes = published.recipes(name)
+    if name not in PAPER_FIGURES:
+        raise UserError(f"{name} is no figure; figures are {', '.join(PAPER_FIGURES)}")
+    asked = {key for grid in results.grids() if experiment_of(grid["name"]) in recipes for key in grid["cells"]}
+    return PAPER_FIGURES[name].data([record for record in results.records() if record["key"] in asked])
+
+
+def write(name: str, results: Results, folder: Path) -> list[Path]:
+    """Write <source>_<figure>.csv, .png and .pdf into ``folder``; returns the files, none without data."""
+    data = data_of(name, results)
+    if data.empty:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{name.replace('/', '_')}{ending}" for ending in (".csv", ".png", ".pdf")]
+    files[0].write_text(data.to_csv(index=False, lineterminator="\n"), encoding="utf-8")
+    figure = PAPER_FIGURES[name].draw(data)
+    for file in files[1:]:
+        save(figure, file)
+    plt.close(figure)
+    return files
