@@ -42,6 +42,8 @@ def main() -> None:
         files = report(arguments.what, results, out, index)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:  # a folder that others own, a file where a folder is wanted, a full disk
+        sys.exit(f"error: {error.filename}: {error.strerror}; choose where to write with --out")
     if arguments.wandb and files:
         tracking.log_report(arguments.what, arguments.results, files, arguments.wandb)
 
@@ -76,7 +78,7 @@ def report(what: str, results: Results, out: Path, index: Path) -> list[Path]:
 
 
 def everything(results: Results, out: Path) -> list[Path]:
-    """All tables and figures, and those of the papers whose recipes have results; returns the files."""
+    """All tables and figures, and those of the papers whose recipes have run, be it in vain; returns the files."""
     from lowrank_lab.errors import UserError
     from lowrank_lab.reporting import coverage, figures, generation, paper_figures, paper_tables, tables
 
@@ -86,7 +88,7 @@ def everything(results: Results, out: Path) -> list[Path]:
     print(tables.markdown(records))
     files = _wrote([*tables.write(records, out), *figures.write(records, out), *generation.write(records, out)])
     found = coverage.coverage(results)
-    for _, row in found[found["done"] > 0].iterrows():
+    for _, row in found[found["ran"] > 0].iterrows():
         write = paper_tables.write if row["kind"] == "table" else paper_figures.write
         files += _wrote(write(row["name"], results, out / "papers"))
     return files

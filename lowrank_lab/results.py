@@ -28,6 +28,21 @@ from lowrank_lab.store import Artifact, fingerprint, write_json
 log = logging.getLogger(__name__)
 
 FINISHED = ("done", "skipped")
+# What every reader may take for granted, in records of older schemas too.
+IN_RECORD = {
+    "key",
+    "status",
+    "label",
+    "model",
+    "dataset",
+    "method",
+    "ratio",
+    "seed",
+    "started",
+    "config",
+    "metrics",
+}
+IN_GRID = {"name", "cells"}
 NOT_COMPRESSION = ("model conversion", "model loading", "evaluation tokens", "checkpoint", "merged checkpoint")
 CHECKPOINTS = "checkpoints"  # the folder of the models that are kept
 CHECKPOINT_NAMES = ("checkpoint", "merged_checkpoint")  # in a record: which of them are this cell's
@@ -105,7 +120,7 @@ class Results:
     def find(self, key: str) -> dict[str, Any] | None:
         """The record of a cell whatever its status, or None."""
         file = self.path(key)
-        return _read(file) if file.is_file() else None
+        return _read(file, IN_RECORD) if file.is_file() else None
 
     def finished(self, key: str) -> dict[str, Any] | None:
         """The record of a cell that needs no more work, or None. A failed cell is tried again."""
@@ -140,7 +155,7 @@ class Results:
 
     def records(self) -> list[dict[str, Any]]:
         """All records, in a fixed order that does not depend on when they were written."""
-        read = [_read(file) for file in sorted((self.root / "records").glob("*.json"))]
+        read = [_read(file, IN_RECORD) for file in sorted((self.root / "records").glob("*.json"))]
         found = [record for record in read if record is not None]
         return sorted(found, key=lambda r: (r["model"], r["dataset"], r["method"], -r["ratio"], r["key"]))
 
@@ -153,17 +168,18 @@ class Results:
         return name
 
     def grids(self) -> list[dict[str, Any]]:
-        read = [_read(file) for file in sorted((self.root / "grids").glob("*.json"))]
+        read = [_read(file, IN_GRID) for file in sorted((self.root / "grids").glob("*.json"))]
         return [grid for grid in read if grid is not None]
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    """A record or grid; None, with a warning, for a file that is not what this program wrote."""
+def _read(file: Path, entries: set[str]) -> dict[str, Any] | None:
+    """A record or grid with these entries; None, with a warning, for a file that is not what this program wrote."""
     try:
         value = json.loads(file.read_text())
-        if isinstance(value, dict) and ("cells" in value or "status" in value):
+        without_number = isinstance(value, dict) and value.get("status") in ("failed", "skipped")
+        if isinstance(value, dict) and entries | ({"reason"} if without_number else set()) <= value.keys():
             return value
-    except ValueError:
+    except (ValueError, OSError):
         pass
     log.warning("%s cannot be read and is left out; run its cell again, or delete it", file)
     return None

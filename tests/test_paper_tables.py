@@ -7,12 +7,13 @@ import math
 import shutil
 import statistics
 import subprocess
+import sys
 
 import pandas as pd
 import pytest
 
 from lowrank_lab import versions
-from lowrank_lab.reporting import paper_tables, published
+from lowrank_lab.reporting import coverage, paper_tables, published
 from lowrank_lab.reporting.joined import experiment_of, join
 from lowrank_lab.results import Results
 
@@ -159,16 +160,10 @@ def test_ours_are_the_cells_of_the_tables_recipes_alone(ran):
 
 def test_averages_and_drops_are_those_of_our_accuracies(tmp_path):
     """Dobi-SVD's Table 2 from records with accuracies that were made up: 0.5 dense, 0.4 compressed."""
-    results = Results(tmp_path)
-    tasks = ["openbookqa", "arc_easy", "arc_challenge", "winogrande", "hellaswag", "piqa", "mathqa"]
-    cells = {}
-    for method, ratio, accuracy in (("dense", 1.0, 0.5), ("dobi", 0.8, 0.4)):
-        record = _invented(method, ratio, dict.fromkeys(tasks, accuracy))
-        cells[record["key"]] = method
-        results.path(record["key"]).parent.mkdir(parents=True, exist_ok=True)
-        results.path(record["key"]).write_text(json.dumps(record))
-    (tmp_path / "grids").mkdir()
-    (tmp_path / "grids" / "one.json").write_text(json.dumps({"name": "experiment=dobi_table2", "cells": cells}))
+    results = _with_records(
+        tmp_path,
+        [_invented("dense", 1.0, dict.fromkeys(TASKS, 0.5)), _invented("dobi", 0.8, dict.fromkeys(TASKS, 0.4))],
+    )
     frame = join(published.load("dobi/table2"), results)
     ours = frame[(frame["method"] == "dobi") & (frame["ratio"] == "0.8") & (frame["model"] == "llama-7b")]
     by_column = ours.set_index(["metric", "dataset"])
@@ -178,7 +173,158 @@ def test_averages_and_drops_are_those_of_our_accuracies(tmp_path):
     assert by_column.loc[("perplexity", "c4"), "status"] == "not measured"
 
 
-def _invented(method, ratio, accuracies):
+def test_averages_and_drops_have_the_spread_of_their_seeds(tmp_path):
+    """They were printed as "± nan"; and the compressed model is compared with the dense one in 16 bits."""
+    records = [_invented("dense", 1.0, dict.fromkeys(TASKS, 0.5))]
+    for seed, accuracy in ((0, 0.4), (1, 0.3)):
+        records.append(_invented("dobi", 0.8, dict.fromkeys(TASKS, accuracy), key=f"seed{seed}", seed=seed))
+    table = published.load("dobi/table2")
+    results = _with_records(tmp_path, records)
+    frame = join(table, results)
+    ours = frame[(frame["method"] == "dobi") & (frame["ratio"] == "0.8") & (frame["model"] == "llama-7b")]
+    by_column = ours.set_index(["metric", "dataset"])
+    average, drop = by_column.loc[("accuracy", "average")], by_column.loc[("drop", "average")]
+    assert (average["ours"], average["seeds"]) == (pytest.approx(0.35), 2)
+    assert average["spread"] == pytest.approx(statistics.stdev([0.4, 0.3]))
+    assert (drop["ours"], drop["spread"]) == (pytest.approx(30.0), pytest.approx(statistics.stdev([20.0, 40.0])))
+    assert average["keys"] == "seed0 seed1"
+    assert "± nan" not in paper_tables.markdown(table, frame, results)
+
+
+def test_an_average_tells_the_marks_of_all_its_parts_and_mixes_no_models(tmp_path):
+    first = _invented("dobi", 0.8, dict.fromkeys(TASKS, 0.4))
+    later = _invented("dobi", 0.8, {"piqa": 0.9}, key="later", started="2027")
+    later["metrics"]["zeroshot"]["protocol"]["limit"] = 25
+
+    def average():
+        frame = join(published.load("dobi/table2"), _with_records(tmp_path, [first, later]))
+        shown = frame[(frame["method"] == "dobi") & (frame["ratio"] == "0.8") & (frame["model"] == "llama-7b")]
+        return shown.set_index(["metric", "dataset"]).loc[("accuracy", "average")]
+
+    assert average()["ours"] == pytest.approx((6 * 0.4 + 0.9) / 7)
+    assert "the first 25 documents" in average()["differs"]
+    assert average()["keys"] == "dobi later"
+    first["metrics"]["zeroshot"]["tasks"].pop("piqa")
+    later["config"]["model"]["path"] = "another"
+    later["model"] = "another"
+    assert average()["status"] == "not measured"
+
+
+def test_the_mean_over_seeds_is_of_one_protocol_and_nan_where_one_is_nan(tmp_path):
+    records = [
+        _invented("dobi", 0.8, {"piqa": value}, key=f"seed{seed}", seed=seed)
+        for seed, value in enumerate((0.4, 0.6))
+    ]
+
+    def piqa():
+        frame = join(published.load("dobi/table2"), _with_records(tmp_path, records))
+        shown = frame[(frame["method"] == "dobi") & (frame["ratio"] == "0.8") & (frame["model"] == "llama-7b")]
+        return shown.set_index(["metric", "dataset"]).loc[("accuracy", "piqa")]
+
+    assert (piqa()["ours"], piqa()["seeds"]) == (pytest.approx(0.5), 2)
+    records[0]["metrics"]["zeroshot"]["tasks"]["piqa"]["value"] = None
+    assert math.isnan(piqa()["ours"])
+    records[0]["metrics"]["zeroshot"]["tasks"]["piqa"]["value"] = 0.4
+    records[0]["metrics"]["zeroshot"]["protocol"]["limit"] = 25
+    records[1]["started"] = "2027"
+    assert (piqa()["ours"], piqa()["seeds"], piqa()["differs"]) == (0.6, 1, "")
+
+
+def test_an_earlier_run_of_the_published_model_gets_no_second_line(tmp_path):
+    """It stood in the place of the published number."""
+    table = published.load("dobi/table2")
+    first = _invented("dobi", 0.8, dict.fromkeys(TASKS, 0.4))
+    later = _invented("dobi", 0.8, {"piqa": 0.9}, key="later", started="2027")
+    frame = join(table, _with_records(tmp_path, [first, later]))
+    assert len(frame) == len(table.rows)
+    wide = paper_tables.lines(frame, {})
+    of_line = wide[(wide["ratio"] == "0.8") & (wide["method"] == "Dobi-SVD")].set_index("")
+    assert list(of_line["piqa"]) == ["0.77", "0.900", "+0.13"]
+
+
+def test_our_own_lines_tell_the_settings_that_the_table_tells(ran):
+    frame = join(published.load("asvd/table6"), ran)
+    own = frame[frame["model"] == "tiny"]
+    assert sorted(own["variant"]) == ["storage.left_share=0", "storage.left_share=0.5"]
+    for share in ("0", "0.5"):
+        assert row_of(frame, share, model="tiny")["ours"] == row_of(frame, share)["ours"]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda config: config.pop("quantization"),
+        lambda config: config.update(quantization={"bits": 4}),
+        lambda config: config.update(quantization={"_target_": "lowrank_lab.quantization.gone.Gone"}),
+    ],
+)
+def test_an_outdated_record_with_settings_that_are_no_more_breaks_nothing(copied, edit):
+    table = published.load("asvd/table6")
+    for key in row_of(join(table, copied), "0")["keys"].split():
+        change(copied, key, lambda record: (record["components"].update(RECORD=1), edit(record["config"])))
+    frame = join(table, copied)
+    assert row_of(frame, "0.5")["status"] == "done"
+    assert "outdated" in paper_tables.markdown(table, frame, copied)
+
+
+@pytest.mark.parametrize("entry", ["config", "metrics", "model", "ratio", "label"])
+def test_a_file_that_is_no_whole_record_counts_as_missing(copied, entry, caplog):
+    table = published.load("asvd/table6")
+    for key in row_of(join(table, copied), "0")["keys"].split():
+        change(copied, key, lambda record: record.pop(entry))
+    assert row_of(join(table, copied), "0")["status"] == "missing"
+    assert "cannot be read and is left out" in caplog.text
+    assert len(copied.records()) == 2
+
+
+def test_a_table_whose_cells_all_failed_is_written_and_not_counted(copied):
+    for record in copied.records():
+        change(copied, record["key"], lambda record: record.update(status="failed", reason="no", metrics={}))
+    counted = coverage.coverage(copied).set_index("name").loc["asvd/table6"]
+    assert (counted["ran"], counted["done"]) == (4, 0)
+    command = [sys.executable, "report.py", "all", f"--results={copied.root}"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| failed " in (copied.root / "report" / "papers" / "asvd_table6.md").read_text()
+
+
+def test_outdated_cells_are_not_counted_as_done(copied):
+    for record in copied.records():
+        change(copied, record["key"], lambda record: record["components"].update(SPECTRA=-1))
+    counted = coverage.coverage(copied).set_index("name").loc["asvd/table6"]
+    assert (counted["ran"], counted["done"]) == (4, 0)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(ran, tmp_path):
+    (tmp_path / "file").touch()
+    command = [
+        sys.executable,
+        "report.py",
+        "table=asvd/table6",
+        f"--results={ran.root}",
+        f"--out={tmp_path / 'file'}",
+    ]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+TASKS = ["openbookqa", "arc_easy", "arc_challenge", "winogrande", "hellaswag", "piqa", "mathqa"]
+
+
+def _with_records(root, records, experiment="dobi_table2"):
+    results = Results(root)
+    for record in records:
+        results.path(record["key"]).parent.mkdir(parents=True, exist_ok=True)
+        results.path(record["key"]).write_text(json.dumps(record))
+    (root / "grids").mkdir(exist_ok=True)
+    cells = {record["key"]: record["label"] for record in records}
+    (root / "grids" / "one.json").write_text(json.dumps({"name": f"experiment={experiment}", "cells": cells}))
+    return results
+
+
+def _invented(method, ratio, accuracies, key=None, seed=0, started="2026"):
     measured = {
         "metric": "accuracy",
         "value": statistics.mean(accuracies.values()),
@@ -193,13 +339,15 @@ def _invented(method, ratio, accuracies):
     }
     shared = {
         "status": "done",
-        "started": "2026",
-        "seed": 0,
+        "started": started,
+        "seed": seed,
+        "dataset": "wikitext2",
+        "label": f"{method} {ratio:g}",
         "content": {"model": "x"},
         "components": versions.current(),
     }
     return {
-        "key": method,
+        "key": key or method,
         "method": method,
         "ratio": ratio,
         "model": "llama-7b",
@@ -217,6 +365,12 @@ def test_latex_has_the_best_in_bold_and_the_second_underlined():
     assert r"\uline{58.02}" in text
     assert r"\textbf{145.41}" in text  # C4 at 0.4, where training made it worse
     assert text.count(r"\toprule") == 1
+
+
+def test_latex_ranks_methods_of_the_same_bits_alone():
+    """One method in 16, 8, 6 and 4 bits at each ratio: there is nothing to be best at."""
+    table = published.load("asvd/table3")
+    assert "textbf" not in paper_tables.latex(table, join(table, Results("no-such-folder")))
 
 
 def test_a_second_run_changes_no_byte(ran, tmp_path):

@@ -6,23 +6,27 @@ import pandas as pd
 
 from lowrank_lab.reporting import published
 from lowrank_lab.reporting.joined import experiment_of
+from lowrank_lab.reporting.tables import outdated
 from lowrank_lab.results import Results
 
 
 def coverage(results: Results) -> pd.DataFrame:
-    """One row a table or figure: ``published`` (its numbers), ``recipe``, ``done`` (cells), ``waits for``.
+    """One row a table or figure: ``published`` (its numbers), ``recipe``, cells that ``ran`` and are ``done``,
+    ``waits for``.
 
-    A table counts as measured once a cell of one of its recipes is done.
+    Ran is what has a record, be it of a failed, skipped or outdated cell. A table counts as measured once a cell of
+    one of its recipes is done.
     """
-    done: dict[str | None, set[str]] = {}
+    known = {record["key"]: record for record in results.records()}
+    finished = {key for key, record in known.items() if record["status"] == "done" and not outdated(record)}
+    asked: dict[str | None, set[str]] = {}
     for grid in results.grids():
-        experiment = experiment_of(grid["name"])
-        finished = {key for key in grid["cells"] if (results.find(key) or {}).get("status") == "done"}
-        done[experiment] = done.get(experiment, set()) | finished
+        asked.setdefault(experiment_of(grid["name"]), set()).update(grid["cells"])
     rows = []
     for name in [*published.tables(), *published.figures()]:
         facts = published.entry(name)
         recipes = published.recipes(name)
+        cells = set().union(*(asked.get(recipe, set()) for recipe in recipes))
         is_table = name in published.tables()
         rows.append(
             {
@@ -30,7 +34,8 @@ def coverage(results: Results) -> pd.DataFrame:
                 "kind": "table" if is_table else "figure",
                 "published": int((published.load(name).rows["value"] != "").sum()) if is_table else 0,
                 "recipe": ", ".join(recipes),
-                "done": len(set().union(*(done.get(recipe, set()) for recipe in recipes))),
+                "ran": len(cells & known.keys()),
+                "done": len(cells & finished),
                 "waits for": facts.get("waits_for") or "",
             }
         )

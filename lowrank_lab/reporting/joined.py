@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,6 +85,7 @@ class Ours:
     dataset: str
     variant: str
     value: float
+    protocol: dict[str, Any]
     differs: str
 
 
@@ -103,7 +104,7 @@ def join(table: Published, results: Results, methods: Collection[str] = ()) -> p
     records = [cell.record for cell in cells if cell.record and cell.status == "done"]
     numbers = [ours for record in records for ours in _numbers(record, table)]
     rows = [_with_ours(row, table, cells, numbers) for row in _dicts(table.rows)]
-    rows += _beyond(rows, numbers)
+    rows += _beyond(table, numbers)
     _add_derived(rows)
     frame = pd.DataFrame(rows, columns=COLUMNS)
     frame["difference"] = frame["ours"] - pd.to_numeric(frame["published"].str.replace(",", ""), errors="coerce")
@@ -135,11 +136,13 @@ def experiment_of(grid_name: str) -> str | None:
 def _numbers(record: dict[str, Any], table: Published) -> Iterator[Ours]:
     """All numbers of a record; those of the dense model beside a compressed one as of a record of its own."""
     for (metric, dataset, variant, value), source in measured.numbers(record):
-        yield Ours(record, metric, dataset, variant, value, _differs(record, source, table))
+        protocol = source.get("protocol", {})
+        yield Ours(record, metric, dataset, variant, value, protocol, _differs(record, source, table))
     config = {**record["config"], "allocation": None, "quantization": None}
     dense = {**record, "method": "dense", "ratio": 1.0, "config": config}
     for (metric, dataset, variant, value), source in measured.of_dense(record):
-        yield Ours(dense, metric, dataset, variant, value, _differs(dense, source, table))
+        protocol = source.get("protocol", {})
+        yield Ours(dense, metric, dataset, variant, value, protocol, _differs(dense, source, table))
 
 
 def _with_ours(row: dict[str, Any], table: Published, cells: list[Cell], numbers: list[Ours]) -> dict[str, Any]:
@@ -164,15 +167,13 @@ def _with_ours(row: dict[str, Any], table: Published, cells: list[Cell], numbers
 def _row(row: dict[str, Any], found: list[Ours], status: str) -> dict[str, Any]:
     scale = 100.0 if row["unit"] == "%" and row["metric"] in ("accuracy", "drop") else 1.0
     scale = 1000.0 if row["unit"] == "MB" and row["metric"] == "size" else scale
-    values = pd.Series([ours.value * scale for ours in found], dtype=float)
+    of_seed = {ours.record["seed"]: ours.value * scale for ours in found}
     record = found[0].record if found else None
     return {
         **{name: row[name] for name in ("model", "method", "ratio", "quantization", "metric", "dataset")},
         **{name: row[name] for name in ("variant", "unit", "note")},
         "published": row["value"],
-        "ours": values.mean() if found else float("nan"),
-        "spread": values.std() if len(found) > 1 else float("nan"),
-        "seeds": len(found),
+        **_over_seeds(of_seed),
         "our_model": record["model"] if record else "",
         "differs": _marks(row["model"], found),
         "status": "done" if found else status,
@@ -180,16 +181,26 @@ def _row(row: dict[str, Any], found: list[Ours], status: str) -> dict[str, Any]:
     }
 
 
+def _over_seeds(of_seed: dict[int, float]) -> dict[str, Any]:
+    """A number's columns from its values by seed. The mean over seeds of which one is nan is nan."""
+    values = pd.Series(list(of_seed.values()), dtype=float)
+    mean, spread = values.mean(skipna=False), values.std(skipna=False)
+    return {"ours": mean, "spread": spread, "seeds": len(values), "of_seed": of_seed}
+
+
 def _add_derived(rows: list[dict[str, Any]]) -> None:
-    """Averages over the accuracies of a line of the table, and relative drops of averages, from ours."""
+    """Averages over the accuracies of a line of the table, and relative drops of averages, from ours.
+
+    They are taken by seed where all parts have the same seeds, and from the means, without a spread, where not.
+    No average goes over accuracies of different models.
+    """
     tasks = {row["dataset"] for row in rows if row["metric"] == "accuracy" and row["dataset"] != "average"}
     for row in rows:
         if row["dataset"] == "average" and row["metric"] == "accuracy" and row["status"] != "done":
             parts = [r for r in rows if _line(r) == _line(row) and r["metric"] == "accuracy" and r is not row]
-            if len(parts) == len(tasks) and all(part["status"] == "done" for part in parts):
-                mean = sum(part["ours"] for part in parts) / len(parts)
-                row.update({name: parts[0][name] for name in ("our_model", "differs", "keys", "seeds")})
-                row.update(ours=mean, status="done")
+            of_one_model = len({part["our_model"] for part in parts}) == 1
+            if len(parts) == len(tasks) and of_one_model and all(part["status"] == "done" for part in parts):
+                _derive(row, parts, lambda values: sum(values) / len(values))
     averages = [
         r for r in rows if r["dataset"] == "average" and r["metric"] == "accuracy" and r["status"] == "done"
     ]
@@ -197,53 +208,88 @@ def _add_derived(rows: list[dict[str, Any]]) -> None:
         if (row["metric"], row["dataset"]) == ("drop", "average"):
             own = [r for r in averages if _line(r) == _line(row)]
             dense = [r for r in averages if r["model"] == row["model"] and r["method"] == "dense"]
+            dense = [r for r in dense if r["quantization"] == "none"]
             dense = [r for r in dense if r["our_model"] == own[0]["our_model"]] if own else []
             if own and dense:
-                drop = (
-                    (dense[0]["ours"] - own[0]["ours"]) / dense[0]["ours"] * (100.0 if row["unit"] == "%" else 1.0)
-                )
-                row.update({name: own[0][name] for name in ("our_model", "differs", "keys", "seeds")})
-                row.update(ours=drop, status="done")
+                _derive(row, own[:1], partial(_drop, dense[0]["ours"], 100.0 if row["unit"] == "%" else 1.0))
+
+
+def _derive(row: dict[str, Any], parts: list[dict[str, Any]], of: Callable[[list[float]], float]) -> None:
+    """Fill ``row`` with what ``of`` makes of the values of ``parts``, and with the marks and keys of them all."""
+    seeds = parts[0]["of_seed"]
+    if all(part["of_seed"].keys() == seeds.keys() for part in parts):
+        row.update(_over_seeds({seed: of([part["of_seed"][seed] for part in parts]) for seed in seeds}))
+    else:
+        row.update(ours=of([part["ours"] for part in parts]), spread=float("nan"), seeds=1)
+    texts = [text for part in parts for text in part["differs"].split("; ") if text]
+    keys = sorted({key for part in parts for key in part["keys"].split()})
+    row.update(differs="; ".join(dict.fromkeys(texts)), keys=" ".join(keys))
+    row.update(our_model=parts[0]["our_model"], status="done")
+
+
+def _drop(whole: float, scale: float, values: list[float]) -> float:
+    return (whole - values[0]) / whole * scale
 
 
 def _line(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(row[name] for name in ("model", "method", "ratio", "quantization", "variant"))
 
 
-def _beyond(rows: list[dict[str, Any]], numbers: list[Ours]) -> list[dict[str, Any]]:
-    """Our numbers in the table's columns that stand beside none of its rows, such as of a method of one's own.
+def _beyond(table: Published, numbers: list[Ours]) -> list[dict[str, Any]]:
+    """Our numbers in the table's columns that belong beside none of its rows, such as of a method of one's own.
 
     Of a model that no paper has, all our numbers: beside published ones stand only those of the same cells.
+    A number of a paper's model that belongs beside a row gets no second line, even where a later one stands there.
+    A setting that the table tells of its lines is told of ours too.
     """
-    beside = {(key, row["metric"], row["dataset"]) for row in rows for key in row["keys"].split()}
+    rows = _dicts(table.rows)
+
+    def beside(model: str, record: dict[str, Any], metric: str, dataset: str, variant: str) -> bool:
+        return any(
+            (row["model"], row["metric"], row["dataset"]) == (model, metric, dataset)
+            and _within(row["variant"], variant)
+            and _is_cell(row, record, table)
+            for row in rows
+        )
+
     columns = {(row["metric"], row["dataset"]): row["unit"] for row in rows}
+    told = sorted({name for row in rows for name, _ in _settings(row["variant"])})
     papers = {path: name for name, path in _paths().items()}
-    settings = dict.fromkeys(name for row in rows for name, _ in _settings(row["variant"]))
     found: dict[tuple[str, ...], dict[tuple[str, str, str], list[Ours]]] = {}
     for ours in numbers:
         record, where = ours.record, (ours.metric, ours.dataset)
         model = papers.get(record["config"]["model"]["path"], "")
-        if where in columns and not (model and (record["key"], *where) in beside):
-            line = (record["method"], f"{record['ratio']:g}", quantized(record["config"], "name"))
-            own = [f"{name}={_setting(record['config'], name)}" for name in settings]
-            variant = ";".join(part for part in (*own, ours.variant) if part)
-            found.setdefault((model or record["model"], *line), {}).setdefault((*where, variant), []).append(ours)
+        if where in columns and not (model and beside(model, record, *where, ours.variant)):
+            settings = ";".join(f"{name}={_setting(record['config'], name)}" for name in _answered(told, record))
+            line = (record["method"], f"{record['ratio']:g}", quantized(record["config"], "name"), settings)
+            of_line = found.setdefault((model or record["model"], *line), {})
+            of_line.setdefault((*where, ours.variant), []).append(ours)
     beyond = []
-    for (model, method, ratio, quantization), of_line in sorted(found.items(), key=_dense_first):
+    for (model, method, ratio, quantization, settings), of_line in sorted(found.items(), key=_dense_first):
         shared = {"model": model, "method": method, "ratio": ratio, "quantization": quantization, "note": ""}
         for (metric, dataset), unit in columns.items():
             cell = {**shared, "metric": metric, "dataset": dataset, "unit": unit, "value": ""}
-            if metric == "drop" or dataset == "average":
-                beyond.append(_row({**cell, "variant": ""}, [], "missing"))
+            record = next(iter(of_line.values()))[0].record
+            derived = metric == "drop" or dataset == "average"
+            if derived and not beside(model, record, metric, dataset, ""):
+                beyond.append(_row({**cell, "variant": settings}, [], "missing"))
             for (of_metric, of_dataset, variant), same in of_line.items():
                 if (of_metric, of_dataset) == (metric, dataset):
-                    beyond.append(_row({**cell, "variant": variant}, _latest(same), "done"))
+                    both = ";".join(part for part in (settings, variant) if part)
+                    beyond.append(_row({**cell, "variant": both}, _latest(same), "done"))
     return beyond
 
 
 def _dense_first(item: tuple[tuple[str, ...], Any]) -> tuple[Any, ...]:
-    model, method, ratio, quantization = item[0]
-    return model, method != "dense", -float(ratio), method, quantization
+    model, method, ratio, *rest = item[0]
+    return model, method != "dense", -float(ratio), method, *rest
+
+
+def _answered(names: list[str], record: dict[str, Any]) -> list[str]:
+    """Those of the settings that have a value in a record's compression; none of the dense model."""
+    if record["config"]["allocation"] is None:
+        return []
+    return [name for name in names if _setting(record["config"], name) != "None"]
 
 
 def _is_cell(row: dict[str, Any], record: dict[str, Any], table: Published) -> bool:
@@ -255,15 +301,25 @@ def _is_cell(row: dict[str, Any], record: dict[str, Any], table: Published) -> b
     return (
         record["method"] == method
         and (method == "dense" or record["ratio"] == row["kept"])
-        and quantized(config, "name") == quantization
+        and _quantized(record) == quantization
         and all(_setting(config, name) == value for name, value in _settings(row["variant"]))
     )
 
 
 def _settings(variant: str) -> list[tuple[str, str]]:
-    """The settings of a model in a variant, by their dotted names."""
+    """The parts of a variant that are settings of ours, by their dotted names."""
     parts = [part.partition("=") for part in variant.split(";")]
     return [(name, value) for name, _, value in parts if "." in name]
+
+
+def _quantized(record: dict[str, Any]) -> str:
+    """The name of a record's quantization; that of an outdated one may be settings that are no more."""
+    try:
+        return quantized(record["config"], "name")
+    except Exception:
+        if outdated(record):
+            return "unknown"
+        raise
 
 
 def _setting(config: dict[str, Any], name: str) -> str:
@@ -298,7 +354,10 @@ def _of_model(model: str, found: list[T], record_of: Callable[[T], dict[str, Any
 
 
 def _latest(found: list[Ours]) -> list[Ours]:
-    """One for each seed of those that differ from the latest, which comes first, in their seed alone."""
+    """One for each seed of those that differ from the latest, which comes first, in their seed alone.
+
+    The evaluators' settings are told apart by the protocol of the number: two records may measure other things too.
+    """
     same = [ours for ours in found if _apart_from_seed(ours) == _apart_from_seed(found[0])]
     of_seed: dict[int, Ours] = {}
     for ours in same:
@@ -312,7 +371,8 @@ NO_NUMBER = ("device", "tracker", "results", "artifacts", "save", "eval", "model
 
 def _apart_from_seed(ours: Ours) -> str:
     config = {name: node for name, node in ours.record["config"].items() if name not in NO_NUMBER}
-    return fingerprint([_without_seeds(config), ours.record["content"]["model"], ours.variant])
+    model = ours.record["content"]["model"]
+    return fingerprint([_without_seeds(config), model, ours.variant, _without_seeds(ours.protocol)])
 
 
 def _without_seeds(node: Any) -> Any:

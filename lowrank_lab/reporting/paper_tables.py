@@ -99,7 +99,8 @@ def lines(rows: pd.DataFrame, marks: dict[str, str]) -> pd.DataFrame:
 def latex(source: Published, joined: pd.DataFrame) -> str:
     """A booktabs table for each published model (needs booktabs and ulem): best in bold, second underlined.
 
-    Ranked are the methods at one ratio and quantization, published and ours apart; the dense model takes no part.
+    Ranked are the methods at one ratio and quantization, published and ours apart, ours by the model that we
+    measured; the dense model takes no part.
     """
     parts = []
     for model, rows in joined.groupby("model", sort=False):
@@ -135,7 +136,7 @@ def ours_text(row: pd.Series, marks: dict[str, str]) -> str:
     if row["status"] != "done":
         return "—" if row["status"] == "missing" else str(row["status"]).partition(" (")[0]
     text = _number(row["ours"], row["metric"], row["unit"])
-    if row["seeds"] > 1:
+    if row["seeds"] > 1 and pd.notna(row["spread"]):
         text += f" ± {row['spread']:.2g}"
     return f"{text} [{marks[row['differs']]}]" if row["differs"] in marks else text
 
@@ -186,7 +187,9 @@ def _emphasis(shown: pd.DataFrame) -> dict[tuple[str, ...], str]:
     ranked = shown[~shown["metric"].isin(NO_RANK) & (shown["method"] != "dense")]
     for kind in ("published", "ours"):
         values = pd.to_numeric(ranked[kind], errors="coerce")
-        for (_, metric, _, _), group in ranked.groupby(["ratio", *COLUMN], sort=False):
+        ranks = ["ratio", "quantization", *COLUMN, *(["our_model"] if kind == "ours" else [])]
+        for _, group in ranked.groupby(ranks, sort=False):
+            metric = group["metric"].iloc[0]
             order = (
                 values[group.index].dropna().sort_values(ascending=metric not in HIGHER_IS_BETTER, kind="stable")
             )
