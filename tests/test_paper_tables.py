@@ -380,3 +380,11 @@ def test_a_second_run_changes_no_byte(ran, tmp_path):
     assert [file.suffix for file in first] == [".md", ".csv", ".tex"]
     read = pd.read_csv(first[1], dtype={"published": str, "ratio": str})
     assert list(read["published"].dropna()) == list(published.load("asvd/table6").rows["value"])
+
+
+def test_settings_that_the_table_varies_tell_our_own_lines_apart(ran):
+    frame = join(published.load("asvd/table6"), ran)
+    own = frame[frame["model"] == frame["our_model"]]
+    assert sorted(own["variant"]) == ["storage.left_share=0", "storage.left_share=0.5"]
+    assert own["ours"].nunique() == 2
+    assert list(own["seeds"]) == [2, 2]

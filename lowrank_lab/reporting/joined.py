@@ -390,10 +390,7 @@ def _differs(record: dict[str, Any], source: dict[str, Any], table: Published) -
         if protocol["window"] != expected.get("window", protocol["window"]):
             differences.append(f"windows of {protocol['window']} tokens, not {expected['window']}")
     if source.get("metric") == "accuracy" and protocol["limit"] is not None:
-        error = 0.5 / protocol["limit"] ** 0.5  # of a fraction near a half
-        differences.append(
-            f"the first {protocol['limit']} documents of each task (standard error up to {error:.2f})"
-        )
+        differences.append(f"the first {protocol['limit']} documents of each task {_standard_error(source)}")
     if source.get("metric") == "speed":
         differences.append(f"on {record['hardware'].get('gpu') or record['hardware']['cpu']}")
     if "calibration" in record and record["config"]["allocation"] is not None and "samples" in expected:
@@ -403,6 +400,14 @@ def _differs(record: dict[str, Any], source: dict[str, Any], table: Published) -
             paper = "{samples} × {seqlen} of {calibration}".format(**expected)
             differences.append(f"calibrated on {ours[0]} × {ours[1]} tokens of {ours[2]}, not {paper}")
     return "; ".join(differences)
+
+
+def _standard_error(source: dict[str, Any]) -> str:
+    """How exact an accuracy near a half on the first documents is; a group of tasks has those of all its tasks."""
+    members = max(
+        len(set(task.get("results", {})) - set(task.get("groups", {}))) for task in source["tasks"].values()
+    )
+    return f"(standard error up to {0.5 / (source['protocol']['limit'] * max(1, members)) ** 0.5:.2f})"
 
 
 def _marks(model: str, found: list[Ours]) -> str:

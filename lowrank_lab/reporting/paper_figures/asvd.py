@@ -174,7 +174,7 @@ def draw_kept(frame: pd.DataFrame) -> plt.Figure:
         right.set_xlabel("block")
         right.xaxis.set_major_locator(MaxNLocator(integer=True))
         left.set_ylim(0, 1.05)
-        common.legend_below(figure, right, 4)
+        common.legend_below(figure, right, min(6, len(ratios)))
         common.title(figure, f"{frame['model'].iloc[0]}: parameters that ASVD keeps")
     return figure
 

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from lowrank_lab.reporting.figures import STYLE, wrapped
 from lowrank_lab.reporting.kinds.errors import linear_names
@@ -95,12 +95,16 @@ def panels(count: int, columns: int, sharey: bool, height: float = 3.4) -> tuple
 
 
 def log_scale(axes: Axes, values: pd.Series) -> None:
-    """A log scale for ``values``; with plain numbers on it where powers of ten would say nothing."""
+    """A log scale for ``values``; with plain numbers on it where they are not large."""
     axes.set_yscale("log")
     if values.max() < 10 * values.min():
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif values.max() < 1e4:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    else:
+        return
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def legend_below(figure: plt.Figure, axes: Axes, columns: int) -> None:
