@@ -244,10 +244,10 @@ def test_an_earlier_run_of_the_published_model_gets_no_second_line(tmp_path):
 
 def test_our_own_lines_tell_the_settings_that_the_table_tells(ran):
     frame = join(published.load("asvd/table6"), ran)
-    own = frame[frame["model"] == "tiny"]
+    own = frame[frame["model"] == "tiny-llama"]
     assert sorted(own["variant"]) == ["storage.left_share=0", "storage.left_share=0.5"]
     for share in ("0", "0.5"):
-        assert row_of(frame, share, model="tiny")["ours"] == row_of(frame, share)["ours"]
+        assert row_of(frame, share, model="tiny-llama")["ours"] == row_of(frame, share)["ours"]
 
 
 @pytest.mark.parametrize(
