@@ -281,18 +281,18 @@ def test_a_table_whose_cells_all_failed_is_written_and_not_counted(copied):
     for record in copied.records():
         change(copied, record["key"], lambda record: record.update(status="failed", reason="no", metrics={}))
     counted = coverage.coverage(copied).set_index("name").loc["asvd/table6"]
-    assert (counted["ran"], counted["done"]) == (4, 0)
+    assert (counted["ran"], counted["ours"]) == (4, 0)
     command = [sys.executable, "report.py", "all", f"--results={copied.root}"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "| failed " in (copied.root / "report" / "papers" / "asvd_table6.md").read_text()
 
 
-def test_outdated_cells_are_not_counted_as_done(copied):
+def test_outdated_cells_count_as_no_results(copied):
     for record in copied.records():
         change(copied, record["key"], lambda record: record["components"].update(SPECTRA=-1))
     counted = coverage.coverage(copied).set_index("name").loc["asvd/table6"]
-    assert (counted["ran"], counted["done"]) == (4, 0)
+    assert (counted["ran"], counted["ours"]) == (4, 0)
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(ran, tmp_path):

@@ -95,7 +95,7 @@ def test_an_unknown_table_is_one_line_with_what_may_be_meant():
 
 def test_the_count_knows_what_nothing_was_run_for(tmp_path):
     rows = coverage.coverage(Results(tmp_path))
-    assert (rows["done"] == 0).all()
+    assert (rows["ours"] == 0).all()
     assert rows.set_index("name").loc["asvd/table1", "published"] == 78
     assert "| asvd " in coverage.markdown(Results(tmp_path))
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import pandas as pd
 
-from lowrank_lab.reporting import published
-from lowrank_lab.reporting.joined import experiment_of
-from lowrank_lab.reporting.tables import outdated
+from lowrank_lab.reporting import paper_figures, published
+from lowrank_lab.reporting.joined import experiment_of, join
 from lowrank_lab.results import Results
 
 
 def coverage(results: Results) -> pd.DataFrame:
-    """One row a table or figure: ``published`` (its numbers), ``recipe``, cells that ``ran`` and are ``done``,
-    ``waits for``.
+    """One row a table or figure: ``published`` (how many numbers), ``recipe``, ``ran``, ``ours``, ``waits for``.
 
-    Ran is what has a record, be it of a failed, skipped or outdated cell. A table counts as measured once a cell of
-    one of its recipes is done.
+    ``ran`` is how many of its cells have a record, be it of a failed, skipped or outdated one; ``ours`` how many
+    published numbers of a table have one of ours beside them, and of a figure how many points it would show.
     """
     known = {record["key"]: record for record in results.records()}
-    finished = {key for key, record in known.items() if record["status"] == "done" and not outdated(record)}
     asked: dict[str | None, set[str]] = {}
     for grid in results.grids():
         asked.setdefault(experiment_of(grid["name"]), set()).update(grid["cells"])
@@ -27,19 +24,25 @@ def coverage(results: Results) -> pd.DataFrame:
         facts = published.entry(name)
         recipes = published.recipes(name)
         cells = set().union(*(asked.get(recipe, set()) for recipe in recipes))
-        is_table = name in published.tables()
+        ran, is_table = len(cells & known.keys()), name in published.tables()
+        ours = (_beside(name, results) if is_table else len(paper_figures.data_of(name, results))) if ran else 0
         rows.append(
             {
                 "name": name,
                 "kind": "table" if is_table else "figure",
                 "published": int((published.load(name).rows["value"] != "").sum()) if is_table else 0,
                 "recipe": ", ".join(recipes),
-                "ran": len(cells & known.keys()),
-                "done": len(cells & finished),
+                "ran": ran,
+                "ours": ours,
                 "waits for": facts.get("waits_for") or "",
             }
         )
     return pd.DataFrame(rows)
+
+
+def _beside(name: str, results: Results) -> int:
+    joined = join(published.load(name), results)
+    return int(((joined["status"] == "done") & (joined["published"] != "")).sum())
 
 
 def markdown(results: Results) -> str:
@@ -56,7 +59,7 @@ def markdown(results: Results) -> str:
                 if kind == "table"
                 else "figures have none",
                 "recipes": int((group["recipe"] != "").sum()),
-                "results here": int((group["done"] > 0).sum()),
+                "results here": int((group["ours"] > 0).sum()),
                 "waiting": int((group["waits for"] != "").sum()),
             }
         )
