@@ -58,12 +58,13 @@ def test_drops_stand_in_their_own_columns_and_ours_are_in_percent():
         "drop c4 (%)",
     }
     line = {"model": "llama-7b", "ratio": "0.8", "quantization": "none", "variant": "", "unit": "%"}
-    ours = {"our_model": "m", "differs": "", "keys": "", "seeds": 1, "status": "done"}
+    ours = {"our_model": "m", "differs": "", "keys": "", "seeds": 1, "status": "done", "of_seed": {0: 50.0}}
     average = {**line, **ours, "metric": "accuracy", "dataset": "average"}
     dense = {**average, "method": "dense", "ratio": "1", "ours": 50.0}
     drop = {**line, "method": "dobi", "metric": "drop", "dataset": "average", "status": "missing"}
     other = {**drop, "dataset": "c4"}
-    joined._add_derived([dense, {**average, "method": "dobi", "ours": 40.0}, drop, other])
+    compressed = {**average, "method": "dobi", "ours": 40.0, "of_seed": {0: 40.0}}
+    joined._add_derived([dense, compressed, drop, other])
     assert drop["ours"] == pytest.approx(20.0)
     assert other["status"] == "missing"
 

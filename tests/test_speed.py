@@ -306,7 +306,7 @@ def test_reports_have_a_row_a_setting_and_a_line_a_cell(lab):
     assert list(zip(table["batch"], table["prompt"], strict=True))[::2] == [("1", "6"), ("3", "6"), ("1", "10")]
     [svd] = [r["metrics"]["speed"] for r in records if r["method"] == "svd"]
     both = [svd["settings"][1][name]["decode"]["tokens_per_second"] for name in ("model", "dense")]
-    assert table["decode (tokens/s, dense)"][3] == ", ".join(map("{:.4g}".format, both))
+    assert table["decode (tokens/s, dense)"].iloc[3] == ", ".join(map("{:.4g}".format, both))
     figure = figures.speed_against_settings(group, caption)
     axes = figure.axes[2]  # decode over batch sizes
     [[line, _, bars]] = axes.containers
