@@ -44,6 +44,7 @@ IN_RECORD = {
 }
 IN_GRID = {"name", "cells"}
 NOT_COMPRESSION = ("model conversion", "model loading", "evaluation tokens", "checkpoint", "merged checkpoint")
+PLACES = ("results", "artifacts", "data_root")  # settings that say where things are, and nothing of the cells
 CHECKPOINTS = "checkpoints"  # the folder of the models that are kept
 CHECKPOINT_NAMES = ("checkpoint", "merged_checkpoint")  # in a record: which of them are this cell's
 
@@ -160,8 +161,8 @@ class Results:
         return sorted(found, key=lambda r: (r["model"], r["dataset"], r["method"], -r["ratio"], r["key"]))
 
     def note_grid(self, overrides: list[str], cells: list[Cell]) -> str:
-        """Write down which cells a command asked for; returns the name of the grid."""
-        name = " ".join(overrides) or "defaults"
+        """Write down which cells a command asked for; returns the grid's name: its words, but for places."""
+        name = " ".join(word for word in overrides if word.partition("=")[0] not in PLACES) or "defaults"
         entries = {cell.key: cell.label for cell in cells}
         file = self.root / "grids" / f"{fingerprint([name, sorted(entries)])}.json"
         write_json(file, {"name": name, "cells": entries})
