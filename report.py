@@ -62,9 +62,9 @@ def report(what: str, results: Results, out: Path, index: Path) -> list[Path]:
         print(coverage.markdown(results))
         return []
     if kind == "table":
-        source = published.load(name)
-        print(paper_tables.markdown(source, paper_tables.join(source, results), results))
-        return _wrote(paper_tables.write(name, results, out / "papers"))
+        files = paper_tables.write(name, results, out / "papers")
+        print(files[0].read_text(encoding="utf-8"))  # the Markdown
+        return _wrote(files)
     if kind == "figure":
         if not (files := paper_figures.write(name, results, out / "papers")):
             recipes = " or ".join(f"python run.py -m experiment={recipe}" for recipe in published.recipes(name))
@@ -80,17 +80,16 @@ def report(what: str, results: Results, out: Path, index: Path) -> list[Path]:
 def everything(results: Results, out: Path) -> list[Path]:
     """All tables and figures, and those of the papers whose recipes have run, be it in vain; returns the files."""
     from lowrank_lab.errors import UserError
-    from lowrank_lab.reporting import coverage, figures, generation, paper_figures, paper_tables, tables
+    from lowrank_lab.reporting import coverage, figures, generation, paper_figures, paper_tables, published, tables
 
     records = results.records()
     if not records:
         raise UserError(f"no records in {results.root}; run something first: python run.py")
     print(tables.markdown(records))
     files = _wrote([*tables.write(records, out), *figures.write(records, out), *generation.write(records, out)])
-    found = coverage.coverage(results)
-    for _, row in found[found["ran"] > 0].iterrows():
-        write = paper_tables.write if row["kind"] == "table" else paper_figures.write
-        files += _wrote(write(row["name"], results, out / "papers"))
+    for name in (name for name, cells in coverage.ran(results).items() if cells):
+        write = paper_tables.write if name in published.tables() else paper_figures.write
+        files += _wrote(write(name, results, out / "papers"))
     return files
 
 

@@ -14,7 +14,8 @@ import pytest
 
 from lowrank_lab import versions
 from lowrank_lab.reporting import coverage, paper_tables, published
-from lowrank_lab.reporting.joined import experiment_of, join
+from lowrank_lab.reporting.joined import join
+from lowrank_lab.reporting.recipe_cells import experiment_of
 from lowrank_lab.results import Results
 
 from .conftest import REPOSITORY, Lab

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from lowrank_lab import cell, grid
 from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation.harness import Harness
-from lowrank_lab.reporting import coverage, joined, paper_tables, published
+from lowrank_lab.reporting import coverage, derived, paper_tables, published
 from lowrank_lab.reporting.paper_figures import PAPER_FIGURES
 from lowrank_lab.results import Results
 
@@ -64,7 +64,7 @@ def test_drops_stand_in_their_own_columns_and_ours_are_in_percent():
     drop = {**line, "method": "dobi", "metric": "drop", "dataset": "average", "status": "missing"}
     other = {**drop, "dataset": "c4"}
     compressed = {**average, "method": "dobi", "ours": 40.0, "of_seed": {0: 40.0}}
-    joined._add_derived([dense, compressed, drop, other])
+    derived.add([dense, compressed, drop, other])
     assert drop["ours"] == pytest.approx(20.0)
     assert other["status"] == "missing"
 

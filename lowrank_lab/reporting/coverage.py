@@ -5,36 +5,37 @@ from __future__ import annotations
 import pandas as pd
 
 from lowrank_lab.reporting import paper_figures, published
-from lowrank_lab.reporting.joined import experiment_of, join
+from lowrank_lab.reporting.joined import join
+from lowrank_lab.reporting.recipe_cells import recipe_cells
 from lowrank_lab.results import Results
+
+
+def ran(results: Results) -> dict[str, int]:
+    """Of every table and figure, how many of its cells have a record, also of a failed, skipped or outdated one."""
+    names = [*published.tables(), *published.figures()]
+    found = {name: recipe_cells(published.recipes(name), results) for name in names}
+    return {name: sum(cell.record is not None for cell in cells) for name, cells in found.items()}
 
 
 def coverage(results: Results) -> pd.DataFrame:
     """One row a table or figure: ``published`` (how many numbers), ``recipe``, ``ran``, ``ours``, ``waits for``.
 
-    ``ran`` is how many of its cells have a record, be it of a failed, skipped or outdated one; ``ours`` how many
-    published numbers of a table have one of ours beside them, and of a figure how many points it would show.
+    ``ours`` is how many published numbers of a table have one of ours beside them, and how many points a figure
+    would show.
     """
-    known = {record["key"]: record for record in results.records()}
-    asked: dict[str | None, set[str]] = {}
-    for grid in results.grids():
-        asked.setdefault(experiment_of(grid["name"]), set()).update(grid["cells"])
     rows = []
-    for name in [*published.tables(), *published.figures()]:
-        facts = published.entry(name)
-        recipes = published.recipes(name)
-        cells = set().union(*(asked.get(recipe, set()) for recipe in recipes))
-        ran, is_table = len(cells & known.keys()), name in published.tables()
-        ours = (_beside(name, results) if is_table else len(paper_figures.data_of(name, results))) if ran else 0
+    for name, cells in ran(results).items():
+        is_table = name in published.tables()
+        ours = (_beside(name, results) if is_table else len(paper_figures.data_of(name, results))) if cells else 0
         rows.append(
             {
                 "name": name,
                 "kind": "table" if is_table else "figure",
                 "published": int((published.load(name).rows["value"] != "").sum()) if is_table else 0,
-                "recipe": ", ".join(recipes),
-                "ran": ran,
+                "recipe": ", ".join(published.recipes(name)),
+                "ran": cells,
                 "ours": ours,
-                "waits for": facts.get("waits_for") or "",
+                "waits for": published.entry(name).get("waits_for") or "",
             }
         )
     return pd.DataFrame(rows)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pandas as pd
 
 from lowrank_lab.reporting import published
-from lowrank_lab.reporting.joined import join, recipe_cells
+from lowrank_lab.reporting.joined import join
 from lowrank_lab.reporting.published import Published
+from lowrank_lab.reporting.recipe_cells import recipe_cells
 from lowrank_lab.results import Results
 
 LINE = ["ratio", "method", "quantization", "variant"]  # what tells the lines of a table
@@ -62,7 +63,7 @@ def markdown(source: Published, joined: pd.DataFrame, results: Results) -> str:
     parts += [
         f"- {row['method']} {row['ratio']} {_place(row)}: {row['note']}" for _, row in _noted(joined).iterrows()
     ]
-    cells = recipe_cells(source, results)
+    cells = recipe_cells(source.recipes, results)
     parts += [f"- {cell.label}: {cell.status}" for cell in cells if cell.status not in ("done", "missing")]
     if missing := sum(cell.status == "missing" for cell in cells):
         parts.append(f"- {missing} cells of the recipe have not run; its command goes on with them")
@@ -82,7 +83,7 @@ def lines(rows: pd.DataFrame, marks: dict[str, str]) -> pd.DataFrame:
     found = []
     for key, line in shown.groupby(LINE, sort=False):
         head = {name: str(value) for name, value in zip(LINE, key, strict=True) if name in told}
-        head["method"] = published.method_names().get(head["method"], head["method"])
+        head["method"] = published.printed(head["method"])
         of_line = {
             "published": {column_name(row): row["published"] or "—" for _, row in line.iterrows()},
             "ours": {column_name(row): ours_text(row, marks) for _, row in line.iterrows()},
@@ -109,11 +110,9 @@ def latex(source: Published, joined: pd.DataFrame) -> str:
         wide = wide[wide[""] != "difference"].reset_index(drop=True)
         emphasis = _emphasis(shown)
         texts = wide.map(_escaped)
-        names = {printed: name for name, printed in published.method_names().items()}
-        usual = {"quantization": "none", "variant": ""}
+        usual = {"quantization": "none", "variant": ""}  # of columns that are left out
         for index in wide.index:
             row = {**usual, **{str(name): str(value) for name, value in wide.loc[index].items()}}
-            row["method"] = names.get(row["method"], row["method"])
             for column in wide.columns:
                 command = emphasis.get((row[""], *(row[name] for name in LINE), column))
                 if command:
@@ -197,8 +196,9 @@ def _emphasis(shown: pd.DataFrame) -> dict[tuple[str, ...], str]:
             for command, value in zip(("textbf", "uline"), distinct if len(distinct) > 1 else [], strict=False):
                 for index in order[order == value].index:
                     row = shown.loc[index]
-                    key = (kind, *(str(row[name]) for name in LINE), column_name(row))
-                    emphasis[key] = command
+                    line = {**{name: str(row[name]) for name in LINE}, "method": published.printed(row["method"])}
+                    place = (kind, *line.values(), column_name(row))
+                    emphasis[place] = command
     return emphasis
 
 

@@ -56,6 +56,11 @@ def method_names() -> dict[str, str]:
     return names
 
 
+def printed(method: str) -> str:
+    """The printed name of a method; a method of one's own has its own."""
+    return method_names().get(method, method)
+
+
 def tables() -> list[str]:
     """The names of all tables in the catalogue, "dobi/table2", in the sources' order."""
     return [f"{source}/{table}" for source, entry in catalogue().items() for table in entry["tables"]]

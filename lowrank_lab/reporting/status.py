@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from lowrank_lab.reporting.tables import outdated
 from lowrank_lab.results import Results
@@ -22,6 +23,15 @@ class Asked:
     reason: str
 
 
+def state_of(record: dict[str, Any] | None) -> tuple[str, str]:
+    """Of a cell's record, or of one that has none: which of STATES, and of a failed or skipped cell the reason."""
+    if record is None:
+        return "missing", ""
+    if outdated(record):
+        return "outdated", ""
+    return record["status"], record["reason"] if record["status"] in ("failed", "skipped") else ""
+
+
 def asked(results: Results) -> list[Asked]:
     """The cells of every grid, in the order of their labels; a cell of several grids stands in each."""
     known = {record["key"]: record for record in results.records()}
@@ -32,8 +42,7 @@ def asked(results: Results) -> list[Asked]:
     for name, cells in grids.items():
         for key, label in sorted(cells.items(), key=lambda item: item[1]):
             record = known.get(key)
-            state = "missing" if record is None else "outdated" if outdated(record) else record["status"]
-            reason = record["reason"] if record and state in ("failed", "skipped") else ""
+            state, reason = state_of(record)
             found.append(Asked(name, key, label, state, reason))
     return found
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from lowrank_lab.reporting import published
-from lowrank_lab.reporting.joined import join, recipe_cells
+from lowrank_lab.reporting.joined import join
 from lowrank_lab.reporting.page.table import Cell, Column, Row, Table, number_in, ratio_tag
 from lowrank_lab.reporting.paper_tables import (
     LINE,
@@ -18,6 +18,7 @@ from lowrank_lab.reporting.paper_tables import (
     setting_apart,
 )
 from lowrank_lab.reporting.published import Published
+from lowrank_lab.reporting.recipe_cells import recipe_cells
 from lowrank_lab.reporting.tables import CONFIG_DIR
 from lowrank_lab.results import Results
 
@@ -43,7 +44,7 @@ def paper(name: str, results: Results) -> Paper | None:
     if not published.entry(name).get("recipes"):
         return None
     source = published.load(name)
-    if all(cell.record is None for cell in recipe_cells(source, results)):
+    if all(cell.record is None for cell in recipe_cells(source.recipes, results)):
         return None
     joined = setting_apart(join(source, results))
     marks = letters(joined)
@@ -62,8 +63,7 @@ def _table(source: Published, joined: pd.DataFrame, marks: dict[str, str]) -> Ta
     by_model = [rows for _, rows in joined.groupby("model", sort=False)]
     for line in (line for rows_of_one in by_model for _, line in rows_of_one.groupby(LINE, sort=False)):
         first = line.iloc[0]
-        method = published.method_names().get(first["method"], first["method"])
-        cells = [Cell(method), Cell(first["ratio"] or "—", number_in(first["ratio"]))]
+        cells = [Cell(published.printed(first["method"])), Cell(first["ratio"] or "—", number_in(first["ratio"]))]
         cells += [Cell(first[name]) for name in told]
         numbers = {column_name(row): row for _, row in line.iterrows()}
         for head in heads:

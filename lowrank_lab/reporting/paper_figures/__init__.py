@@ -14,12 +14,12 @@ from matplotlib import pyplot as plt
 from lowrank_lab.errors import UserError
 from lowrank_lab.reporting import published
 from lowrank_lab.reporting.figures import save
-from lowrank_lab.reporting.joined import experiment_of
 from lowrank_lab.reporting.paper_figures.asvd import ASVD
 from lowrank_lab.reporting.paper_figures.common import PaperFigure
 from lowrank_lab.reporting.paper_figures.dobi import DOBI
 from lowrank_lab.reporting.paper_figures.dobi_figure3 import DOBI_FIGURE3
 from lowrank_lab.reporting.paper_figures.dobi_training import DOBI_TRAINING
+from lowrank_lab.reporting.recipe_cells import recipe_cells
 from lowrank_lab.results import Results
 
 PAPER_FIGURES: dict[str, PaperFigure] = {
@@ -46,8 +46,8 @@ def data_of(name: str, results: Results) -> pd.DataFrame:
     recipes = published.recipes(name)
     if name not in PAPER_FIGURES:
         raise UserError(f"{name} is no figure; figures are {', '.join(PAPER_FIGURES)}")
-    asked = {key for grid in results.grids() if experiment_of(grid["name"]) in recipes for key in grid["cells"]}
-    return PAPER_FIGURES[name].data([record for record in results.records() if record["key"] in asked])
+    records = [cell.record for cell in recipe_cells(recipes, results) if cell.record]
+    return PAPER_FIGURES[name].data(records)
 
 
 def write(name: str, results: Results, folder: Path) -> list[Path]:

@@ -1,0 +1,112 @@
+"""Which of our numbers belongs beside a published one: of its cell, in its setting, on its model, of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from lowrank_lab.reporting import models_of_papers
+from lowrank_lab.reporting.published import Published
+from lowrank_lab.reporting.tables import outdated, quantized
+from lowrank_lab.store import fingerprint
+
+T = TypeVar("T")
+
+QUANTIZATIONS = {"NF4": "NF4 g64", "bnb4": "bitsandbytes NF4", "bnb8": "bitsandbytes INT8"}  # as records name them
+HARDWARE = ("gpu",)  # variants that tell of the machine
+
+
+@dataclass(frozen=True)
+class Ours:
+    """One number of ours: what it is of, and in what its protocol is another than the published one."""
+
+    record: dict[str, Any]
+    metric: str
+    dataset: str
+    variant: str
+    value: float
+    protocol: dict[str, Any]
+    differs: str
+
+
+def is_cell(row: dict[str, Any], record: dict[str, Any], table: Published) -> bool:
+    """Whether a record is of the method, ratio, quantization and settings of a published row; of any model."""
+    method = table.also.get(row["method"], row["method"])
+    quantization = table.also.get(row["quantization"], row["quantization"])
+    quantization = QUANTIZATIONS.get(quantization, quantization) or "none"
+    config = record["config"]
+    return (
+        record["method"] == method
+        and (method == "dense" or record["ratio"] == row["kept"])
+        and _quantized(record) == quantization
+        and all(setting(config, name) == value for name, value in settings_in(row["variant"]))
+    )
+
+
+def settings_in(variant: str) -> list[tuple[str, str]]:
+    """The parts of a variant that are settings of ours, by their dotted names."""
+    parts = [part.partition("=") for part in variant.split(";")]
+    return [(name, value) for name, _, value in parts if "." in name]
+
+
+def _quantized(record: dict[str, Any]) -> str:
+    """The name of a record's quantization; that of an outdated one may be settings that are no more."""
+    try:
+        return quantized(record["config"], "name")
+    except Exception:
+        if outdated(record):
+            return "unknown"
+        raise
+
+
+def setting(config: dict[str, Any], name: str) -> str:
+    """A setting by its dotted name, as text."""
+    found: Any = config
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return f"{found:g}" if isinstance(found, int | float) else str(found)
+
+
+def within(variant: str, ours: str) -> bool:
+    """Whether our measurement is in the published setting; settings of the model and the machine aside."""
+    asked = {part for part in variant.split(";") if part}
+    asked = {part for part in asked if "." not in part.split("=")[0] and part.split("=")[0] not in HARDWARE}
+    return asked <= set(ours.split(";"))
+
+
+def of_model(model: str, found: list[T], record_of: Callable[[T], dict[str, Any]]) -> list[T]:
+    """What is of the published model; where nothing is, what is of a model that no paper has."""
+    paths = [record_of(one)["config"]["model"]["path"] for one in found]
+    wanted = models_of_papers.paths().get(model)
+    if wanted in paths:
+        return [one for one, path in zip(found, paths, strict=True) if path == wanted]
+    return [one for one, path in zip(found, paths, strict=True) if path not in models_of_papers.paths().values()]
+
+
+def latest(found: list[Ours]) -> list[Ours]:
+    """One for each seed of those that differ from the latest, which comes first, in their seed alone.
+
+    The evaluators' settings are told apart by the protocol of the number: two records may measure other things too.
+    """
+    same = [ours for ours in found if _apart_from_seed(ours) == _apart_from_seed(found[0])]
+    of_seed: dict[int, Ours] = {}
+    for ours in same:
+        of_seed.setdefault(ours.record["seed"], ours)
+    return list(of_seed.values())
+
+
+# What changes no number of a cell, and what is told apart elsewhere.
+NO_NUMBER = ("device", "tracker", "results", "artifacts", "save", "eval", "models", "scale", "data_root")
+
+
+def _apart_from_seed(ours: Ours) -> str:
+    config = {name: node for name, node in ours.record["config"].items() if name not in NO_NUMBER}
+    model = ours.record["content"]["model"]
+    return fingerprint([_without_seeds(config), model, ours.variant, _without_seeds(ours.protocol)])
+
+
+def _without_seeds(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {name: _without_seeds(inner) for name, inner in node.items() if name != "seed"}
+    return node

@@ -1,0 +1,28 @@
+"""Which model of conf/model/ is which of the papers', told by where it is on the hub."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+MODELS = Path(__file__).resolve().parents[2] / "conf" / "model"
+# Published names of models by the option of conf/model/ that is the same model.
+OPTIONS = {
+    "llama-7b": "llama_7b",
+    "llama-13b": "llama_13b",
+    "llama-2-7b": "llama2_7b",
+    "llama-2-13b": "llama2_13b",
+    "llama-3-8b": "llama3_8b",
+    "llama-3.1-8b": "llama3_1_8b",
+    "opt-125m": "opt_125m",
+    "opt-2.7b": "opt_2_7b",
+}
+
+
+@cache
+def paths() -> dict[str, str]:
+    """By the published name of a model, where ours is on the hub."""
+    configs = {name: OmegaConf.load(MODELS / f"{option}.yaml") for name, option in OPTIONS.items()}
+    return {name: str(OmegaConf.select(config, "path")) for name, config in configs.items()}

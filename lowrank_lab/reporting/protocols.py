@@ -1,0 +1,43 @@
+"""In what our protocol differs from the published one, in words: what a reader must know of a number of ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lowrank_lab.reporting import models_of_papers
+from lowrank_lab.reporting.published import Published
+
+
+def differs(record: dict[str, Any], source: dict[str, Any], table: Published) -> str:
+    """In what a number's protocol differs from the published one, as far as the source gives that."""
+    expected, protocol, differences = table.expected, source.get("protocol", {}), []
+    if source.get("metric") == "perplexity":
+        if protocol["windows"] < protocol["windows_available"]:
+            differences.append(f"{protocol['windows']} of {protocol['windows_available']} windows")
+        if protocol["window"] != expected.get("window", protocol["window"]):
+            differences.append(f"windows of {protocol['window']} tokens, not {expected['window']}")
+    if source.get("metric") == "accuracy" and protocol["limit"] is not None:
+        differences.append(f"the first {protocol['limit']} documents of each task {_standard_error(source)}")
+    if source.get("metric") == "speed":
+        differences.append(f"on {record['hardware'].get('gpu') or record['hardware']['cpu']}")
+    if "calibration" in record and record["config"]["allocation"] is not None and "samples" in expected:
+        own = record["config"]["calibration"]
+        ours = (own["samples"], own["seqlen"], own["dataset"]["name"])
+        if ours != (expected["samples"], expected["seqlen"], expected["calibration"]):
+            paper = "{samples} × {seqlen} of {calibration}".format(**expected)
+            differences.append(f"calibrated on {ours[0]} × {ours[1]} tokens of {ours[2]}, not {paper}")
+    return "; ".join(differences)
+
+
+def _standard_error(source: dict[str, Any]) -> str:
+    """How exact an accuracy near a half on the first documents is; a group of tasks has those of all its tasks."""
+    members = max(
+        len(set(task.get("results", {})) - set(task.get("groups", {}))) for task in source["tasks"].values()
+    )
+    return f"(standard error up to {0.5 / (source['protocol']['limit'] * max(1, members)) ** 0.5:.2f})"
+
+
+def marks(model: str, record: dict[str, Any], differs: str) -> str:
+    """What a reader must know of our number beside one of ``model``: another model, and another protocol."""
+    same = record["config"]["model"]["path"] == models_of_papers.paths().get(model)
+    return "; ".join(text for text in ("" if same else f"model {record['model']}", differs) if text)
