@@ -16,14 +16,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from lowrank_lab import config, environment, versions
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.store import Artifact, fingerprint, write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 
@@ -188,6 +189,8 @@ def _read(file: Path, entries: set[str]) -> dict[str, Any] | None:
 
 def frame(records: list[dict[str, Any]]) -> pd.DataFrame:
     """One row for each metric of each record, and one for each record without metrics (failed, skipped)."""
+    import pandas as pd  # only reports need it, and it doubles the time that run.py takes to start
+
     rows = []
     for record in records:
         sizes = record.get("sizes", {})
