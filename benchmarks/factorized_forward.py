@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/factorized_forward.py
 
-For the shapes of SmolLM2-135M and of LLaMA-7B at --scale, at three ratios: the forward of a FactorizedLinear over the
-ideal, which is k(m+n)/(mn) of the dense linear's time in the same run, for a window of 512 tokens and for one token
-(decoding). A line a shape and ratio; 1 is the ideal, below 1 is faster than it.
+For the shapes of SmolLM2-135M and of LLaMA-7B at --scale, at three ratios: the forward of a FactorizedLinear
+over the ideal, which is k(m+n)/(mn) of the dense linear's time in the same run, for a window of 512 tokens and
+for one token (decoding). A line a shape and ratio; 1 is the ideal, below 1 is faster than it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ TOKENS = {"prefill": 512, "decode": 1}
 def over_ideal(out: int, inp: int, rank: int, tokens: int, repeats: int) -> dict[str, float]:
     """Milliseconds of the dense and of the factorized linear, and the latter over the ideal."""
     dense = plain_linear(torch.randn(out, inp), None)
-    factorized = FactorizedLinear(plain_linear(torch.randn(out, rank), None), plain_linear(torch.randn(rank, inp), None))
+    factorized = FactorizedLinear(
+        plain_linear(torch.randn(out, rank), None), plain_linear(torch.randn(rank, inp), None)
+    )
     x = torch.randn(1, tokens, inp)
     calls = max(1, round(512 / tokens / 8))  # many calls a measurement where one is too short for the clock
     repeat = lambda linear: [linear(x) for _ in range(calls)]

@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=1 python benchmarks/solver_speed.py              # shapes of LLaMA-7B at a quarter: a minute
     OMP_NUM_THREADS=1 python benchmarks/solver_speed.py --scale 1    # as they are: half an hour
 
-For the three shapes of LLaMA-7B, with a second moment as the metric: our solver, with the factors at three ratios, over
-``torch.linalg.svd`` of W times a root of the metric, which is what the papers' code decomposes. Neither making that root
-nor the factors counts for the SVD. One SVD can serve three ratios, though the papers' code has one for each: printed is
-how many times faster we are than one and than three, in float64 as our solver and in float32 as the papers' code. A
-line a shape, and last the sums over the shapes.
+For the three shapes of LLaMA-7B, with a second moment as the metric: our solver, with the factors at three
+ratios, over ``torch.linalg.svd`` of W times a root of the metric, which is what the papers' code decomposes.
+Neither making that root nor the factors counts for the SVD. One SVD can serve three ratios, though the papers'
+code has one for each: printed is how many times faster we are than one and than three, in float64 as our solver
+and in float32 as the papers' code. A line a shape, and last the sums over the shapes.
 """
 
 from __future__ import annotations

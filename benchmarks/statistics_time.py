@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/statistics_time.py
 
-A random model with the blocks of SmolLM2-135M (or --hidden, --intermediate and --layers of another one), by turns: the
-pass as a cell runs it, with its files written, and the model's own forward. Prints the processor seconds of both and
-their ratio, over the blocks alone (``over_blocks``) and over a forward that goes on to the logits.
+A random model with the blocks of SmolLM2-135M (or --hidden, --intermediate and --layers of another one), by
+turns: the pass as a cell runs it, with its files written, and the model's own forward. Prints the processor
+seconds of both and their ratio, over the blocks alone (``over_blocks``) and over a forward that goes on to the
+logits.
 """
 
 from __future__ import annotations

@@ -79,8 +79,8 @@ def _without_sweeps(overrides: list[str]) -> list[str]:
 def _composed(config_name: str, combinations: list[list[str]]) -> Iterator[DictConfig]:
     """The configuration of each combination of words.
 
-    Hydra needs a tenth of a second to put the chosen options together, so it does that once for each choice of them;
-    values, which make up most of a large grid, are then set in copies.
+    Hydra needs a tenth of a second to put the chosen options together, so it does that once for each choice of
+    them; values, which make up most of a large grid, are then set in copies.
     """
     chosen: dict[tuple[str, ...], Any] = {}
     axes = GlobalHydra.instance().config_loader().list_groups("")

@@ -164,8 +164,10 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _root(metric: Tensor | None) -> Tensor | None:
-    """Any P with P Pᵀ = metric; None and vectors as in ``decompose``. Cholesky's takes a tenth of the time of others,
-    and there is one unless the metric is singular."""
+    """Any P with P Pᵀ = metric; None and vectors as in ``decompose``.
+
+    Cholesky's takes a tenth of the time of the eigenvectors', and there is one unless the metric is singular.
+    """
     if metric is None or metric.ndim == 1:
         return _roots(metric)[0]
     root, failed = torch.linalg.cholesky_ex(metric)
