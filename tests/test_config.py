@@ -121,7 +121,7 @@ def test_a_mistake_in_one_cell_stops_the_grid_before_it_starts(lab):
             {"quantization": ("rtn", "int8"), "targets.blocks": ("[0]", "[1]")},
             ["quantization/method=gptq", "eval=[ppl]"],
         ),
-        ({"eval.ppl": ("{batch_size: 3}", "{max_windows: 3}")}, ["save=true"]),  # a mapping leaves nothing in the next
+        ({"eval.ppl": ("{batch_size: 3}", "{max_windows: 3}")}, ["save=true"]),  # the first leaves nothing behind
     ],
 )
 def test_the_cells_of_a_grid_are_those_of_its_jobs_alone(lab, swept, others):
