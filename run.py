@@ -22,13 +22,12 @@ from lowrank_lab.errors import UserError
 from lowrank_lab.results import Results
 
 CONFIG_DIR = Path(__file__).resolve().parent / "conf"
-GRID_NAME = "LOWRANK_LAB_GRID"  # in the environment, so that jobs in other processes know it too
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def job(cfg: DictConfig) -> None:
     try:
-        runner.run(cfg, os.environ.get(GRID_NAME))
+        runner.run(cfg, os.environ.get(grid.NAME))
     except UserError as error:
         if HydraConfig.get().mode == RunMode.RUN:
             sys.exit(f"error: {error}")
@@ -69,11 +68,14 @@ def _stop(signal_number: int, _frame: FrameType | None) -> None:
 def _plan(arguments: argparse.Namespace) -> list[Cell]:
     """Check all cells before any work and note the grid; none where every cell is finished already."""
     overrides = list(arguments.overrides)
+    if not arguments.multirun and any(word.startswith("hydra/launcher=") for word in overrides):
+        raise UserError("hydra/launcher is for grids; add -m")
     if arguments.config_dir:
         overrides.append(f"hydra.searchpath=[file://{Path(arguments.config_dir).resolve()}]")
     cells = grid.plan(CONFIG_DIR, arguments.config_name or "config", overrides, arguments.multirun)
     results = Results(cells[0].cfg.results)
-    os.environ[GRID_NAME] = results.note_grid(arguments.overrides, cells)
+    if grid.NAME not in os.environ:  # else a launcher has noted the grid that this process works on
+        os.environ[grid.NAME] = results.note_grid(arguments.overrides, cells)
     finished = {cell.key: (cell.label, record) for cell in cells if (record := runner.finished(cell)) is not None}
     count = sum(cell.key in finished for cell in cells)  # a label does not tell all settings
     print(f"{len(cells)} cells, {count} finished already", file=sys.stderr)

@@ -161,8 +161,9 @@ class Results:
         return sorted(found, key=lambda r: (r["model"], r["dataset"], r["method"], -r["ratio"], r["key"]))
 
     def note_grid(self, overrides: list[str], cells: list[Cell]) -> str:
-        """Write down which cells a command asked for; returns the grid's name: its words, but for places."""
-        name = " ".join(word for word in overrides if word.partition("=")[0] not in PLACES) or "defaults"
+        """Write down which cells a command asked for; returns the grid's name, its words about cells."""
+        words = (word for word in overrides if not word.startswith("hydra"))
+        name = " ".join(word for word in words if word.partition("=")[0] not in PLACES) or "defaults"
         entries = {cell.key: cell.label for cell in cells}
         file = self.root / "grids" / f"{fingerprint([name, sorted(entries)])}.json"
         write_json(file, {"name": name, "cells": entries})
