@@ -102,10 +102,11 @@ def local(left: Grid, settings: dict[str, Any]) -> None:
 def slurm(left: Grid, settings: dict[str, Any]) -> None:
     """Work on a grid with a SLURM job for each cell that has none yet. Raises UserError as ``local`` does."""
     cluster.check()
-    earlier = {key: ids for key, ids in jobs.of_cells(left.results).items() if key in left.cells}
-    states = cluster.unfinished(job for ids in earlier.values() for job in ids) or {}
+    noted = jobs.of_cells(left.results)
+    earlier = {key: {job.id for job in noted.get(key, [])} for key in left.cells}
+    states = cluster.unfinished(set().union(*earlier.values())) or {}
     going = [job for job, state in states.items() if state != "COMPLETING"]
-    new = [key for key in left.cells if not set(earlier.get(key, [])) & set(going)]
+    new = [key for key in left.cells if not earlier[key] & set(going)]
     if going:
         log.info("%d cells have a job already", len(left.cells) - len(new))
     commands = [left.command(left.asked[key], key) for key in new]

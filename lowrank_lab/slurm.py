@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,7 @@ def submit(commands: list[Command], settings: dict[str, Any]) -> list[str]:
         raise UserError(f"SLURM takes no such jobs ({error}); see conf/hydra/launcher/_cluster.yaml") from error
 
 
-def unfinished(jobs: Iterable[str]) -> dict[str, str] | None:
+def unfinished(jobs: Collection[str]) -> dict[str, str] | None:
     """Those of ``jobs`` that SLURM still has to do with, and their state (PENDING, RUNNING, ...); None where it
     cannot be asked."""
     if not (ids := _ids(jobs)):
@@ -88,7 +88,7 @@ def unfinished(jobs: Iterable[str]) -> dict[str, str] | None:
     return {job: known[job] for job in jobs if job in known}
 
 
-def ends(jobs: Iterable[str]) -> dict[str, str]:
+def ends(jobs: Collection[str]) -> dict[str, str]:
     """How jobs have ended (CANCELLED, TIMEOUT, ...), of those whose end SLURM remembers."""
     if not (ids := _ids(jobs)):
         return {}
@@ -97,7 +97,7 @@ def ends(jobs: Iterable[str]) -> dict[str, str]:
     return {job: known[job].split()[0] for job in jobs if job in known}  # "CANCELLED by 1000"
 
 
-def _ids(jobs: Iterable[str]) -> str:
+def _ids(jobs: Collection[str]) -> str:
     """Whole arrays, which both commands tell task by task: a name for each of their tasks may be too long."""
     return ",".join(sorted({job.partition("_")[0] for job in jobs}))
 
