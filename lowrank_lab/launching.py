@@ -23,8 +23,9 @@ from omegaconf import DictConfig
 from lowrank_lab import grid, jobs, progress, runner
 from lowrank_lab import slurm as cluster
 from lowrank_lab.cell import Cell
+from lowrank_lab.environment import cores
 from lowrank_lab.errors import UserError
-from lowrank_lab.results import Results
+from lowrank_lab.results import Results, now
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +76,9 @@ class Grid:
 
 def local(left: Grid, settings: dict[str, Any]) -> None:
     """Work on a grid in ``workers`` processes. Raises UserError where cells are not done at the end."""
-    workers = settings["workers"]
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
-    environment = {THREADS: str(threads), **os.environ}
+    workers = _workers(settings)
+    threads = max(1, (cores() or 1) // workers)
+    environment = {THREADS: str(threads), **os.environ, runner.SINCE: now()}
     left.folder.mkdir(parents=True, exist_ok=True)
     processes = []
     for number in range(workers):
@@ -116,16 +117,22 @@ def slurm(left: Grid, settings: dict[str, Any]) -> None:
 def slurm_array(left: Grid, settings: dict[str, Any]) -> None:
     """Work on a grid with ``workers`` SLURM jobs that share it. Raises UserError as ``local`` does."""
     cluster.check()
-    workers = range(settings["workers"])
+    workers = range(_workers(settings))
     commands = [left.command(left.overrides, f"worker-{number}") for number in workers]
     _wait(left, _submit(left, commands, [list(left.cells) for _ in workers], settings))
+
+
+def _workers(settings: dict[str, Any]) -> int:
+    if not isinstance(workers := settings.pop("workers"), int) or workers < 1:
+        raise UserError(f"hydra.launcher.workers={workers} is not valid; it must be a whole number from 1")
+    return workers
 
 
 def _submit(left: Grid, commands: list[list[str]], keys: list[list[str]], settings: dict[str, Any]) -> list[str]:
     """Submit a job for each command and note which cells, by their keys, it is for; returns the jobs."""
     if not commands:
         return []
-    environment = {grid.NAME: os.environ[grid.NAME]}
+    environment = {grid.NAME: os.environ[grid.NAME], runner.SINCE: now()}
     if settings["cpus_per_task"] and THREADS not in os.environ:
         environment[THREADS] = str(settings["cpus_per_task"])
     submitted = cluster.submit([cluster.Command(words, environment) for words in commands], settings)

@@ -51,6 +51,11 @@ CHECKPOINTS = "checkpoints"  # the folder of the models that are kept
 CHECKPOINT_NAMES = ("checkpoint", "merged_checkpoint")  # in a record: which of them are this cell's
 
 
+def now() -> str:
+    """The time as records tell it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 class Record:
     """The record of a cell while it runs: stages and facts are added as they become known.
 
@@ -73,7 +78,7 @@ class Record:
             "dataset": cell.cfg.dataset.name,
             "seed": cell.cfg.seed,
             "grid": grid,
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "started": now(),
             "command": sys.argv,
             "config": config.plain(cell.cfg),
             "content": {

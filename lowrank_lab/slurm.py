@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -29,22 +30,29 @@ class Command:
 
     def __call__(self) -> None:
         """Run the command to its end, and end as it did."""
-        # SLURM signals every process of a job: before the end of its time that is for submitit to act on, below.
-        deaf = lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        self._process = subprocess.Popen(self.words, env={**os.environ, **self.environment}, preexec_fn=deaf)
-        status = self._process.wait()
+        # SLURM signals all processes of a job; what it says before the end of its time is for submitit.
+        self._process = subprocess.Popen(
+            self.words, env={**os.environ, **self.environment}, preexec_fn=_ignore_end_of_time
+        )
+        while (status := self._process.poll()) is None:  # wait() would hold a lock that checkpoint's wait() needs
+            time.sleep(0.2)
         sys.exit(128 - status if status < 0 else status)
 
     def checkpoint(self) -> Any:
         """Out of time, or preempted: stop the command, and say what to run when the job's turn comes again."""
         from submitit.helpers import DelayedSubmission
 
+        _ignore_end_of_time()  # it is said again and again
         self._process.terminate()
         try:
             self._process.wait(SECONDS_TO_STOP)
         except subprocess.TimeoutExpired:
             self._process.kill()
         return DelayedSubmission(Command(self.words, self.environment))
+
+
+def _ignore_end_of_time() -> None:
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 def check() -> None:

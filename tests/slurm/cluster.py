@@ -16,15 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-PACKAGES = {  # what each command that is needed is in
-    "munged": "munge",
-    "mariadbd": "mariadb-server-core",
-    "mariadb": "mariadb-client-core",
-    "slurmdbd": "slurmdbd",
-    "slurmctld": "slurmctld",
-    "slurmd": "slurmd",
-    "sbatch": "slurm-client",
-}
+COMMANDS = ("munged", "mariadbd", "mariadb", "slurmdbd", "slurmctld", "slurmd", "sbatch")
 USER = "root"  # of all daemons
 CPUS = 2
 SLURMDBD = """
@@ -106,11 +98,14 @@ class Cluster:
     def stop(self) -> None:
         """Cancel all jobs and stop every daemon."""
         if "slurmctld" in self._daemons:
-            self.call("scancel", "--user", USER)
             with contextlib.suppress(TimeoutError):  # the daemons are stopped nonetheless
-                self.wait_for("the end of all jobs", lambda: self.call("squeue", "-h") in ("", None))
+                self.cancel_all()
         for name in reversed(list(self._daemons)):
             self._stop(name)
+
+    def cancel_all(self) -> None:
+        self.call("scancel", "--user", USER)
+        self.wait_for("the end of all jobs", lambda: self.call("squeue", "-h") in ("", None))
 
     def call(self, *command: str) -> str | None:
         """What a command of SLURM prints; None where it fails."""
