@@ -29,7 +29,7 @@ from lowrank_lab.results import Results, now
 
 log = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LOOKS = {"here": 1.0, "slurm": 5.0}
+SECONDS_BETWEEN_LOOKS = {"here": 1.0, "slurm": 10.0}
 THREADS = "OMP_NUM_THREADS"
 
 
@@ -103,29 +103,37 @@ def local(left: Grid, settings: dict[str, Any]) -> None:
 def slurm(left: Grid, settings: dict[str, Any]) -> None:
     """Work on a grid with a SLURM job for each cell that has none yet. Raises UserError as ``local`` does."""
     cluster.check()
-    noted = jobs.of_cells(left.results)
-    earlier = {key: {job.id for job in noted.get(key, [])} for key in left.cells}
-    states = cluster.unfinished(set().union(*earlier.values())) or {}
-    going = [job for job, state in states.items() if state != "COMPLETING"]
-    new = [key for key in left.cells if not earlier[key] & set(going)]
-    if going:
-        log.info("%d cells have a job already", len(left.cells) - len(new))
+    going = _going(left)
+    new = [key for key in left.cells if not going[key]]
     commands = [left.command(left.asked[key], key) for key in new]
-    _wait(left, going + _submit(left, commands, [[key] for key in new], settings))
+    _wait(left, going, _submit(left, commands, [[key] for key in new], settings))
 
 
 def slurm_array(left: Grid, settings: dict[str, Any]) -> None:
-    """Work on a grid with ``workers`` SLURM jobs that share it. Raises UserError as ``local`` does."""
+    """Work on a grid with ``workers`` SLURM jobs that share it, the ones that it has already among them. Raises
+    UserError as ``local`` does."""
     cluster.check()
-    workers = range(_workers(settings))
-    commands = [left.command(left.overrides, f"worker-{number}") for number in workers]
-    _wait(left, _submit(left, commands, [list(left.cells) for _ in workers], settings))
+    going = _going(left)
+    new = range(len(set().union(*going.values())), _workers(settings))
+    commands = [left.command(left.overrides, f"worker-{number}") for number in new]
+    _wait(left, going, _submit(left, commands, [list(left.cells) for _ in new], settings))
 
 
 def _workers(settings: dict[str, Any]) -> int:
     if not isinstance(workers := settings.pop("workers"), int) or workers < 1:
         raise UserError(f"hydra.launcher.workers={workers} is not valid; it must be a whole number from 1")
     return workers
+
+
+def _going(left: Grid) -> dict[str, set[str]]:
+    """By cell, the jobs of earlier commands that are queued or run."""
+    noted = jobs.of_cells(left.results)
+    earlier = {key: {job.id for job in noted.get(key, [])} for key in left.cells}
+    states = cluster.unfinished(set().union(*earlier.values())) or {}
+    going = {job for job, state in states.items() if state != "COMPLETING"}
+    if going:
+        log.info("%d jobs of an earlier command are at it", len(going))
+    return {key: ids & going for key, ids in earlier.items()}
 
 
 def _submit(left: Grid, commands: list[list[str]], keys: list[list[str]], settings: dict[str, Any]) -> list[str]:
@@ -144,8 +152,9 @@ def _submit(left: Grid, commands: list[list[str]], keys: list[list[str]], settin
     return submitted
 
 
-def _wait(left: Grid, submitted: list[str]) -> None:
+def _wait(left: Grid, going: dict[str, set[str]], submitted: list[str]) -> None:
     """Follow SLURM jobs to their end. Interrupted, say how to follow them without this process."""
+    submitted = [*set().union(*going.values()), *submitted]
     try:
         _follow(left, lambda: cluster.unfinished(submitted) != {}, "slurm")
     except KeyboardInterrupt:

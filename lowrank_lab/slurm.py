@@ -60,7 +60,7 @@ def check() -> None:
     try:
         import submitit  # noqa: F401
     except ImportError:
-        raise UserError("SLURM's launchers need submitit; install it: pip install 'lowrank_lab[slurm]'") from None
+        raise UserError("SLURM's launchers need submitit; install it: pip install -e '.[slurm]'") from None
     if shutil.which("sbatch") is None:
         raise UserError("this machine has no sbatch; start the command on a login node of the cluster")
 

@@ -85,7 +85,7 @@ def test_a_launcher_that_cannot_work_is_one_line(lab, monkeypatch, overrides, er
 
 def test_without_submitit_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(UserError, match=r"pip install 'lowrank_lab\[slurm\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[slurm\]'"):
         slurm.check()
 
 

@@ -118,7 +118,7 @@ def test_a_grid_that_is_cancelled_requeued_and_interrupted_has_the_table_of_a_lo
     assert states(cluster)  # the jobs go on
 
     with launched(lab, "slurm") as launcher:
-        cluster.wait_for("the launcher", lambda: "cells have a job already" in launcher.said(), MINUTES)
+        cluster.wait_for("the launcher", lambda: "jobs of an earlier command" in launcher.said(), MINUTES)
         assert cluster.call("scancel", f"{array}_8") is not None  # which has not begun
         cancelled = just_begun(cluster)
         assert cluster.call("scancel", cancelled) is not None
