@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_lab.errors import UserError
+from lowrank_lab.hub import hub_commit
 from lowrank_lab.saved import Saved, saved_in
 from lowrank_lab.store import MANIFEST, Store, fingerprint
 
@@ -117,14 +118,15 @@ def _saved(path: str, settings: dict[str, Any]) -> Saved | None:
         raise UserError(f"model.path={path}: {error}") from None
 
 
-@cache  # asked once a process, not once a cell
+@cache  # read once a process, not once a cell
 def _hub(name: str, revision: str | None) -> ModelSource:
     """Resolve a hub name to a commit: from the hub, or from the local cache where there is no network."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        file = Path(hf_hub_download(name, "config.json", revision=revision))
+        commit = hub_commit("model", name, revision)
+        file = Path(hf_hub_download(name, "config.json", revision=commit))
     except GatedRepoError:
         raise UserError(
             f"model.path={name}: the model is gated; accept its licence on the hub, then run: hf auth login"
@@ -138,8 +140,6 @@ def _hub(name: str, revision: str | None) -> ModelSource:
             f"model.path={name}: neither on the hub nor in its local cache ({type(error).__name__}); "
             "check the network, or give a local folder"
         ) from None
-    # The cache keeps each file below snapshots/<commit>/, so the path tells which commit we were given.
-    commit = file.parent.name
     content = fingerprint({"hub": name, "commit": commit})
     settings = json.loads(file.read_text())
     found = {"model_type": settings.get("model_type"), "saved": _saved(name, settings)}
