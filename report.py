@@ -31,10 +31,11 @@ def main() -> None:
     parser.add_argument("--wandb", metavar="PROJECT", help="log what is written to this W&B project as well")
     arguments = parser.parse_args()
 
-    from lowrank_lab import tracking
+    from lowrank_lab import redaction, tracking
     from lowrank_lab.errors import UserError
     from lowrank_lab.results import Results
 
+    redaction.guard_streams()
     results = Results(arguments.results)
     out = arguments.out or arguments.results / "report"
     index = (arguments.out or arguments.results) / "index.html"

@@ -16,7 +16,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from lowrank_lab import config, grid, progress, runner
+from lowrank_lab import config, grid, progress, redaction, runner
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import UserError
 from lowrank_lab.results import Results
@@ -27,6 +27,7 @@ GRID_NAME = "LOWRANK_LAB_GRID"  # in the environment, so that jobs in other proc
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def job(cfg: DictConfig) -> None:
+    redaction.guard_streams()  # also where a launcher has started this in a process of its own
     try:
         runner.run(cfg, os.environ.get(GRID_NAME))
     except UserError as error:
@@ -38,6 +39,7 @@ def job(cfg: DictConfig) -> None:
 
 
 def main() -> None:
+    redaction.guard_streams()
     signal.signal(signal.SIGTERM, _stop)
     # argparse wants the overrides in one piece; people also write: run.py model=tiny -m ratio=0.8,0.6
     words = grid.spelled_out(sys.argv[1:])
@@ -68,6 +70,7 @@ def _stop(signal_number: int, _frame: FrameType | None) -> None:
 
 def _plan(arguments: argparse.Namespace) -> list[Cell]:
     """Check all cells before any work and note the grid; none where every cell is finished already."""
+    redaction.refuse(arguments.overrides)
     overrides = list(arguments.overrides)
     if arguments.config_dir:
         overrides.append(f"hydra.searchpath=[file://{Path(arguments.config_dir).resolve()}]")

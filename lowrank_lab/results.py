@@ -7,6 +7,7 @@ which cells somebody asked for, so that the missing ones can be told. Models tha
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import sys
@@ -23,6 +24,7 @@ import pandas as pd
 from lowrank_lab import config, environment, versions
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import SkippedCell, UserError
+from lowrank_lab.redaction import redacted
 from lowrank_lab.store import Artifact, fingerprint, write_json
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ IN_RECORD = {
 IN_GRID = {"name", "cells"}
 NOT_COMPRESSION = ("model conversion", "model loading", "evaluation tokens", "checkpoint", "merged checkpoint")
 PLACES = ("results", "artifacts", "data_root")  # settings that say where things are, and nothing of the cells
+CHECKSUM = "sha256"  # in a record: of all its other entries; records of before have none
 CHECKPOINTS = "checkpoints"  # the folder of the models that are kept
 CHECKPOINT_NAMES = ("checkpoint", "merged_checkpoint")  # in a record: which of them are this cell's
 
@@ -152,7 +155,17 @@ class Results:
             if record.data["status"] != "running":
                 record.data["seconds"] = round(time.perf_counter() - start, 3)
                 record.data["peak_memory"] = environment.peak_memory()
-                write_json(self.path(record.data["key"]), record.data)
+                record.data = self.write(record.data)
+
+    def write(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Write a record, without secrets and with a checksum; returns it as it now stands in its file."""
+        file = self.path(record["key"])
+        for leftover in file.parent.glob(f".{file.name}.tmp-*"):  # of a killed process; the cell's lock is held
+            leftover.unlink(missing_ok=True)
+        plain = json.loads(json.dumps(redacted(record)))
+        written = {**plain, CHECKSUM: _checksum(plain)}
+        write_json(file, written)
+        return written
 
     def records(self) -> list[dict[str, Any]]:
         """All records, in a fixed order that does not depend on when they were written."""
@@ -162,10 +175,11 @@ class Results:
 
     def note_grid(self, overrides: list[str], cells: list[Cell]) -> str:
         """Write down which cells a command asked for; returns the grid's name: its words, but for places."""
-        name = " ".join(word for word in overrides if word.partition("=")[0] not in PLACES) or "defaults"
+        words = (word for word in overrides if word.partition("=")[0] not in PLACES)
+        name = redacted(" ".join(words)) or "defaults"
         entries = {cell.key: cell.label for cell in cells}
         file = self.root / "grids" / f"{fingerprint([name, sorted(entries)])}.json"
-        write_json(file, {"name": name, "cells": entries})
+        write_json(file, {"name": name, "cells": redacted(entries)})
         return name
 
     def grids(self) -> list[dict[str, Any]]:
@@ -177,13 +191,27 @@ def _read(file: Path, entries: set[str]) -> dict[str, Any] | None:
     """A record or grid with these entries; None, with a warning, for a file that is not what this program wrote."""
     try:
         value = json.loads(file.read_text())
-        without_number = isinstance(value, dict) and value.get("status") in ("failed", "skipped")
-        if isinstance(value, dict) and entries | ({"reason"} if without_number else set()) <= value.keys():
-            return value
     except (ValueError, OSError):
-        pass
-    log.warning("%s cannot be read and is left out; run its cell again, or delete it", file)
+        value = None
+    if (why := _damage(value, entries)) is None:
+        return value
+    log.warning("%s %s and is left out; run its cell again, or delete it", file, why)
     return None
+
+
+def _damage(value: Any, entries: set[str]) -> str | None:
+    """What is wrong with a record or grid as it was read; None where nothing is."""
+    without_number = isinstance(value, dict) and value.get("status") in ("failed", "skipped")
+    if not isinstance(value, dict) or not entries | ({"reason"} if without_number else set()) <= value.keys():
+        return "cannot be read"
+    if CHECKSUM in value and value[CHECKSUM] != _checksum(value):
+        return "was changed after it was written (its checksum differs)"
+    return None
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    rest = {name: value for name, value in record.items() if name != CHECKSUM}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def frame(records: list[dict[str, Any]]) -> pd.DataFrame:
