@@ -1,7 +1,7 @@
 """Keys, tokens and passwords are taken out of text where it leaves the process: records, logs, what is printed.
 
-A secret is the value of an environment variable with a telling name, a password of ~/.netrc, what looks like a key of
-the hub or of W&B, a value that is called a password or the like, and the user part of an address. No torch.
+A secret is the value of an environment variable with a telling name, a password of ~/.netrc, what looks like a key
+of the hub or of W&B, a value that is called a password or the like, and the user part of an address. No torch.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _passwords(file: str | None) -> tuple[str, ...]:
 
 
 def refuse(words: Iterable[str]) -> None:
-    """Raise UserError where one of the ``words`` of a command line holds a secret, which others could read there."""
+    """Raise UserError where one of the ``words`` of a command line holds a secret, which others can read there."""
     for word in words:
         if redacted(word) != word:
             setting = redacted(word).partition("=")[0]

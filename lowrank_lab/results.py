@@ -1,13 +1,13 @@
 """Records: one JSON file a cell, the only thing that reports read.
 
 ``<root>/records/<key>.json`` is written when a cell is done, failed or skipped; ``<root>/grids/*.json`` say
-which cells somebody asked for, so that the missing ones can be told. Models that are kept are beside them, in
+which cells somebody asked for, so that the missing ones can be told. ``<root>/running`` has the locks of the cells
+that are being computed, and what those that were stopped had made. Models that are kept are in
 ``<root>/checkpoints``. No torch.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import sys
@@ -24,7 +24,9 @@ import pandas as pd
 from lowrank_lab import config, environment, versions
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import SkippedCell, UserError
+from lowrank_lab.locks import Busy
 from lowrank_lab.redaction import redacted
+from lowrank_lab.seal import read, sealed
 from lowrank_lab.store import Artifact, fingerprint, write_json
 
 log = logging.getLogger(__name__)
@@ -47,15 +49,21 @@ IN_RECORD = {
 IN_GRID = {"name", "cells"}
 NOT_COMPRESSION = ("model conversion", "model loading", "evaluation tokens", "checkpoint", "merged checkpoint")
 PLACES = ("results", "artifacts", "data_root")  # settings that say where things are, and nothing of the cells
-CHECKSUM = "sha256"  # in a record: of all its other entries; records of before have none
 CHECKPOINTS = "checkpoints"  # the folder of the models that are kept
 CHECKPOINT_NAMES = ("checkpoint", "merged_checkpoint")  # in a record: which of them are this cell's
 
 
 class Record:
-    """The record of a cell while it runs: stages and facts are added as they become known."""
+    """The record of a cell while it runs: stages and facts are added as they become known.
 
-    def __init__(self, cell: Cell, grid: str | None) -> None:
+    ``begun`` is a file that remembers, while there is no number, which artifacts the cell has made: an attempt that
+    was stopped or failed counts as the cell's own.
+    """
+
+    def __init__(self, cell: Cell, grid: str | None, begun: Path | None = None) -> None:
+        self._begun = begun
+        self._made: list[str] = _names(begun) if begun is not None else []
+        self._made_before = set(self._made)
         self.data: dict[str, Any] = {
             "schema": versions.RECORD,
             "key": cell.key,
@@ -96,12 +104,18 @@ class Record:
         self._add_stage(name, max(0.0, time.perf_counter() - start - within))
 
     def artifact(self, name: str, artifact: Artifact) -> Artifact:
-        """Note a stage's artifact. ``seconds`` is what this job spent, ``made_in`` what making it took."""
+        """Note a stage's artifact. ``seconds`` is what this cell spent, ``made_in`` what making it took."""
+        identity = f"{artifact.kind}/{artifact.key}"
+        reused = artifact.reused and identity not in self._made_before
+        self._made_before.discard(identity)  # it is made once, however often it is read
+        if not artifact.reused and self._begun is not None:
+            self._made.append(identity)
+            write_json(self._begun, self._made)
         self._add_stage(
             name,
-            0.0 if artifact.reused else artifact.seconds,
-            artifact=f"{artifact.kind}/{artifact.key}",
-            reused=artifact.reused,
+            0.0 if reused else artifact.seconds,
+            artifact=identity,
+            reused=reused,
             made_in=round(artifact.seconds, 3),
         )
         if artifact.reused:
@@ -121,10 +135,18 @@ class Results:
     def path(self, key: str) -> Path:
         return self.root / "records" / f"{key}.json"
 
+    def lock(self, key: str) -> Path:
+        """Held by whoever computes the cell (locks.py)."""
+        return self.root / "running" / f"{key}.lock"
+
+    def begun(self, key: str) -> Path:
+        """See Record."""
+        return self.root / "running" / f"{key}.json"
+
     def find(self, key: str) -> dict[str, Any] | None:
         """The record of a cell whatever its status, or None."""
         file = self.path(key)
-        return _read(file, IN_RECORD) if file.is_file() else None
+        return read(file, IN_RECORD) if file.is_file() else None
 
     def finished(self, key: str) -> dict[str, Any] | None:
         """The record of a cell that needs no more work, or None. A failed cell is tried again."""
@@ -136,14 +158,14 @@ class Results:
         """Run the body of a cell and write its record: done, skipped, or failed with the traceback.
 
         A failure is raised again once it is written. An interrupted cell leaves no record, nor does one that
-        the user can mend (UserError).
+        the user can mend (UserError) or that another process holds up (Busy).
         """
         environment.reset_peak_memory()
         start = time.perf_counter()
         try:
             yield
             record.data["status"] = "done"
-        except UserError:
+        except (UserError, Busy):
             raise
         except SkippedCell as why:
             record.data.update(status="skipped", reason=str(why))
@@ -156,22 +178,23 @@ class Results:
                 record.data["seconds"] = round(time.perf_counter() - start, 3)
                 record.data["peak_memory"] = environment.peak_memory()
                 record.data = self.write(record.data)
+            if record.data["status"] in FINISHED:
+                self.begun(record.data["key"]).unlink(missing_ok=True)
 
     def write(self, record: dict[str, Any]) -> dict[str, Any]:
         """Write a record, without secrets and with a checksum; returns it as it now stands in its file."""
         file = self.path(record["key"])
-        for leftover in file.parent.glob(f".{file.name}.tmp-*"):  # of a killed process; the cell's lock is held
+        for leftover in file.parent.glob(f".{file.name}.tmp-*"):  # of a killed process; we hold the cell's lock
             leftover.unlink(missing_ok=True)
-        plain = json.loads(json.dumps(redacted(record)))
-        written = {**plain, CHECKSUM: _checksum(plain)}
+        written = sealed(redacted(record))
         write_json(file, written)
         return written
 
     def records(self) -> list[dict[str, Any]]:
         """All records, in a fixed order that does not depend on when they were written."""
-        read = [_read(file, IN_RECORD) for file in sorted((self.root / "records").glob("*.json"))]
-        found = [record for record in read if record is not None]
-        return sorted(found, key=lambda r: (r["model"], r["dataset"], r["method"], -r["ratio"], r["key"]))
+        found = [read(file, IN_RECORD) for file in sorted((self.root / "records").glob("*.json"))]
+        records = [record for record in found if record is not None]
+        return sorted(records, key=lambda r: (r["model"], r["dataset"], r["method"], -r["ratio"], r["key"]))
 
     def note_grid(self, overrides: list[str], cells: list[Cell]) -> str:
         """Write down which cells a command asked for; returns the grid's name: its words, but for places."""
@@ -183,35 +206,17 @@ class Results:
         return name
 
     def grids(self) -> list[dict[str, Any]]:
-        read = [_read(file, IN_GRID) for file in sorted((self.root / "grids").glob("*.json"))]
-        return [grid for grid in read if grid is not None]
+        found = [read(file, IN_GRID) for file in sorted((self.root / "grids").glob("*.json"))]
+        return [grid for grid in found if grid is not None]
 
 
-def _read(file: Path, entries: set[str]) -> dict[str, Any] | None:
-    """A record or grid with these entries; None, with a warning, for a file that is not what this program wrote."""
+def _names(file: Path) -> list[str]:
+    """The artifacts that a file of ``Results.begun`` names; none where there is no such file, or no list in it."""
     try:
-        value = json.loads(file.read_text())
-    except (ValueError, OSError):
-        value = None
-    if (why := _damage(value, entries)) is None:
-        return value
-    log.warning("%s %s and is left out; run its cell again, or delete it", file, why)
-    return None
-
-
-def _damage(value: Any, entries: set[str]) -> str | None:
-    """What is wrong with a record or grid as it was read; None where nothing is."""
-    without_number = isinstance(value, dict) and value.get("status") in ("failed", "skipped")
-    if not isinstance(value, dict) or not entries | ({"reason"} if without_number else set()) <= value.keys():
-        return "cannot be read"
-    if CHECKSUM in value and value[CHECKSUM] != _checksum(value):
-        return "was changed after it was written (its checksum differs)"
-    return None
-
-
-def _checksum(record: dict[str, Any]) -> str:
-    rest = {name: value for name, value in record.items() if name != CHECKSUM}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+        names = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return []
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def frame(records: list[dict[str, Any]]) -> pd.DataFrame:
