@@ -20,25 +20,25 @@ def sealed(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(file: Path, entries: set[str]) -> dict[str, Any] | None:
-    """A record or grid with these entries; None, with a warning, for a file that is not what this program wrote."""
+    """A record or grid with these ``entries``; None, with a warning, for a file that is damaged."""
+    value, wrong = examine(file, entries)
+    if value is None:
+        log.warning("%s %s and is left out; run its cell again, or delete it", file, wrong)
+    return value
+
+
+def examine(file: Path, entries: set[str]) -> tuple[dict[str, Any] | None, str]:
+    """A record or grid with these ``entries`` as it was written; else None, and what is wrong with the file."""
     try:
         value = json.loads(file.read_text())
     except (ValueError, OSError):
-        value = None
-    if (why := damage(value, entries)) is None:
-        return value
-    log.warning("%s %s and is left out; run its cell again, or delete it", file, why)
-    return None
-
-
-def damage(value: Any, entries: set[str]) -> str | None:
-    """What is wrong with a record or grid as it was read, which must have ``entries``; None where nothing is."""
+        return None, "cannot be read"
     without_number = isinstance(value, dict) and value.get("status") in ("failed", "skipped")
     if not isinstance(value, dict) or not entries | ({"reason"} if without_number else set()) <= value.keys():
-        return "cannot be read"
+        return None, "cannot be read"
     if SEAL in value and value[SEAL] != _checksum(value):
-        return "was changed after it was written (its checksum differs)"
-    return None
+        return None, "was changed after it was written (its checksum differs)"
+    return value, ""
 
 
 def _checksum(record: dict[str, Any]) -> str:
