@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
@@ -66,7 +68,9 @@ def validate(cfg: DictConfig) -> None:
         good = isinstance(cfg.save.get(name), bool)
         _check("save" if name == "checkpoint" else f"save.{name}", cfg.save.get(name), good, "true or false")
     for name in ("results", "artifacts"):
-        _check(name, cfg[name], isinstance(cfg[name], str) and cfg[name].strip() != "", "a folder")
+        good = isinstance(cfg[name], str) and cfg[name].strip() != "" and "\0" not in cfg[name]
+        _check(name, cfg[name], good, "a folder")
+        _check_writable(name, Path(cfg[name]))
     _check("model.path", cfg.model.path, isinstance(cfg.model.path, str), "a hub name, a folder or package:NAME")
     _check("data_root", cfg.data_root, isinstance(cfg.data_root, str | None), "a folder, or null for the hub")
     _check_windows("calibration", cfg.calibration)
@@ -91,6 +95,13 @@ def validate(cfg: DictConfig) -> None:
             build(node) if node is not None else None
         except Exception as error:  # instantiate wraps whatever the class raised for a bad value
             raise UserError(f"{name}: {error.__cause__ or error}".splitlines()[0]) from None
+
+
+def _check_writable(name: str, folder: Path) -> None:
+    """Raises UserError where nothing can be written below ``folder``, which need not be there yet."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{name}={folder}: {there} cannot be written to; choose another folder with {name}=...")
 
 
 def _check_windows(name: str, sampling: DictConfig) -> None:

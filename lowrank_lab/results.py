@@ -21,7 +21,7 @@ from typing import Any
 
 import pandas as pd
 
-from lowrank_lab import config, environment, versions
+from lowrank_lab import config, environment, out_of_memory, versions
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.locks import Busy
@@ -171,7 +171,10 @@ class Results:
             record.data.update(status="skipped", reason=str(why))
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            if out_of_memory.ran_out(error):
+                reason = f"{reason}; {out_of_memory.ADVICE}"
             record.data.update(status="failed", reason=reason, traceback=traceback.format_exc())
+            out_of_memory.let_go(error)
             raise
         finally:
             if record.data["status"] != "running":
