@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lowrank_lab.checks import is_count, is_number
@@ -20,6 +21,35 @@ SAMPLING = ("samples", "seqlen", "seed", "sampling", "bos")  # how windows are d
 def build(node: Any) -> Any:
     """The object that a config node with a ``_target_`` describes. The only instantiate of the project."""
     return instantiate(node, _convert_="all")
+
+
+def build_recorded(settings: dict[str, Any]) -> Any:
+    """The object that settings of a record describe. Raises UserError for a class that is not of this package.
+
+    A record may be somebody else's: reading it must not run what it names.
+    """
+    for target in _targets(settings):
+        if not _is_our_class(target):
+            raise UserError(f"{target}: a record names what is no class of lowrank_lab; it is not run")
+    return build(OmegaConf.create(settings))
+
+
+def _is_our_class(target: str) -> bool:
+    """Also where a module of ours has imported it, as in lowrank_lab.store.shutil.rmtree, it may be another's."""
+    try:
+        return target.startswith("lowrank_lab.") and get_class(target).__module__.startswith("lowrank_lab.")
+    except Exception:  # Hydra raises many kinds for what is not there or no class
+        return False
+
+
+def _targets(settings: Any) -> Iterator[str]:
+    """Every ``_target_`` within plain data."""
+    if isinstance(settings, dict):
+        yield from (str(value) for name, value in settings.items() if name == "_target_")
+    for value in (
+        settings.values() if isinstance(settings, dict) else settings if isinstance(settings, list) else ()
+    ):
+        yield from _targets(value)
 
 
 def plain(node: Any) -> Any:

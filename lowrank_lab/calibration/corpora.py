@@ -162,7 +162,11 @@ class HubCorpus:
         return template.format(**texts)
 
     def _mirror_file(self, split: str, data_root: str) -> Path:
-        return Path(data_root).expanduser() / self.mirror / f"{split}.jsonl"
+        """Raises UserError for names that lead out of ``data_root``."""
+        name = Path(self.mirror, f"{split}.jsonl")
+        if name.is_absolute() or ".." in name.parts or "\0" in str(name):
+            raise UserError(f"{name}: not a file below data_root={data_root}; give plain names")
+        return Path(data_root).expanduser() / name
 
     def _commit(self) -> str:
         """The commit the hub (or without a network the local cache) has for this data set."""

@@ -105,9 +105,22 @@ def _folder(folder: Path, store: Store) -> ModelSource:
     files = [f for f in files if f.name not in NOT_CONTENT]
     if not any(f.suffix in (".safetensors", ".bin") for f in files):
         raise UserError(f"model.path={folder}: the folder has no .safetensors or .bin weights")
+    for index in (f for f in files if f.name.endswith(".index.json")):
+        _check_index(folder, index)
     content = fingerprint({f.name: store.file_hash(f) for f in files})
     name, saved = folder.resolve().name, _saved(str(folder), settings)
     return ModelSource("folder", name, str(folder), content, model_type=model_type, saved=saved)
+
+
+def _check_index(folder: Path, index: Path) -> None:
+    """Raises UserError where the index of a model in several files leads out of its folder."""
+    try:
+        names = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return  # none of weights; if it should be, loading the model will tell
+    for name in sorted(names):
+        if Path(name).name != name:
+            raise UserError(f"model.path={folder}: {index.name} names {name}, which is not in this folder")
 
 
 def _saved(path: str, settings: dict[str, Any]) -> Saved | None:
