@@ -104,15 +104,18 @@ class Store:
                 (work / MANIFEST).write_text(json.dumps(manifest, indent=1))
                 os.replace(work, final)
             except BaseException as error:
-                if resumable:
+                # A process that was halted for long has lost its lock: somebody else has been faster, or has
+                # cleared our folder away and is at it now.
+                lost = isinstance(error, Exception) and (not work.exists() or self.get(kind, key) is not None)
+                if resumable and not lost:
                     write_json(work / SPENT, time.perf_counter() - start)
                 else:
                     shutil.rmtree(work, ignore_errors=True)
-                # A process that was halted for long has lost its lock, and somebody else may have been faster.
-                if isinstance(error, OSError) and (found := self.get(kind, key)):
-                    return found
-                raise
-        return Artifact(kind, key, final, reused=False, seconds=seconds)
+                if not lost:
+                    raise
+            else:
+                return Artifact(kind, key, final, reused=False, seconds=seconds)
+        return self.get_or_make(kind, key, make, resumable)
 
     def file_hash(self, file: str | Path) -> str:
         """SHA-256 of a file, remembered by its path, size and modification time (models are large)."""
