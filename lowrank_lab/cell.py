@@ -24,7 +24,7 @@ KINDS = {
     "compressed": "a compressed model",
     "checkpoint": "a model that is compressed already, whose dense original is not known",
 }
-LONGEST_NAME = 150  # characters of a checkpoint's folder: file systems allow 255 bytes
+LONGEST_NAME = 150  # bytes of a checkpoint's folder: file systems allow 255
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ class Cell(Keys):
             name = f"{self.cfg.method.name}-{self.ratio:g}-{name}"
         if self.quantization is not None:
             name += f"-{self.quantization.name}"
-        readable = re.sub(r"[^\w.-]+", "_", f"{redacted(name)[:LONGEST_NAME]}-{self.compressed_key[:8]}")
+        short = redacted(name).encode()[:LONGEST_NAME].decode(errors="ignore")
+        readable = re.sub(r"[^\w.-]+", "_", f"{short}-{self.compressed_key[:8]}")
         asked = {}
         changed = self.compresses or self.quantization is not None
         if self.cfg.save.checkpoint and changed:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -38,13 +37,15 @@ def unless_out_of_memory(work: Callable[[], T]) -> T | None:
     return None
 
 
-def let_go(error: BaseException | None) -> None:
-    """Free what the frames of an error hold: a launcher keeps the errors of a grid, and with them its models."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+def without_frames(error: Exception) -> Exception:
+    """``error`` without its traceback, whose frames hold models: a launcher keeps the errors of a grid's cells."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
     if "torch" in sys.modules:
         _empty_caches()
+    return error
 
 
 def _empty_caches() -> None:

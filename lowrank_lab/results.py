@@ -174,7 +174,6 @@ class Results:
             if out_of_memory.ran_out(error):
                 reason = f"{reason}; {out_of_memory.ADVICE}"
             record.data.update(status="failed", reason=reason, traceback=traceback.format_exc())
-            out_of_memory.let_go(error)
             raise
         finally:
             if record.data["status"] != "running":

@@ -13,6 +13,7 @@ from lowrank_lab import config, progress
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import UserError
 from lowrank_lab.locks import Busy, held
+from lowrank_lab.out_of_memory import without_frames
 from lowrank_lab.results import CHECKPOINT_NAMES, CHECKPOINTS, Record, Results
 from lowrank_lab.seal import SEAL
 from lowrank_lab.store import Store
@@ -64,6 +65,10 @@ def _computed(cell: Cell, results: Results, grid: str | None) -> dict[str, Any]:
             from lowrank_lab.stages import compute
 
             compute(cell, recording)
+    except Exception as error:
+        if "traceback" in recording.data:
+            log.error("%s", recording.data["traceback"].rstrip())
+        raise without_frames(error)  # noqa: B904 - it is the same error
     finally:
         record = recording.data
         if SEAL in record:  # it is written; an interrupted cell has nothing to tell, nor has its last record

@@ -123,9 +123,7 @@ def _save(
 
 def _restore(state: Path, parameters: Sequence[nn.Parameter], optimizer: Any, scheduler: Any) -> list[Any]:
     try:
-        saved = torch.load(
-            state, weights_only=True, map_location="cpu"
-        )  # each value then goes where its parameter is
+        saved = torch.load(state, weights_only=True, map_location="cpu")  # each then goes where its parameter is
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         log.warning("%s cannot be read (%s): the training begins anew", state, str(error).partition("\n")[0])
         return []

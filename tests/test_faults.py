@@ -12,15 +12,16 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+import report
 from lowrank_lab import bench, results
 from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation import perplexity
@@ -31,15 +32,48 @@ from lowrank_lab.models.load import load_model
 from lowrank_lab.reporting import tables
 from lowrank_lab.results import Results
 
-from .conftest import REPOSITORY, Lab
+from .conftest import Lab
 from .sites import sites_in
 from .test_run import stages
+
+
+class Reported(NamedTuple):
+    """What a report exits with: None, 1 or an error of one line; and what it printed."""
+
+    error: str | int | None
+    text: str
+
 
 OLD = sorted(Path(__file__).parent.glob("old_records/*"))
 
 
-def report(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "report.py", *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+@pytest.fixture
+def run_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Reported]:
+    """Runs report.py on a results folder as the command does, in this process."""
+
+    def run(root: Path, *arguments: str) -> Reported:
+        monkeypatch.setattr(sys, "argv", ["report.py", *arguments, "--results", str(root)])
+        monkeypatch.setattr(sys, "stdout", sys.stdout)  # report.py puts others in their place
+        monkeypatch.setattr(sys, "stderr", sys.stderr)
+        capsys.readouterr()
+        error: Any = None
+        try:
+            report.main()
+        except SystemExit as stopped:
+            error = stopped.code
+        return Reported(error, capsys.readouterr().out)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> Lab:
+    """A lab in which two cells have run, and nothing happened."""
+    lab = Lab(tmp_path_factory.mktemp("undisturbed") / "results", data_root)
+    for method in ("svd", "svdllm"):
+        lab.run(f"method={method}")
+    lab.results.note_grid(["method=svd,svdllm"], lab.cells("method=svd,svdllm", multirun=True))
+    return lab
 
 
 # Disks
@@ -80,8 +114,9 @@ def leftovers(folder: Path) -> list[Path]:
     return [file for file in folder.rglob("*") if ".tmp" in file.name]
 
 
-def test_a_disk_that_is_full_while_artifacts_are_written(lab, grid_lab, disk):
+def test_a_disk_that_is_full_while_artifacts_are_written(lab, undisturbed, disk, caplog):
     """All that was finished is there when there is space again."""
+    caplog.set_level("INFO")
     disk.mount("size=500k")
     with pytest.raises(
         UserError, match=rf"no space left for results=.* or artifacts={disk.folder}; what was"
@@ -91,11 +126,11 @@ def test_a_disk_that_is_full_while_artifacts_are_written(lab, grid_lab, disk):
     assert leftovers(lab.root) == leftovers(disk.folder) == []
     disk.mount("size=64m")
     record = lab.run("method=svdllm", f"artifacts={disk.folder}")
-    assert stages(record)["model conversion"] and not stages(record)["decomposition"]
-    assert record["metrics"] == grid_lab.results.find(record["key"])["metrics"]
+    assert "model conversion: already there" in caplog.text and "decomposition: already there" not in caplog.text
+    assert record["metrics"] == undisturbed.results.find(record["key"])["metrics"]
 
 
-def test_a_disk_that_is_full_while_a_record_is_written(lab, grid_lab, disk, caplog):
+def test_a_disk_that_is_full_while_a_record_is_written(lab, undisturbed, disk, caplog):
     caplog.set_level("INFO")
     here = Lab(disk.folder / "results", lab.data_root)
     where = f"artifacts={lab.root}/artifacts"
@@ -106,8 +141,9 @@ def test_a_disk_that_is_full_while_a_record_is_written(lab, grid_lab, disk, capl
     assert "done (perplexity" not in caplog.text
     disk.mount("size=64m")
     record = here.run("method=svd", where)
-    assert all(stages(record)[name] for name in ("model conversion", "decomposition", "eval.ppl"))
-    assert record["metrics"] == grid_lab.results.find(record["key"])["metrics"]
+    for name in ("model conversion", "decomposition", "eval.ppl"):
+        assert f"{name}: already there" in caplog.text
+    assert record["metrics"] == undisturbed.results.find(record["key"])["metrics"]
 
 
 def test_a_disk_that_has_no_space_for_a_lock(lab, disk):
@@ -151,18 +187,17 @@ def test_a_file_where_a_folder_should_be(lab, tmp_path):
         lab.cells('results="a\0b"')
 
 
-def test_results_that_are_read_only_can_be_reported(grid_lab, disk, tmp_path):
+def test_results_that_are_read_only_can_be_reported(undisturbed, disk, tmp_path, run_report):
     for name in ("records", "grids"):
-        shutil.copytree(grid_lab.root / name, disk.folder / name)
+        shutil.copytree(undisturbed.root / name, disk.folder / name)
     disk.mount("ro")
-    assert "done     svdllm ratio=0.6" in report("status", "--results", str(disk.folder)).stdout
-    assert report("check", "--results", str(disk.folder)).returncode == 0
-    here = report("--results", str(disk.folder))
-    assert "| svdllm" in here.stdout
-    [line] = here.stderr.splitlines()
-    assert line.startswith("error: ") and line.endswith("choose where to write with --out")
-    elsewhere = report("--results", str(disk.folder), "--out", str(tmp_path / "out"))
-    assert elsewhere.returncode == 0 and (tmp_path / "out" / "index.html").is_file()
+    assert "done     svdllm ratio=0.8" in run_report(disk.folder, "status").text
+    assert run_report(disk.folder, "check").error is None
+    here = run_report(disk.folder)
+    assert "| svdllm" in here.text
+    assert str(here.error).startswith("error: ") and str(here.error).endswith("choose where to write with --out")
+    assert run_report(disk.folder, "--out", str(tmp_path / "out")).error is None
+    assert (tmp_path / "out" / "index.html").is_file()
 
 
 # Damage
@@ -176,16 +211,16 @@ def flip(file: Path) -> None:
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def test_check_finds_a_byte_that_is_not_as_it_was_written(lab):
+def test_check_finds_a_byte_that_is_not_as_it_was_written(lab, run_report):
     record = lab.run("method=svd", "save=true")
     [spectrum, *_] = (lab.root / "artifacts" / "spectra").glob("*/block_001.safetensors")
     damaged = [spectrum, lab.root / record["checkpoint"] / "model.safetensors"]
-    assert report("check", "--results", str(lab.root)).returncode == 0
+    assert run_report(lab.root, "check").error is None
     for file in damaged:
         flip(file)
-    done = report("check", "--results", str(lab.root))
-    assert done.returncode == 1
-    lines = done.stdout.splitlines()
+    done = run_report(lab.root, "check")
+    assert done.error == 1
+    lines = done.text.splitlines()
     assert len(lines) == 3 and lines[-1].endswith("2 damaged")
     for file in damaged:
         [line] = [line for line in lines if str(file.parent) in line]
@@ -193,35 +228,35 @@ def test_check_finds_a_byte_that_is_not_as_it_was_written(lab):
         shutil.rmtree(file.parent)
     lab.results.path(record["key"]).unlink()
     assert lab.run("method=svd", "save=true")["metrics"] == record["metrics"]
-    assert report("check", "--results", str(lab.root)).returncode == 0
+    assert run_report(lab.root, "check").error is None
 
 
-def test_check_finds_artifacts_that_are_elsewhere(lab, tmp_path):
+def test_check_finds_artifacts_that_are_elsewhere(lab, tmp_path, run_report):
     lab.run("method=dense", f"artifacts={tmp_path}/scratch")
     (tmp_path / "scratch" / "others" / "folder").mkdir(parents=True)  # which is none of ours
     [manifest] = (tmp_path / "scratch" / "metric").glob("*/artifact.json")
     manifest.unlink()
-    done = report("check", "--results", str(lab.root))
-    assert done.returncode == 1
-    assert f"{manifest.parent} is damaged (artifact.json is missing)" in done.stdout
-    assert "1 damaged" in done.stdout
+    done = run_report(lab.root, "check")
+    assert done.error == 1
+    assert f"{manifest.parent} is damaged (artifact.json is missing)" in done.text
+    assert "1 damaged" in done.text
 
 
-def test_a_record_that_was_changed_is_left_out_and_made_again(lab, caplog):
+def test_a_record_that_was_changed_is_left_out_and_made_again(lab, caplog, run_report):
     record = lab.run("method=svd")
     file = lab.results.path(record["key"])
     value = record["metrics"]["ppl"]["value"]
     file.write_text(file.read_text().replace(str(value), str(value / 2)))
     assert lab.results.records() == []
     assert "was changed after it was written (its checksum differs) and is left out; run its cell" in caplog.text
-    assert f"{file} was changed" in report("check", "--results", str(lab.root)).stdout
+    assert f"{file} was changed" in run_report(lab.root, "check").text
     again = lab.run("method=svd")
     assert again["metrics"] == record["metrics"] and stages(again)["eval.ppl"]
     assert lab.results.find(record["key"]) == again
 
 
 @pytest.mark.parametrize("folder", OLD, ids=lambda folder: folder.name)
-def test_records_of_older_schemas_are_read(folder, tmp_path):
+def test_records_of_older_schemas_are_read(folder, tmp_path, run_report):
     """As versions of before wrote them, without a checksum. Their numbers are called outdated and not shown."""
     shutil.copytree(folder, tmp_path / "results")
     records = Results(tmp_path / "results").records()
@@ -235,9 +270,9 @@ def test_records_of_older_schemas_are_read(folder, tmp_path):
         ("page", "wrote"),
         ("check", "0 damaged"),
     ):
-        done = report(what, "--results", str(tmp_path / "results"))
-        assert done.returncode == 0, done.stderr
-        assert shown in done.stdout
+        done = run_report(tmp_path / "results", what)
+        assert done.error is None
+        assert shown in done.text
     assert "outdated" in (tmp_path / "results" / "index.html").read_text()
 
 
@@ -307,7 +342,7 @@ def test_an_evaluation_that_needs_too_much_memory_for_one_row_fails_with_advice(
 # Clocks
 
 
-def test_a_clock_that_goes_backwards(lab, grid_lab, monkeypatch, caplog):
+def test_a_clock_that_goes_backwards(lab, undisturbed, monkeypatch, caplog):
     """Every look at the wall clock is an hour before the last one; durations are told by another."""
     caplog.set_level("INFO")
     hours, now = count(), time.time()
@@ -324,7 +359,7 @@ def test_a_clock_that_goes_backwards(lab, grid_lab, monkeypatch, caplog):
         assert record["status"] == "done"
         assert 0 <= record["seconds"] < 600
         assert all(0 <= stage["seconds"] <= record["seconds"] for stage in record["stages"])
-        assert record["metrics"] == grid_lab.results.find(record["key"])["metrics"]
+        assert record["metrics"] == undisturbed.results.find(record["key"])["metrics"]
     assert found[1]["started"] < found[0]["started"]
     assert next(hours) > 2, "nobody looked at the clock"
     assert " -" not in "".join(line for line in caplog.messages if " s left" in line)

@@ -27,7 +27,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         remembered.cache_clear()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(hub, "TIMEOUT", 1.0)
+    monkeypatch.setattr(hub, "TIMEOUT", 0.5)
     yield
     for remembered in forget:
         remembered.cache_clear()

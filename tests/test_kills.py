@@ -1,4 +1,7 @@
-"""kill -9 in every stage of a cell: the same command gives the numbers of an undisturbed run and leaves nothing."""
+"""kill -9 in every stage of a cell: the same command gives the numbers of an undisturbed run and leaves nothing.
+
+A few of the stages are quick to test, the others are marked slow.
+"""
 
 from __future__ import annotations
 
@@ -25,26 +28,26 @@ def at(overrides: str | list[str], where: str, call: int = 1, after: bool = True
 
 QUICK = {
     "model conversion": at("method=svd", "lowrank_lab.models.tiny:byte_tokenizer"),
-    "calibration tokens": at("method=svdllm", "lowrank_lab.calibration.tokens:save_file"),
     "statistics": at("method=svdllm", "lowrank_lab.calibration.statistics:save_file", call=2),
-    "gradients": at("method=fwsvd", "lowrank_lab.calibration.gradients:save_file", call=2),
     "decomposition": at("method=svdllm", "lowrank_lab.lowrank.spectra:save_file", call=2),
-    "renaming an artifact": at("method=svdllm", "os:replace", after=False, of="/spectra/"),
-    "sensitivities": at("method=asvd", "lowrank_lab.allocation.sensitivity:write_json", call=2),
     "allocation training": at(TRAINED, "torch:save", call=2),
     "refinement": at("method=svdllm_u", "lowrank_lab.lowrank.spectra:save_factors", call=2),
-    "factorization": at("method=svdllm", "lowrank_lab.storage.absorb:Absorb.install", call=3),
-    "quantization": at(
-        "method=svdllm quantization=gptq", "lowrank_lab.quantization.method.gptq:Gptq.quantize", call=3
-    ),
     "evaluation": at(
         "method=svdllm eval.ppl.batch_size=2", "lowrank_lab.evaluation.perplexity:check_output", call=2
     ),
-    "a metric": at("method=svdllm", "os:replace", after=False, of="/metric/"),
     "a checkpoint": at("method=svdllm save=true", "lowrank_lab.checkpoint:save"),
     "a record": at("method=svdllm", "os:replace", after=False, of="/records/"),
 }
 SLOW = {
+    "calibration tokens": at("method=svdllm", "lowrank_lab.calibration.tokens:save_file"),
+    "gradients": at("method=fwsvd", "lowrank_lab.calibration.gradients:save_file", call=2),
+    "renaming an artifact": at("method=svdllm", "os:replace", after=False, of="/spectra/"),
+    "sensitivities": at("method=asvd", "lowrank_lab.allocation.sensitivity:write_json", call=2),
+    "factorization": at("method=svdllm", "lowrank_lab.storage.absorb:Absorb.install", call=3),
+    "quantization": at(
+        "method=svdllm quantization=gptq", "lowrank_lab.quantization.method.gptq:Gptq.quantize", call=3
+    ),
+    "a metric": at("method=svdllm", "os:replace", after=False, of="/metric/"),
     "LoRA": at(LORA, "torch:save", call=2),
     "renaming the factors": at(LORA, "os:replace", after=False, of="/factors/"),
     "weighted descent": at("method=wsvd", "lowrank_lab.lowrank.spectra:save_factors", call=2),
@@ -123,7 +126,7 @@ def goes_on(lab: Lab, overrides: list[str], undisturbed: Any) -> None:
     assert list((lab.root / "running").iterdir()) == []
 
 
-def test_a_state_of_a_training_that_cannot_be_read_is_begun_anew(quick, undisturbed, lab, monkeypatch, caplog):
+def test_a_state_of_a_training_that_cannot_be_read_is_begun_anew(undisturbed, lab, monkeypatch, caplog):
     """As after a power cut, which may leave files without what was written last."""
     stop = RuntimeError("stopped")
     monkeypatch.setattr(training, "SAVE_SECONDS", -1.0)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import report
 from lowrank_lab import config, training
 from lowrank_lab.errors import UserError
 from lowrank_lab.models.load import load_model
@@ -154,19 +153,16 @@ def test_reading_a_record_runs_nothing_that_it_names(settings, executed):
     for one in (settings, within):
         with pytest.raises(UserError, match="a record names what is no class of lowrank_lab; it is not run"):
             config.build_recorded(one)
-        assert tables.quantized({"quantization": {**one, "method": None}}, "name") == one["_target_"].split(".")[-1]
+    assert tables.quantized({"quantization": settings}, "name") == settings["_target_"].split(".")[-1]
     assert not executed.exists()
 
 
-def test_a_report_of_such_a_record_is_made_without_it(lab, executed):
+def test_a_report_of_such_a_record_is_made_without_it(lab, executed, tmp_path, capsys):
     record = lab.run("method=dense", "quantization=int4")
     record["config"]["quantization"]["method"] = {"_target_": "os.system", "command": f"touch {executed}"}
     lab.results.write(record)
-    done = subprocess.run(
-        [sys.executable, "report.py", "--results", str(lab.root)], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "quantization=system" in done.stdout
+    assert report.report("all", lab.results, tmp_path / "out", tmp_path / "index.html")
+    assert "quantization=system" in capsys.readouterr().out
     assert not executed.exists()
 
 
@@ -206,17 +202,11 @@ def test_a_checkpoint_stays_in_its_folder_whatever_the_method_is_called(lab, nam
 @pytest.mark.parametrize(
     "what", ["table=../../x", "figure=../../x", "table=/etc/passwd", "table=asvd/../dobi/table2"]
 )
-def test_a_report_is_of_what_is_in_the_catalogue(lab, what):
-    done = subprocess.run(
-        [sys.executable, "report.py", what, "--results", str(lab.root)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ") and "no such table or figure" in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert not lab.root.exists()
+def test_a_report_is_of_what_is_in_the_catalogue(lab, what, tmp_path):
+    with pytest.raises(UserError, match="no such table or figure") as error:
+        report.report(what, lab.results, tmp_path / "out", tmp_path / "index.html")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_reader_of_files_is_one_that_runs_nothing():

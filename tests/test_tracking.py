@@ -213,6 +213,7 @@ def test_a_server_that_does_not_answer_costs_the_time_limit_and_falls_back_to_of
     assert caplog.text.count("from now on copies are written offline") == 1
 
 
+@pytest.mark.slow
 def test_a_server_that_is_not_there_leaves_a_grid_its_numbers(lab, grid_lab, monkeypatch):
     """For real: a key, and an address where nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -53,9 +54,9 @@ def resolve(path: str, revision: str | None, store: Store) -> ModelSource:
     if path.startswith("package:"):
         return _gguf(_package_gguf(path.removeprefix("package:")), store)
     local = Path(path).expanduser()
-    if local.is_dir():
+    if os.path.isdir(local):  # which says no to any text, pathlib raises for names that are too long
         return _folder(local, store)
-    if local.is_file() and local.suffix == ".gguf":
+    if os.path.isfile(local) and local.suffix == ".gguf":
         return _gguf(local, store)
     if local.suffix == ".gguf" or not HUB_NAME.fullmatch(path):
         raise UserError(
