@@ -15,7 +15,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lowrank_lab import config, grid, progress, redaction, runner
 from lowrank_lab.cell import Cell
@@ -103,6 +103,7 @@ def _plan(arguments: argparse.Namespace) -> list[Cell]:
     if arguments.config_dir:
         overrides.append(f"hydra.searchpath=[file://{Path(arguments.config_dir).resolve()}]")
     cells = grid.plan(CONFIG_DIR, arguments.config_name or "config", overrides, arguments.multirun)
+    redaction.refuse(OmegaConf.to_yaml(cells[0].cfg).splitlines())  # from a YAML file of the user's own
     results = Results(cells[0].cfg.results)
     os.environ[GRID_NAME] = results.note_grid(arguments.overrides, cells)
     finished = {cell.key: (cell.label, record) for cell in cells if (record := runner.finished(cell)) is not None}

@@ -27,7 +27,7 @@ BARE = re.compile(
 )
 # A token has letters and digits, else "eos_token=tokenizer.eos_token" in a traceback would be one.
 NAMED = re.compile(
-    r"((?:api_?key|secret|passw(?:or)?d)['\"]?\s*[=:]\s*['\"]?)[^\s'\",;&]{6,}"
+    r"((?:api_?key|secret|passw(?:or)?d)['\"]?\s*[=:]\s*['\"]?)(?!\$\{)[^\s'\",;&]{6,}"
     r"|((?:token['\"]?\s*[=:]|bearer\s)\s*['\"]?)(?=[^\s'\",;&]*[0-9])(?=[^\s'\",;&]*[a-z])[^\s'\",;&]{8,}",
     re.IGNORECASE,
 )
@@ -72,14 +72,17 @@ def _passwords(file: str | None) -> tuple[str, ...]:
     return tuple(password for _, _, password in hosts if password)
 
 
-def refuse(words: Iterable[str]) -> None:
-    """Raise UserError where one of the ``words`` of a command line holds a secret, which others can read there."""
-    for word in words:
-        if redacted(word) != word:
-            setting = redacted(word).partition("=")[0]
+def refuse(settings: Iterable[str]) -> None:
+    """Raise UserError where one of the ``settings``, "name=value" or a line of YAML, holds a secret.
+
+    Others can read a command line, and Hydra keeps it and the configuration beside its logs.
+    """
+    for setting in settings:
+        if redacted(setting) != setting:
+            name = re.split("[=:]", redacted(setting))[0].strip()
             raise UserError(
-                f"{setting}: a key or password has no place on a command line, where others can read it and logs "
-                "keep it; set it in the environment (HF_TOKEN, WANDB_API_KEY), or log in"
+                f"{name}: a key or password has no place on a command line or in a configuration, which others can "
+                "read and logs keep; set it in the environment (HF_TOKEN, WANDB_API_KEY), or log in"
             )
 
 

@@ -123,6 +123,18 @@ def test_the_command_stops_before_anything_is_written(lab, secrets):
     assert not lab.root.exists()
 
 
+def test_nor_is_a_file_of_ones_own(lab, secrets, tmp_path):
+    """But it may name the variable that has it."""
+    (tmp_path / "conf" / "method").mkdir(parents=True)
+    lines = ["# @package _global_", "defaults: [svd]", "method: {name: mine, api_key: hunter22}"]
+    (tmp_path / "conf" / "method" / "mine.yaml").write_text("\n".join(lines))
+    done = lab.cli("--config-dir", str(tmp_path / "conf"), "method=mine", check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: api_key: a key or password has no place")
+    assert not (lab.root / "logs").exists()
+    refuse(["method:", "  api_key: ${oc.env:DEPLOY_SECRET}"])
+
+
 def test_log_lines_and_their_tracebacks(secrets):
     try:
         raise ValueError(OWN)
