@@ -51,12 +51,9 @@ def load_model(location: str, revision: str | None, dtype: str, trust_remote_cod
     Raises UserError for one whose weights or files would run code that was not asked for.
     """
     with _no_code_unasked(location):
+        # transformers reads .bin files, which are pickles, with torch's weights_only.
         model = AutoModelForCausalLM.from_pretrained(
-            location,
-            revision=revision,
-            dtype=DTYPES[dtype],
-            trust_remote_code=trust_remote_code,
-            weights_only=True,  # of .bin files, which are pickles
+            location, revision=revision, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
         )
     model.config.use_cache = False
     return model.eval()
