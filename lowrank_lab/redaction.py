@@ -35,24 +35,28 @@ NAMED = re.compile(
 
 def redacted(value: Any) -> Any:
     """Plain data (text, lists, dicts) with ``HIDDEN`` in the place of every secret."""
+    return _redacted(value, _known())
+
+
+def _redacted(value: Any, known: list[str]) -> Any:
     if isinstance(value, str):
-        for secret in _known():
+        for secret in known:
             value = value.replace(secret, HIDDEN)
         return NAMED.sub(lambda found: (found[1] or found[2]) + HIDDEN, BARE.sub(HIDDEN, value))
     if isinstance(value, Mapping):
-        return {redacted(name): _entry(name, entry) for name, entry in value.items()}
+        return {_redacted(name, known): _entry(name, entry, known) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [redacted(entry) for entry in value]
+        return [_redacted(entry, known) for entry in value]
     return value
 
 
-def _entry(name: Any, value: Any) -> Any:
+def _entry(name: Any, value: Any, known: list[str]) -> Any:
     """The value of a dict, which its name may give away."""
-    if not isinstance(value, (str, int)):
-        return redacted(value)
+    if not isinstance(value, (str, int)) or not VARIABLE.search(str(name)):
+        return _redacted(value, known)
     pair = f"{name}={value}"
-    without = redacted(pair)
-    return value if without == pair else without[len(redacted(f"{name}=")) :]
+    without = _redacted(pair, known)
+    return value if without == pair else without[len(_redacted(f"{name}=", known)) :]
 
 
 def _known() -> list[str]:
@@ -77,9 +81,10 @@ def refuse(settings: Iterable[str]) -> None:
 
     Others can read a command line, and Hydra keeps it and the configuration beside its logs.
     """
+    known = _known()
     for setting in settings:
-        if redacted(setting) != setting:
-            name = re.split("[=:]", redacted(setting))[0].strip()
+        if (without := _redacted(setting, known)) != setting:
+            name = re.split("[=:]", without)[0].strip()
             raise UserError(
                 f"{name}: a key or password has no place on a command line or in a configuration, which others can "
                 "read and logs keep; set it in the environment (HF_TOKEN, WANDB_API_KEY), or log in"
