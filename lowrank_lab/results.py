@@ -53,6 +53,11 @@ CHECKPOINTS = "checkpoints"  # the folder of the models that are kept
 CHECKPOINT_NAMES = ("checkpoint", "merged_checkpoint")  # in a record: which of them are this cell's
 
 
+def now() -> str:
+    """The time as records tell it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 class Record:
     """The record of a cell while it runs: stages and facts are added as they become known.
 
@@ -75,7 +80,7 @@ class Record:
             "dataset": cell.cfg.dataset.name,
             "seed": cell.cfg.seed,
             "grid": grid,
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "started": now(),
             "command": sys.argv,
             "config": config.plain(cell.cfg),
             "content": {
@@ -199,9 +204,9 @@ class Results:
         return sorted(records, key=lambda r: (r["model"], r["dataset"], r["method"], -r["ratio"], r["key"]))
 
     def note_grid(self, overrides: list[str], cells: list[Cell]) -> str:
-        """Write down which cells a command asked for; returns the grid's name: its words, but for places."""
-        words = (word for word in overrides if word.partition("=")[0] not in PLACES)
-        name = redacted(" ".join(words)) or "defaults"
+        """Write down which cells a command asked for; returns the grid's name, its words about cells."""
+        words = (word for word in overrides if not word.startswith("hydra"))
+        name = redacted(" ".join(word for word in words if word.partition("=")[0] not in PLACES)) or "defaults"
         entries = {cell.key: cell.label for cell in cells}
         file = self.root / "grids" / f"{fingerprint([name, sorted(entries)])}.json"
         write_json(file, {"name": name, "cells": redacted(entries)})
