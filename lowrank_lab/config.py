@@ -73,6 +73,8 @@ def validate(cfg: DictConfig) -> None:
     calibration_samples = cfg.calibration.samples
     batch_size = cfg.calibration.batch_size
     _check("calibration.batch_size", batch_size, is_count(batch_size, 1), "a whole number from 1")
+    offload = cfg.calibration.offload
+    _check("calibration.offload", offload, isinstance(offload, bool), "true or false")
     _check_part("dataset", cfg.dataset, "eval")
     for name, node in cfg.eval.items():
         if node.get("dataset") is not None:
