@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -19,22 +20,36 @@ from omegaconf import DictConfig
 from lowrank_lab import config, grid, progress, runner
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import UserError
+from lowrank_lab.locks import Busy
 from lowrank_lab.results import Results
+
+log = logging.getLogger(__name__)
 
 CONFIG_DIR = Path(__file__).resolve().parent / "conf"
 GRID_NAME = "LOWRANK_LAB_GRID"  # in the environment, so that jobs in other processes know it too
 
 
+_postponed: list[DictConfig] = []  # cells of this process's grid that another process held up
+
+
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def job(cfg: DictConfig) -> None:
+    hydra_cfg = HydraConfig.get()
+    one_by_one = hydra_cfg.mode == RunMode.MULTIRUN and hydra_cfg.launcher._target_.endswith("BasicLauncher")
+    postponed = False
     try:
-        runner.run(cfg, os.environ.get(GRID_NAME))
+        runner.run(cfg, os.environ.get(GRID_NAME), wait=not one_by_one)
+    except Busy as busy:
+        log.info("%s; this cell comes later", busy)
+        _postponed.append(cfg)
+        postponed = True
     except UserError as error:
-        if HydraConfig.get().mode == RunMode.RUN:
+        if hydra_cfg.mode == RunMode.RUN:
             sys.exit(f"error: {error}")
         raise CompactHydraException(f"error: {error}") from error
     finally:
-        progress.cell_done()
+        if not postponed:
+            progress.cell_done()
 
 
 def main() -> None:
@@ -52,7 +67,7 @@ def main() -> None:
             if not cells:
                 return
             with progress.grid(len(cells)):
-                job()
+                _run()
         else:
             job()
     except (UserError, OSError) as error:
@@ -60,6 +75,19 @@ def main() -> None:
     except KeyboardInterrupt as interrupt:
         print("stopped; all that was finished is kept, the same command goes on from there", file=sys.stderr)
         sys.exit(143 if interrupt.args else 130)
+
+
+def _run() -> None:
+    """Hydra's jobs, and then the cells that other processes held up meanwhile."""
+    status: int | str | None = None
+    try:
+        job()
+    except SystemExit as failed:
+        status = failed.code
+    if not runner.run_postponed(_postponed, os.environ.get(GRID_NAME)):
+        status = 1
+    if status:
+        sys.exit(status)
 
 
 def _stop(signal_number: int, _frame: FrameType | None) -> None:

@@ -1,7 +1,8 @@
 """Records: one JSON file a cell, the only thing that reports read.
 
 ``<root>/records/<key>.json`` is written when a cell is done, failed or skipped; ``<root>/grids/*.json`` say
-which cells somebody asked for, so that the missing ones can be told. Models that are kept are beside them, in
+which cells somebody asked for, so that the missing ones can be told. ``<root>/running`` has the locks of the cells
+that are being computed, and what those that were stopped had made. Models that are kept are in
 ``<root>/checkpoints``. No torch.
 """
 
@@ -23,6 +24,7 @@ import pandas as pd
 from lowrank_lab import config, environment, versions
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import SkippedCell, UserError
+from lowrank_lab.locks import Busy
 from lowrank_lab.store import Artifact, fingerprint, write_json
 
 log = logging.getLogger(__name__)
@@ -50,9 +52,16 @@ CHECKPOINT_NAMES = ("checkpoint", "merged_checkpoint")  # in a record: which of 
 
 
 class Record:
-    """The record of a cell while it runs: stages and facts are added as they become known."""
+    """The record of a cell while it runs: stages and facts are added as they become known.
 
-    def __init__(self, cell: Cell, grid: str | None) -> None:
+    ``begun`` is a file that remembers, while there is no number, which artifacts the cell has made: an attempt that
+    was stopped or failed counts as the cell's own.
+    """
+
+    def __init__(self, cell: Cell, grid: str | None, begun: Path | None = None) -> None:
+        self._begun = begun
+        self._made: list[str] = _names(begun) if begun is not None else []
+        self._made_before = set(self._made)
         self.data: dict[str, Any] = {
             "schema": versions.RECORD,
             "key": cell.key,
@@ -93,12 +102,18 @@ class Record:
         self._add_stage(name, max(0.0, time.perf_counter() - start - within))
 
     def artifact(self, name: str, artifact: Artifact) -> Artifact:
-        """Note a stage's artifact. ``seconds`` is what this job spent, ``made_in`` what making it took."""
+        """Note a stage's artifact. ``seconds`` is what this cell spent, ``made_in`` what making it took."""
+        identity = f"{artifact.kind}/{artifact.key}"
+        reused = artifact.reused and identity not in self._made_before
+        self._made_before.discard(identity)  # it is made once, however often it is read
+        if not artifact.reused and self._begun is not None:
+            self._made.append(identity)
+            write_json(self._begun, self._made)
         self._add_stage(
             name,
-            0.0 if artifact.reused else artifact.seconds,
-            artifact=f"{artifact.kind}/{artifact.key}",
-            reused=artifact.reused,
+            0.0 if reused else artifact.seconds,
+            artifact=identity,
+            reused=reused,
             made_in=round(artifact.seconds, 3),
         )
         if artifact.reused:
@@ -118,6 +133,14 @@ class Results:
     def path(self, key: str) -> Path:
         return self.root / "records" / f"{key}.json"
 
+    def lock(self, key: str) -> Path:
+        """Held by whoever computes the cell (locks.py)."""
+        return self.root / "running" / f"{key}.lock"
+
+    def begun(self, key: str) -> Path:
+        """See Record."""
+        return self.root / "running" / f"{key}.json"
+
     def find(self, key: str) -> dict[str, Any] | None:
         """The record of a cell whatever its status, or None."""
         file = self.path(key)
@@ -133,14 +156,14 @@ class Results:
         """Run the body of a cell and write its record: done, skipped, or failed with the traceback.
 
         A failure is raised again once it is written. An interrupted cell leaves no record, nor does one that
-        the user can mend (UserError).
+        the user can mend (UserError) or that another process holds up (Busy).
         """
         environment.reset_peak_memory()
         start = time.perf_counter()
         try:
             yield
             record.data["status"] = "done"
-        except UserError:
+        except (UserError, Busy):
             raise
         except SkippedCell as why:
             record.data.update(status="skipped", reason=str(why))
@@ -153,6 +176,8 @@ class Results:
                 record.data["seconds"] = round(time.perf_counter() - start, 3)
                 record.data["peak_memory"] = environment.peak_memory()
                 write_json(self.path(record.data["key"]), record.data)
+            if record.data["status"] in FINISHED:
+                self.begun(record.data["key"]).unlink(missing_ok=True)
 
     def records(self) -> list[dict[str, Any]]:
         """All records, in a fixed order that does not depend on when they were written."""
@@ -184,6 +209,15 @@ def _read(file: Path, entries: set[str]) -> dict[str, Any] | None:
         pass
     log.warning("%s cannot be read and is left out; run its cell again, or delete it", file)
     return None
+
+
+def _names(file: Path) -> list[str]:
+    """The artifacts that a file of ``Results.begun`` names; none where there is no such file, or no list in it."""
+    try:
+        names = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return []
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def frame(records: list[dict[str, Any]]) -> pd.DataFrame:

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
 
 from omegaconf import DictConfig
 
-from lowrank_lab import config
+from lowrank_lab import config, progress
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import UserError
+from lowrank_lab.locks import Busy, held
 from lowrank_lab.results import CHECKPOINT_NAMES, CHECKPOINTS, Record, Results
 from lowrank_lab.store import Store
 
 log = logging.getLogger(__name__)
 
 
-def run(cfg: DictConfig, grid: str | None = None) -> dict[str, Any]:
+def run(cfg: DictConfig, grid: str | None = None, wait: bool = True) -> dict[str, Any]:
     """Return the record of the cell that ``cfg`` describes. A finished one is found without importing torch.
 
     Raises UserError for what a user can mend, before any model is loaded; any other failure is written into
-    the record with its traceback and raised again.
+    the record with its traceback and raised again. Where another process computes the cell, or makes an artifact
+    that it needs, it is waited for; with ``wait`` False Busy is raised instead.
     """
     cell = Cell.from_config(cfg)
     results = Results(cfg.results)
@@ -31,14 +33,22 @@ def run(cfg: DictConfig, grid: str | None = None) -> dict[str, Any]:
         log.info("%s is compressed already (%s, ratio %g): it is evaluated as it is", *known)
     elif cell.asks_for_checkpoint and not cell.checkpoints:
         log.info("%s: nothing is compressed, so there is no checkpoint to save", cell.label)
-    if (record := finished(cell)) is not None:
-        log.info("%s: %s already (%s)", cell.label, record["status"], summary(record))
-        return record
+    if (record := finished(cell)) is None:
+        with held(results.lock(cell.key), cell.label, wait):
+            if (record := finished(cell)) is None:  # else whoever held the lock has finished it
+                cell.store.waits = wait
+                return _computed(cell, results, grid)
+    log.info("%s: %s already (%s)", cell.label, record["status"], summary(record))
+    return record
 
+
+def _computed(cell: Cell, results: Results, grid: str | None) -> dict[str, Any]:
+    """Compute a cell, write its record, and track a copy."""
+    cfg = cell.cfg
     log.info("%s: starting", cell.label)
     if cell.left_out and cell.evaluators:
         log.info("%s", cell.why_left_out)
-    recording = Record(cell, grid)
+    recording = Record(cell, grid, results.begun(cell.key))
     previous = results.find(cell.key) or {}
     recording.data.update({what: previous[what] for what in CHECKPOINT_NAMES if what in previous})
     try:
@@ -58,6 +68,29 @@ def run(cfg: DictConfig, grid: str | None = None) -> dict[str, Any]:
             log.info("%s: %s (%s), %.0f s", cell.label, record["status"], summary(record), record["seconds"])
             config.build(cfg.tracker)(record, results.path(cell.key))
     return record
+
+
+def run_postponed(configs: list[DictConfig], grid: str | None) -> bool:
+    """Run cells that were Busy, each as soon as it can go on; whether all went well. A failure stops no other."""
+    waiting, in_a_row, all_well = deque(configs), 0, True
+    while waiting:
+        cfg = waiting.popleft()
+        nothing_else_to_do = in_a_row > len(waiting)
+        try:
+            run(cfg, grid, wait=nothing_else_to_do)
+        except Busy:
+            waiting.append(cfg)
+            in_a_row += 1
+            continue
+        except UserError as error:
+            log.error("error: %s", error)
+            all_well = False
+        except Exception:
+            log.exception("a cell failed")
+            all_well = False
+        in_a_row = 0
+        progress.cell_done()
+    return all_well
 
 
 def finished(cell: Cell) -> dict[str, Any] | None:

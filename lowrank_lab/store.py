@@ -2,7 +2,7 @@
 
 An artifact is made in a temporary folder beside its final place and renamed when it is finished, so a
 process killed at any moment leaves nothing that could be read by mistake. A lock per key lets one process
-make it while others wait and then read it. This module imports no torch.
+make it while others wait and then read it, or do something else. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from lowrank_lab.environment import versions
+from lowrank_lab.locks import held
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +40,14 @@ class Artifact:
 
 
 class Store:
-    """Artifacts below ``root``, one folder each: ``<root>/<kind>/<key>/``."""
+    """Artifacts below ``root``, one folder each: ``<root>/<kind>/<key>/``.
+
+    With ``waits`` False, what another process is making is not waited for: ``get_or_make`` raises Busy.
+    """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
+        self.waits = True
 
     def path(self, kind: str, key: str) -> Path:
         return self.root / kind / key
@@ -79,8 +82,7 @@ class Store:
         if found := self.get(kind, key):
             return found
         final = self.path(kind, key)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(final.parent / f".{key}.lock"):
+        with held(final.parent / f".{key}.lease", f"{kind} {key}", self.waits):
             if found := self.get(kind, key):
                 return found
             # We hold the lock: what a killed process left for this key, or half deleted, is rubbish.
@@ -105,11 +107,14 @@ class Store:
                 }
                 (work / MANIFEST).write_text(json.dumps(manifest, indent=1))
                 os.replace(work, final)
-            except BaseException:
+            except BaseException as error:
                 if resumable:
                     write_json(work / SPENT, time.perf_counter() - start)
                 else:
                     shutil.rmtree(work, ignore_errors=True)
+                # A process that was halted for long has lost its lock, and somebody else may have been faster.
+                if isinstance(error, OSError) and (found := self.get(kind, key)):
+                    return found
                 raise
         return Artifact(kind, key, final, reused=False, seconds=seconds)
 

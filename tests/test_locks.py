@@ -1,0 +1,167 @@
+"""Who works on what, on one machine and across machines, and what a process does that would have to wait."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from lowrank_lab import locks, runner
+from lowrank_lab.locks import Busy, held, holder
+from lowrank_lab.results import Results
+
+from .conftest import REPOSITORY, Lab
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from lowrank_lab.locks import held
+with held(Path(sys.argv[1]), "it"):
+    print("held", flush=True)
+    time.sleep(300)
+"""
+GRID = ("-m", "method=svd,asvd_uniform,svdllm", "ratio=0.8,0.6,0.4")
+
+
+@contextmanager
+def another_process_holds(file: Path) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", HOLDER, str(file)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def config(lab: Lab, *overrides: str) -> tuple[str, DictConfig]:
+    """The key of a cell, and its configuration as the runner is given it."""
+    [cell] = lab.cells(*overrides)
+    return cell.key, OmegaConf.create(OmegaConf.to_container(cell.cfg, resolve=False))
+
+
+def made(results: Results) -> Counter[str]:
+    """How many cells say of an artifact that they made it."""
+    stages = [stage for record in results.records() for stage in record["stages"] if "artifact" in stage]
+    return Counter(stage["artifact"] for stage in stages if not stage["reused"])
+
+
+def artifacts(root: Path) -> set[str]:
+    """All artifacts that a record can name."""
+    found = (root / "artifacts").glob("*/*/artifact.json")
+    return {f"{file.parent.parent.name}/{file.parent.name}" for file in found}
+
+
+def test_who_does_not_want_to_wait_is_told_who_has_it(tmp_path):
+    lock = tmp_path / "it.lock"
+    assert holder(lock) is None
+    with another_process_holds(lock) as process:
+        assert holder(lock) == f"process {process.pid} on {os.uname().nodename}"
+        with pytest.raises(Busy, match=f"it: process {process.pid} on .* is at it"), held(lock, "it", wait=False):
+            pass
+    assert holder(lock) is None  # dead
+    with held(lock, "it", wait=False):  # and replaced at once
+        assert holder(lock) == f"process {os.getpid()} on {os.uname().nodename}"
+    assert not lock.exists()
+
+
+def test_who_waits_gets_it_when_the_holder_dies(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "POLL", 0.02)
+    lock = tmp_path / "it.lock"
+    with another_process_holds(lock) as process:
+        subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {process.pid}"])
+        signal.signal(signal.SIGCHLD, lambda *_: process.poll())  # else it stays a zombie, which has a process id
+        start = time.monotonic()
+        with held(lock, "it"):
+            assert 0.5 < time.monotonic() - start < 0.9 * locks.LEASE
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def test_a_holder_on_another_machine_counts_while_it_renews_its_lock(tmp_path, monkeypatch):
+    """Whether its process lives cannot be told from here, nor whether its clock goes right."""
+    monkeypatch.setattr(locks, "LEASE", 1.0)
+    monkeypatch.setattr(locks, "POLL", 0.02)
+    lock = tmp_path / "it.lock"
+    with held(lock, "it"):
+        marker = lock.read_text()
+    elsewhere = marker.replace(f"host={os.uname().nodename}", "host=n7").replace(f"pid={os.getpid()}", "pid=1")
+    assert elsewhere != marker
+    lock.write_text(elsewhere)
+    os.utime(lock, (0, 4e9))  # in the future
+    assert holder(lock) == "process 1 on n7"
+    with pytest.raises(Busy), held(lock, "it", wait=False):
+        pass
+    start = time.monotonic()
+    with held(lock, "it"):
+        assert time.monotonic() - start >= 0.9
+
+
+def test_a_cell_that_another_process_computes_is_not_computed_again(lab):
+    key, cfg = config(lab)
+    with another_process_holds(lab.results.lock(key)), pytest.raises(Busy, match=r"svdllm ratio=0\.8 tiny-llama"):
+        runner.run(cfg, wait=False)
+    assert lab.results.records() == []
+    assert runner.run(cfg, wait=False)["status"] == "done"
+
+
+def test_an_artifact_that_another_process_makes_is_not_made_again(lab):
+    """The cell gives up without a record, and what it had made by then counts as its own."""
+    key, cfg = config(lab)
+    [cell] = lab.cells()
+    lock = cell.store.path("statistics", cell.statistics_key).parent / f".{cell.statistics_key}.lease"
+    with another_process_holds(lock), pytest.raises(Busy, match=f"statistics {cell.statistics_key}: process"):
+        runner.run(cfg, wait=False)
+    assert lab.results.records() == []
+    assert lab.results.begun(key).exists()
+    runner.run(cfg, wait=False)
+    assert set(made(lab.results)) == artifacts(lab.root)
+    assert list((lab.root / "running").iterdir()) == []
+
+
+def test_what_was_postponed_goes_on_as_it_becomes_free_and_past_failures(lab, monkeypatch, caplog):
+    _, broken = config(lab, "method=svd")
+    _, fine = config(lab, "method=svd", "ratio=0.6")
+    calls = []
+
+    def run(cfg, grid, wait):
+        calls.append((cfg.ratio, wait))
+        if cfg is broken:
+            raise RuntimeError("broken")
+        if not wait:
+            raise Busy("not yet")
+
+    monkeypatch.setattr(runner, "run", run)
+    assert not runner.run_postponed([fine, broken], None)
+    assert calls == [(0.6, False), (0.8, False), (0.6, False), (0.6, True)]
+    assert "broken" in caplog.text
+
+
+def started_at_once(lab: Lab, processes: int) -> None:
+    """So many times the same command, on a store without anything in it."""
+    running = [
+        subprocess.Popen(lab.command(*GRID), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+        for _ in range(processes)
+    ]
+    for process in running:
+        _, stderr = process.communicate(timeout=500)
+        assert process.returncode == 0, stderr
+
+
+@pytest.mark.parametrize("processes", [3, pytest.param(8, marks=pytest.mark.slow)])
+def test_processes_started_at_once_on_one_grid_make_everything_once(lab, processes):
+    started_at_once(lab, processes)
+    records = lab.results.records()
+    assert [record["status"] for record in records] == ["done"] * 9
+    assert made(lab.results) == Counter(artifacts(lab.root))
+    assert list((lab.root / "running").iterdir()) == []
