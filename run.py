@@ -100,6 +100,10 @@ def _plan(arguments: argparse.Namespace) -> list[Cell]:
     if arguments.config_dir:
         overrides.append(f"hydra.searchpath=[file://{Path(arguments.config_dir).resolve()}]")
     cells = grid.plan(CONFIG_DIR, arguments.config_name or "config", overrides, arguments.multirun)
+    if cells[0].cfg.dry_run:
+        from lowrank_lab.planning.dry_run import tell
+
+        sys.exit(0 if tell(cells) else 1)
     results = Results(cells[0].cfg.results)
     os.environ[GRID_NAME] = results.note_grid(arguments.overrides, cells)
     finished = {cell.key: (cell.label, record) for cell in cells if (record := runner.finished(cell)) is not None}

@@ -61,6 +61,7 @@ def validate(cfg: DictConfig) -> None:
     _check("seed", cfg.seed, is_count(cfg.seed, 0), "a whole number from 0")
     known_device = isinstance(cfg.device, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device)
     _check("device", cfg.device, bool(known_device), "auto, cpu, cuda or cuda:N")
+    _check("dry_run", cfg.dry_run, isinstance(cfg.dry_run, bool), "true or false")
     _check("save", cfg.save, OmegaConf.is_dict(cfg.save), "true or false")
     for name in ("checkpoint", "merge"):
         good = isinstance(cfg.save.get(name), bool)

@@ -47,9 +47,9 @@ class Accumulator:
 
     def second_moment(self) -> Tensor:
         """The mean of x xᵀ (width, width), float64."""
-        mean = self.outer.triu()
-        mean += self.outer.triu(1).T
-        return mean.div_(self.tokens)
+        self.outer.triu_()
+        self.outer += self.outer.triu(1).T  # in place: for wide inputs this is what a pass holds most of
+        return self.outer / self.tokens
 
     def tensors(self) -> dict[str, Tensor]:
         """Means and maximum, float32 on the CPU, for the artifact."""
