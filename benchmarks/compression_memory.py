@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/compression_memory.py
 
-Random LLaMA-shaped models of 4 and of 12 layers, compressed by ``method=svdllm`` and evaluated, each in a process
+Random LLaMA-shaped models of 4 and of 8 layers, compressed by ``method=svdllm`` and evaluated, each in a process
 of its own, with the hidden states of the calibration set in memory and in files. Prints for each, in MiB, the peak
 over what the process holds once a tiny model has been through it: ``resident`` all, ``anonymous`` without the files
 that are mapped, which the system could take back; ``must`` is what the weights, one block in float64 with its
@@ -20,7 +20,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-HIDDEN, INTERMEDIATE, SAMPLES, LENGTH = 768, 2048, 32, 512
+HIDDEN, INTERMEDIATE, SAMPLES, LENGTH = 512, 1408, 64, 512
 MIB = 1024**2
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,8 +62,8 @@ def build(layers: int, folder: Path) -> None:
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
         num_hidden_layers=layers,
-        num_attention_heads=12,
-        num_key_value_heads=12,
+        num_attention_heads=8,
+        num_key_value_heads=8,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
@@ -126,7 +126,7 @@ def main() -> None:
             again = lambda *words: subprocess.run(
                 [sys.executable, __file__, *words], check=True, text=True, stdout=subprocess.PIPE, env=environ
             )
-            for layers in (4, 12):
+            for layers in (4, 8):
                 with tempfile.TemporaryDirectory() as folder:
                     again("build", str(layers), folder)
                     for offload in (False, True):

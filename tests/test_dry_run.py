@@ -34,9 +34,9 @@ def medium(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("medium")
     config = LlamaConfig(
         vocab_size=260,
-        hidden_size=128,
-        intermediate_size=320,
-        num_hidden_layers=3,
+        hidden_size=96,
+        intermediate_size=208,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=True,
@@ -126,7 +126,7 @@ def test_what_does_not_fit_is_refused_by_resource_before_anything_is_made(lab, m
         assert rows(printed)[0][1] == "does not fit"
         refusals[short] = [line for line in printed.splitlines() if line.startswith("does not fit: ")]
     [memory], [gpu], [artifacts, results] = refusals.values()  # of the disk, what is kept and the checkpoint
-    assert re.search(r"needs 1\.\d+ GB of memory, .* calibration\.offload=true, smaller batches or", memory)
+    assert re.search(r"needs 1(\.\d+)? GB of memory, .* calibration\.offload=true, smaller batches or", memory)
     assert re.search(r"of GPU memory, .* smaller batches or device=cpu", gpu)
     assert re.search(r"the disk of artifacts=.* lacks \d.*, or use artifacts=FOLDER", artifacts)
     assert re.search(r"the disk of results=.* lacks \d.*, or use results=FOLDER", results)
@@ -156,7 +156,7 @@ def test_offloading_takes_the_hidden_states_out_of_what_must_fit_and_a_mapped_dt
         held[words] = step.host - step.mapped
     weights = steps(lab.cells(f"model.path={medium}")[0])["factorization"].mapped
     assert weights == 4 * sum(p.numel() for p in load_model(str(medium), None, "float32", False).parameters())
-    states = 4096 * 32 * 128 * 4
+    states = 4096 * 32 * 96 * 4
     assert held[()] - held[("calibration.offload=true",)] == states
     assert held[("dtype=bfloat16",)] > held[()] - states / 2 + weights / 2 - 10**6
 
