@@ -6,7 +6,7 @@ Random LLaMA-shaped models of 4 and of 8 layers, compressed by ``method=svdllm``
 of its own, with the hidden states of the calibration set in memory and in files. Prints for each, in MiB, the peak
 over what the process holds once a tiny model has been through it: ``resident`` all, ``anonymous`` without the files
 that are mapped, which the system could take back; ``must`` is what the weights, one block in float64 with its
-statistics, and the hidden states have; and ``told`` what ``dry_run=true`` tells, less its constant.
+statistics, and the hidden states in memory have; and ``told`` what ``dry_run=true`` tells, less its constant.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def measure(model: str, offload: bool) -> dict[str, float]:
             runner.run(cell.cfg)
     weights, block = 4 * shapes.parameters, 8 * shapes.block
     statistics = 8 * sum(width**2 for width in shapes.inputs[0])
-    states = 4 * SAMPLES * LENGTH * HIDDEN
+    states = 0 if offload else 4 * SAMPLES * LENGTH * HIDDEN
     return {
         "resident": peaks.highest["VmRSS"] - before["VmRSS"],
         "anonymous": peaks.highest["RssAnon"] - before["RssAnon"],

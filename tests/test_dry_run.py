@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from lowrank_lab.models.tiny import byte_tokenizer
 from lowrank_lab.planning.dry_run import Machine, tell
 from lowrank_lab.planning.shapes import shapes_of, with_sites
 from lowrank_lab.planning.steps import Planner
+from tests.conftest import REPOSITORY
 
 CPU = torch.device("cpu")
 PLENTY = 10**15
@@ -159,6 +163,19 @@ def test_offloading_takes_the_hidden_states_out_of_what_must_fit_and_a_mapped_dt
     states = 4096 * 32 * 96 * 4
     assert held[()] - held[("calibration.offload=true",)] == states
     assert held[("dtype=bfloat16",)] > held[()] - states / 2 + weights / 2 - 10**6
+
+
+@pytest.mark.slow
+def test_the_memory_it_tells_is_enough_and_at_most_twice_what_is_held(tmp_path):
+    """By the benchmark: a model whose weights and hidden states outweigh what libraries take by the way."""
+    benchmark = [sys.executable, str(REPOSITORY / "benchmarks" / "compression_memory.py")]
+    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    subprocess.run([*benchmark, "build", "4", str(tmp_path)], check=True, env=environ)
+    measure = [*benchmark, "measure", str(tmp_path), "False"]
+    done = subprocess.run(measure, check=True, env=environ, stdout=subprocess.PIPE, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["resident"] <= found["told"] <= 2 * found["resident"], found
+    assert found["resident"] <= 1.5 * found["must"], found
 
 
 def test_on_a_gpu_there_is_one_block_until_the_whole_model_is_evaluated(lab, medium):

@@ -197,11 +197,10 @@ class Planner:
 
         ``hidden``: it walks over the calibration text. ``whole``: it wants the whole model on the GPU.
         """
-        states = self.samples * self.length * self.shapes.hidden * self.value if hidden else 0
+        in_memory = hidden and not self.cell.cfg.calibration.offload
+        states = self.samples * self.length * self.shapes.hidden * self.value if in_memory else 0
         host = BASE + self.weights + states + results
         mapped = self.weights if self.is_mapped else 0
-        if self.cell.cfg.calibration.offload:
-            mapped += states
         if not self.on_gpu:
             return Step(name, artifact, host + work, mapped, 0, disk, flops, known)
         there = self.weights if whole else self.shapes.block * self.value
