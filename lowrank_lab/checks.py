@@ -37,6 +37,21 @@ def share(**settings: Any) -> None:
             raise ValueError(f"{name}={value} is not valid; it must be a number from 0 to 1")
 
 
+def filled(optional: bool = False, **settings: Any) -> None:
+    """Raise ValueError for a setting that is no list with something in it (or None, where ``optional``)."""
+    for name, value in settings.items():
+        if not ((isinstance(value, list) and value) or (optional and value is None)):
+            raise ValueError(f"{name}={value} is not valid; it must be a list that is not empty")
+
+
+def indices(**settings: Any) -> None:
+    """Raise ValueError for a setting that is neither None nor a list of whole numbers from 0 that is not empty."""
+    filled(optional=True, **settings)
+    for name, value in settings.items():
+        for index in value or ():
+            whole(0, **{name: index})
+
+
 def one_of(options: tuple[str, ...], **settings: Any) -> None:
     """Raise ValueError for a setting that is none of ``options``."""
     for name, value in settings.items():

@@ -32,11 +32,8 @@ class Factors(Evaluator):
     models = ("compressed", "checkpoint")
 
     def __init__(self, linears: list[str] | None, blocks: list[int] | None, bins: int) -> None:
-        for name, values in (("linears", linears), ("blocks", blocks)):
-            if values is not None and not (isinstance(values, list) and values):
-                raise ValueError(f"{name}={values} is not valid; it must be a list that is not empty")
-        for index in blocks or ():
-            checks.whole(0, blocks=index)
+        checks.filled(optional=True, linears=linears)
+        checks.indices(blocks=blocks)
         checks.whole(1, bins=bins)
         self.linears = linears
         self.blocks = blocks

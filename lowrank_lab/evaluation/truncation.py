@@ -39,12 +39,9 @@ class Truncation(WindowEvaluator):
         ratios: list[float],
     ) -> None:
         super().__init__(seqlen, max_windows, bos, batch_size=1)
-        for name, values in (("linears", linears), ("blocks", blocks), ("ratios", ratios)):
-            optional = name != "ratios"
-            if not (optional and values is None) and not (isinstance(values, list) and values):
-                raise ValueError(f"{name}={values} is not valid; it must be a list that is not empty")
-        for index in blocks or ():
-            checks.whole(0, blocks=index)
+        checks.filled(optional=True, linears=linears)
+        checks.indices(blocks=blocks)
+        checks.filled(ratios=ratios)
         for ratio in ratios:
             if not checks.is_number(ratio) or not 0 < ratio <= 1:
                 raise ValueError(f"ratios={ratio} is not valid; it must be a list of numbers in (0, 1]")
