@@ -104,6 +104,10 @@ def _plan(arguments: argparse.Namespace) -> list[Cell]:
         overrides.append(f"hydra.searchpath=[file://{Path(arguments.config_dir).resolve()}]")
     cells = grid.plan(CONFIG_DIR, arguments.config_name or "config", overrides, arguments.multirun)
     redaction.refuse(OmegaConf.to_yaml(cells[0].cfg).splitlines())  # from a YAML file of the user's own
+    if cells[0].cfg.dry_run:
+        from lowrank_lab.planning.dry_run import tell
+
+        sys.exit(0 if tell(cells) else 1)
     results = Results(cells[0].cfg.results)
     if grid.NAME not in os.environ:  # else a launcher has noted the grid that this process works on
         os.environ[grid.NAME] = results.note_grid(arguments.overrides, cells)

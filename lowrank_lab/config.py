@@ -93,6 +93,7 @@ def validate(cfg: DictConfig) -> None:
     _check("seed", cfg.seed, is_count(cfg.seed, 0), "a whole number from 0")
     known_device = isinstance(cfg.device, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device)
     _check("device", cfg.device, bool(known_device), "auto, cpu, cuda or cuda:N")
+    _check("dry_run", cfg.dry_run, isinstance(cfg.dry_run, bool), "true or false")
     _check("save", cfg.save, OmegaConf.is_dict(cfg.save), "true or false")
     for name in ("checkpoint", "merge"):
         good = isinstance(cfg.save.get(name), bool)
@@ -107,6 +108,8 @@ def validate(cfg: DictConfig) -> None:
     calibration_samples = cfg.calibration.samples
     batch_size = cfg.calibration.batch_size
     _check("calibration.batch_size", batch_size, is_count(batch_size, 1), "a whole number from 1")
+    offload = cfg.calibration.offload
+    _check("calibration.offload", offload, isinstance(offload, bool), "true or false")
     _check_part("dataset", cfg.dataset, "eval")
     for name, node in cfg.eval.items():
         if node.get("dataset") is not None:

@@ -40,11 +40,10 @@ def run(cfg: DictConfig, grid: str | None = None, wait: bool = True) -> dict[str
         log.info("%s is compressed already (%s, ratio %g): it is evaluated as it is", *known)
     elif cell.asks_for_checkpoint and not cell.checkpoints:
         log.info("%s: nothing is compressed, so there is no checkpoint to save", cell.label)
-<<<<<<< HEAD
-    if (record := finished(cell)) is None:
+    if (record := _settled(cell, results)) is None:
         try:
             with held(results.lock(cell.key), cell.label, wait):
-                if (record := finished(cell)) is None:  # else whoever held the lock has finished it
+                if (record := _settled(cell, results)) is None:  # else whoever held the lock has settled it
                     cell.store.waits = wait
                     return _computed(cell, results, grid)
         except Exception as error:
@@ -53,13 +52,6 @@ def run(cfg: DictConfig, grid: str | None = None, wait: bool = True) -> dict[str
             raise UserError(
                 f"no space left for results={cfg.results} or artifacts={cfg.artifacts}; what was finished is kept"
             ) from error
-=======
-    if (record := _settled(cell, results)) is None:
-        with held(results.lock(cell.key), cell.label, wait):
-            if (record := _settled(cell, results)) is None:  # else whoever held the lock has settled it
-                cell.store.waits = wait
-                return _computed(cell, results, grid)
->>>>>>> da1c0796b67735103bfe2b89f19f21b917ef5114
     log.info("%s: %s already (%s)", cell.label, record["status"], summary(record))
     return record
 
