@@ -15,9 +15,9 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from lowrank_lab import config, grid, progress, runner
+from lowrank_lab import config, grid, progress, redaction, runner
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import UserError
 from lowrank_lab.locks import Busy
@@ -32,6 +32,7 @@ _postponed: list[DictConfig] = []  # cells of this process's grid that another p
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def job(cfg: DictConfig) -> None:
+    redaction.guard_streams()  # also where a launcher has started this in a process of its own
     hydra_cfg = HydraConfig.get()
     one_by_one = hydra_cfg.mode == RunMode.MULTIRUN and hydra_cfg.launcher._target_.endswith("BasicLauncher")
     postponed = False
@@ -51,6 +52,7 @@ def job(cfg: DictConfig) -> None:
 
 
 def main() -> None:
+    redaction.guard_streams()
     signal.signal(signal.SIGTERM, _stop)
     # argparse wants the overrides in one piece; people also write: run.py model=tiny -m ratio=0.8,0.6
     words = grid.spelled_out(sys.argv[1:])
@@ -94,12 +96,18 @@ def _stop(signal_number: int, _frame: FrameType | None) -> None:
 
 def _plan(arguments: argparse.Namespace) -> list[Cell]:
     """Check all cells before any work and note the grid; none where every cell is finished already."""
+    redaction.refuse(arguments.overrides)
     overrides = list(arguments.overrides)
     if not arguments.multirun and any(word.startswith("hydra/launcher=") for word in overrides):
         raise UserError("hydra/launcher is for grids; add -m")
     if arguments.config_dir:
         overrides.append(f"hydra.searchpath=[file://{Path(arguments.config_dir).resolve()}]")
     cells = grid.plan(CONFIG_DIR, arguments.config_name or "config", overrides, arguments.multirun)
+    redaction.refuse(OmegaConf.to_yaml(cells[0].cfg).splitlines())  # from a YAML file of the user's own
+    if cells[0].cfg.dry_run:
+        from lowrank_lab.planning.dry_run import tell
+
+        sys.exit(0 if tell(cells) else 1)
     results = Results(cells[0].cfg.results)
     if grid.NAME not in os.environ:  # else a launcher has noted the grid that this process works on
         os.environ[grid.NAME] = results.note_grid(arguments.overrides, cells)

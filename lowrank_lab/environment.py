@@ -154,6 +154,19 @@ def _peak_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
+def memory_limit() -> int:
+    """Bytes of memory that this process may use: the machine's, or what its control group (SLURM's) leaves it."""
+    limit = _total_memory()
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
+        folder = Path("/sys/fs/cgroup") / group
+        for place in (folder, *folder.parents):  # the narrowest of all that it is in
+            file = place / "memory.max"
+            if file.exists() and (text := file.read_text().strip()) != "max":
+                limit = min(limit, int(text))
+    return limit
+
+
 def _total_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

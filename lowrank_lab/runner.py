@@ -14,7 +14,9 @@ from lowrank_lab import config, progress
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import UserError
 from lowrank_lab.locks import Busy, held
+from lowrank_lab.out_of_memory import without_frames
 from lowrank_lab.results import CHECKPOINT_NAMES, CHECKPOINTS, Record, Results
+from lowrank_lab.seal import SEAL
 from lowrank_lab.store import Store
 
 log = logging.getLogger(__name__)
@@ -39,10 +41,17 @@ def run(cfg: DictConfig, grid: str | None = None, wait: bool = True) -> dict[str
     elif cell.asks_for_checkpoint and not cell.checkpoints:
         log.info("%s: nothing is compressed, so there is no checkpoint to save", cell.label)
     if (record := _settled(cell, results)) is None:
-        with held(results.lock(cell.key), cell.label, wait):
-            if (record := _settled(cell, results)) is None:  # else whoever held the lock has settled it
-                cell.store.waits = wait
-                return _computed(cell, results, grid)
+        try:
+            with held(results.lock(cell.key), cell.label, wait):
+                if (record := _settled(cell, results)) is None:  # else whoever held the lock has settled it
+                    cell.store.waits = wait
+                    return _computed(cell, results, grid)
+        except Exception as error:
+            if not _disk_full(error):
+                raise
+            raise UserError(
+                f"no space left for results={cfg.results} or artifacts={cfg.artifacts}; what was finished is kept"
+            ) from error
     log.info("%s: %s already (%s)", cell.label, record["status"], summary(record))
     return record
 
@@ -62,14 +71,12 @@ def _computed(cell: Cell, results: Results, grid: str | None) -> dict[str, Any]:
 
             compute(cell, recording)
     except Exception as error:
-        if not _disk_full(error):
-            raise
-        raise UserError(
-            f"no space left for results={cfg.results} or artifacts={cfg.artifacts}; what was finished is kept"
-        ) from error
+        if "traceback" in recording.data:
+            log.error("%s", recording.data["traceback"].rstrip())
+        raise without_frames(error)  # noqa: B904 - it is the same error
     finally:
         record = recording.data
-        if record["status"] != "running":  # an interrupted cell has nothing to tell, nor has its last record
+        if SEAL in record:  # it is written; an interrupted cell has nothing to tell, nor has its last record
             log.info("%s: %s (%s), %.0f s", cell.label, record["status"], summary(record), record["seconds"])
             config.build(cfg.tracker)(record, results.path(cell.key))
     return record
@@ -124,8 +131,11 @@ def _settled(cell: Cell, results: Results) -> dict[str, Any] | None:
 
 
 def _disk_full(error: BaseException) -> bool:
-    # safetensors reports the system's error in its text alone.
-    return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "os error 28" in str(error)
+    """Whether a disk or a quota is full. safetensors and torch tell so in their texts alone."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    texts = (f"os error {errno.ENOSPC}", f"os error {errno.EDQUOT}", "PytorchStreamWriter failed writing")
+    return any(text in str(error) for text in texts)
 
 
 def _shown(measured: dict[str, Any]) -> str:
