@@ -5,17 +5,14 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lowrank_lab import slurm
 from lowrank_lab.locks import holder
 from lowrank_lab.results import Results
+from lowrank_lab.seal import read
 from lowrank_lab.store import write_json
-
-log = logging.getLogger(__name__)
 
 BY_ITSELF = ("FAILED", "OUT_OF_MEMORY", "TIMEOUT", "DEADLINE")  # how a job ends that nobody has stopped
 
@@ -38,15 +35,10 @@ def of_cells(results: Results) -> dict[str, list[Job]]:
     """By cell, the jobs that were ever submitted for it, the last one at the end."""
     found: dict[str, list[Job]] = {}
     for file in sorted((results.root / "jobs").glob("*.json"), key=lambda file: file.stat().st_mtime):
-        try:
-            noted = json.loads(file.read_text())
-            pairs = [(job, key) for job, keys in noted["jobs"].items() for key in keys]
-            logs = noted["logs"]
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
-            log.warning("%s cannot be read and is left out", file)
-            continue
-        for job, key in pairs:
-            found.setdefault(key, []).append(Job(job, f"{logs}/{job}_0_log.out"))
+        noted = read(file, {"jobs", "logs"}) or {"jobs": {}}
+        for job, keys in noted["jobs"].items():
+            for key in keys:
+                found.setdefault(key, []).append(Job(job, f"{noted['logs']}/{job}_0_log.out"))
     return found
 
 

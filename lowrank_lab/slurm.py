@@ -81,7 +81,8 @@ def submit(commands: list[Command], settings: dict[str, Any]) -> list[str]:
     try:
         return [job.job_id for job in executor.submit_array(commands)]
     except (FailedJobError, FailedSubmissionError) as error:
-        raise UserError(f"SLURM takes no such jobs ({error}); see conf/hydra/launcher/_cluster.yaml") from error
+        why = str(error).splitlines()[-1]  # submitit has printed all of it
+        raise UserError(f"SLURM takes no such jobs ({why}); see conf/hydra/launcher/_cluster.yaml") from error
 
 
 def unfinished(jobs: Collection[str]) -> dict[str, str] | None:

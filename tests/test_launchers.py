@@ -150,9 +150,7 @@ def test_status_tells_who_works_on_a_cell_or_why_nobody_does(lab, tmp_path, monk
 def test_a_cell_with_a_record_is_what_the_record_says_once_its_job_has_ended(lab, tmp_path, monkeypatch):
     [cell] = lab.cells("method=svd")
     lab.results.note_grid(["a grid"], [cell])
-    lab.run("method=svd", "ratio=0.8")
-    file = lab.results.path(cell.key)
-    file.write_text(file.read_text().replace('"status": "done"', '"status": "failed", "reason": "broken"'))
+    lab.results.write({**lab.run("method=svd", "ratio=0.8"), "status": "failed", "reason": "broken"})
     jobs.note(lab.results, {"7": [cell.key]}, "/logs")
     for squeue, state in (("true", "failed"), ('echo "7|RUNNING"', "queued")):
         path = commands(tmp_path / "bin", squeue=squeue, sacct='echo "7|CANCELLED"')
