@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from lowrank_lab import checkpoint, config, versions
 from lowrank_lab.calibration.gradients import make_gradients
@@ -24,7 +24,7 @@ from lowrank_lab.lowrank.ranks import Site
 from lowrank_lab.lowrank.sites import sites_of
 from lowrank_lab.lowrank.spectra import linear_shapes, load_tails, make_spectra
 from lowrank_lab.models.arch import ArchSpec, spec_for
-from lowrank_lab.models.load import convert, load_model, load_tokenizer
+from lowrank_lab.models.load import convert, load_config, load_model, load_tokenizer
 from lowrank_lab.models.walk import walk
 from lowrank_lab.results import Record
 from lowrank_lab.store import fingerprint
@@ -57,7 +57,7 @@ class Bench:
 
     @cached_property
     def model_config(self) -> Any:
-        return AutoConfig.from_pretrained(self.location, **self._remote)
+        return load_config(self.location, **self._remote)
 
     @cached_property
     def model(self) -> nn.Module:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lowrank_lab.checks import is_count, is_number
@@ -18,6 +21,35 @@ SAMPLING = ("samples", "seqlen", "seed", "sampling", "bos")  # how windows are d
 def build(node: Any) -> Any:
     """The object that a config node with a ``_target_`` describes. The only instantiate of the project."""
     return instantiate(node, _convert_="all")
+
+
+def build_recorded(settings: dict[str, Any]) -> Any:
+    """The object that settings of a record describe. Raises UserError for a class that is not of this package.
+
+    A record may be somebody else's: reading it must not run what it names.
+    """
+    for target in _targets(settings):
+        if not _is_our_class(target):
+            raise UserError(f"{target}: a record names what is no class of lowrank_lab; it is not run")
+    return build(OmegaConf.create(settings))
+
+
+def _is_our_class(target: str) -> bool:
+    """Also where a module of ours has imported it, as in lowrank_lab.store.shutil.rmtree, it may be another's."""
+    try:
+        return target.startswith("lowrank_lab.") and get_class(target).__module__.startswith("lowrank_lab.")
+    except Exception:  # Hydra raises many kinds for what is not there or no class
+        return False
+
+
+def _targets(settings: Any) -> Iterator[str]:
+    """Every ``_target_`` within plain data."""
+    if isinstance(settings, dict):
+        yield from (str(value) for name, value in settings.items() if name == "_target_")
+    for value in (
+        settings.values() if isinstance(settings, dict) else settings if isinstance(settings, list) else ()
+    ):
+        yield from _targets(value)
 
 
 def plain(node: Any) -> Any:
@@ -67,7 +99,9 @@ def validate(cfg: DictConfig) -> None:
         good = isinstance(cfg.save.get(name), bool)
         _check("save" if name == "checkpoint" else f"save.{name}", cfg.save.get(name), good, "true or false")
     for name in ("results", "artifacts"):
-        _check(name, cfg[name], isinstance(cfg[name], str) and cfg[name].strip() != "", "a folder")
+        good = isinstance(cfg[name], str) and cfg[name].strip() != "" and "\0" not in cfg[name]
+        _check(name, cfg[name], good, "a folder")
+        _check_writable(name, Path(cfg[name]))
     _check("model.path", cfg.model.path, isinstance(cfg.model.path, str), "a hub name, a folder or package:NAME")
     _check("data_root", cfg.data_root, isinstance(cfg.data_root, str | None), "a folder, or null for the hub")
     _check_windows("calibration", cfg.calibration)
@@ -94,6 +128,13 @@ def validate(cfg: DictConfig) -> None:
             build(node) if node is not None else None
         except Exception as error:  # instantiate wraps whatever the class raised for a bad value
             raise UserError(f"{name}: {error.__cause__ or error}".splitlines()[0]) from None
+
+
+def _check_writable(name: str, folder: Path) -> None:
+    """Raises UserError where nothing can be written below ``folder``, which need not be there yet."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{name}={folder}: {there} cannot be written to; choose another folder with {name}=...")
 
 
 def _check_windows(name: str, sampling: DictConfig) -> None:

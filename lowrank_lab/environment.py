@@ -65,7 +65,7 @@ def hardware(device: Any) -> dict[str, Any]:
     facts = {
         "device": str(device),
         "cpu": _cpu_name(),
-        "cores": _cores(),
+        "cores": cores(),
         "memory_mib": _total_memory() // MIB,
     }
     if device.type == "cuda":
@@ -80,7 +80,7 @@ def machine() -> dict[str, Any]:
     """What a timing depends on beside the work. No torch."""
     return {
         "cpu": _cpu_name(),
-        "cores": _cores(),
+        "cores": cores(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
         "gpus": list(_gpu_names()),
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES"),
@@ -171,7 +171,7 @@ def _total_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _cores() -> int | None:
+def cores() -> int | None:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 

@@ -17,6 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import UserError
 
+NAME = "LOWRANK_LAB_GRID"  # in the environment of a grid's processes: what the grid is called in their records
+
 
 def plan(config_dir: Path, config_name: str, overrides: list[str], multirun: bool) -> list[Cell]:
     """One validated cell for each combination of the swept values (one without ``multirun``).
@@ -29,12 +31,12 @@ def plan(config_dir: Path, config_name: str, overrides: list[str], multirun: boo
         with initialize_config_dir(str(config_dir), version_base="1.3"):
             base = compose(config_name, _without_sweeps(overrides) if multirun else overrides, True)
             if not multirun:
-                return [_cell(base)]
+                return [cell_of(base)]
             params: DictConfig = base.hydra.sweeper.get("params") or OmegaConf.create({})
             swept = [f"{key!s}={value}" for key, value in params.items()] + overrides
             parsed = OverridesParser.create().parse_overrides(swept)
             [combinations] = BasicSweeper.split_arguments(parsed, None)
-            return [_cell(compose(config_name, combination, True)) for combination in combinations]
+            return [cell_of(compose(config_name, combination, True)) for combination in combinations]
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_one_line(error, config_dir)) from None
     finally:
@@ -73,7 +75,8 @@ def _without_sweeps(overrides: list[str]) -> list[str]:
     return first
 
 
-def _cell(cfg: DictConfig) -> Cell:
+def cell_of(cfg: DictConfig) -> Cell:
+    """The cell of a composed configuration, Hydra's own part included. Raises UserError as ``plan`` does."""
     with_hydra = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(with_hydra, dict)
     with_hydra.pop("hydra")
