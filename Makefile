@@ -9,7 +9,7 @@ PINS := $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' if sys.vers
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-slurm test-libraries check format
+.PHONY: help setup demo test test-slow test-slurm test-libraries bench check format
 
 help:            ## show this
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 18
@@ -49,6 +49,10 @@ $(VENV)/.libraries: $(VENV)/.ready
 
 test-libraries: $(VENV)/.libraries ## our quantization against bitsandbytes and llm-compressor, which it installs
 	$(PYTEST) tests/test_against_libraries.py tests/test_quantization_presets.py
+
+BENCHMARKS := startup factorized_forward solver_speed statistics_time grid_overhead
+bench: setup     ## the ratios of the README's section on performance (ten minutes with one idle core)
+	@for name in $(BENCHMARKS); do echo "$$name:"; OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 check: setup     ## lint, format and types
 	$(BIN)/ruff check .

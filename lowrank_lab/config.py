@@ -78,8 +78,11 @@ def with_save(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
-def validate(cfg: DictConfig) -> None:
-    """Check values that YAML cannot. Raises UserError with one line that says what would be right."""
+def validated(cfg: DictConfig) -> dict[str, Any]:
+    """Check values that YAML cannot; returns the object that each node describes, by the node's name.
+
+    Raises UserError with one line that says what would be right.
+    """
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise UserError(f"{missing[0]} must be given, for example {missing[0]}=...")
@@ -122,12 +125,14 @@ def validate(cfg: DictConfig) -> None:
         node = cfg.get(name)
         few = node is not None and "dataset" not in node and is_count(node.get("samples"), calibration_samples + 1)
         _check(f"{name}.samples", node.get("samples") if node else None, not few, "at most calibration.samples")
-    built = {name: cfg[name] for name in (*answers, "allocation", "refinement", "quantization", "tracker")}
-    for name, node in {**built, **{f"eval.{name}": node for name, node in cfg.eval.items()}}.items():
+    nodes = {name: cfg[name] for name in (*answers, "allocation", "refinement", "quantization", "tracker")}
+    built = {}
+    for name, node in {**nodes, **{f"eval.{name}": node for name, node in cfg.eval.items()}}.items():
         try:
-            build(node) if node is not None else None
+            built[name] = build(node) if node is not None else None
         except Exception as error:  # instantiate wraps whatever the class raised for a bad value
             raise UserError(f"{name}: {error.__cause__ or error}".splitlines()[0]) from None
+    return built
 
 
 def _check_writable(name: str, folder: Path) -> None:

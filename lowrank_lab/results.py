@@ -17,9 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from lowrank_lab import config, environment, out_of_memory, versions
 from lowrank_lab.cell import Cell
@@ -28,6 +26,9 @@ from lowrank_lab.locks import Busy
 from lowrank_lab.redaction import redacted
 from lowrank_lab.seal import read, sealed
 from lowrank_lab.store import Artifact, fingerprint, write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 
@@ -228,6 +229,8 @@ def _names(file: Path) -> list[str]:
 
 def frame(records: list[dict[str, Any]]) -> pd.DataFrame:
     """One row for each metric of each record, and one for each record without metrics (failed, skipped)."""
+    import pandas as pd  # only reports need it, and it doubles the time that run.py takes to start
+
     rows = []
     for record in records:
         sizes = record.get("sizes", {})

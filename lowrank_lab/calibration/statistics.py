@@ -47,17 +47,20 @@ class Accumulator:
 
     def second_moment(self) -> Tensor:
         """The mean of x xᵀ (width, width), float64."""
-        self.outer.triu_()
-        self.outer += self.outer.triu(1).T  # in place: for wide inputs this is what a pass holds most of
-        return self.outer / self.tokens
+        return _mirrored(self.outer / self.tokens)
 
     def tensors(self) -> dict[str, Tensor]:
         """Means and maximum, float32 on the CPU, for the artifact."""
         return {
-            "second_moment": self.second_moment().float().cpu(),
+            "second_moment": _mirrored((self.outer / self.tokens).float()).cpu(),
             "abs_mean": (self.abs_sum / self.tokens).float().cpu(),
             "abs_max": self.abs_max.cpu(),
         }
+
+
+def _mirrored(matrix: Tensor) -> Tensor:
+    """The symmetric matrix with the upper triangle of ``matrix``."""
+    return matrix.triu() + matrix.triu(1).T
 
 
 def make_statistics(
