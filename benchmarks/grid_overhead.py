@@ -5,8 +5,8 @@
 Three methods at three ratios on the embedded model (or any words of run.py), in this process, with empty
 results but a converted model. What no implementation avoids: one forward of the calibration tokens through the
 blocks, and for each cell one of the evaluation tokens through its compressed model. These are timed in the same
-run, through linears of the ranks that the cells had. Prints the processor seconds of both, their ratio, and the
-share of each stage in the grid.
+run, through linears of the ranks that the cells had. Prints these processor seconds for each cell, their sums
+and the ratio, and the share of each stage in the grid.
 """
 
 from __future__ import annotations
@@ -65,17 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             runner.run(cell.cfg)  # converts the model
         stages: Counter[str] = Counter()
         took, unavoidable = 0.0, 0.0
-        of_calibration = 0.0
-        for cell in plan(words):
+        for number, cell in enumerate(plan(words)):
             record: dict[str, Any] = {}
-            took += seconds(lambda cell=cell, record=record: record.update(runner.run(cell.cfg)))
+            of_cell = seconds(lambda cell=cell, record=record: record.update(runner.run(cell.cfg)))
             for stage in record["stages"]:
                 stages[stage["stage"]] += stage["seconds"]
             of_calibration, of_evaluation = forwards(cell, record["compression"]["ranks"])
-            unavoidable += of_evaluation
-    unavoidable += of_calibration
+            took += of_cell
+            unavoidable += of_evaluation + (of_calibration if number == 0 else 0)
+            line = {"calibration_forward": of_calibration, "evaluation_forward": of_evaluation}
+            print(json.dumps({"cell": cell.label, **rounded({"seconds": of_cell, **line})}), flush=True)
     shares = {stage: part / stages.total() for stage, part in stages.most_common() if part > 0}
-    print(json.dumps({"grid": took, "unavoidable": unavoidable, "ratio": took / unavoidable}))
+    print(json.dumps(rounded({"grid": took, "unavoidable": unavoidable, "ratio": took / unavoidable})))
     print(json.dumps({"shares": rounded(shares)}))
 
 

@@ -54,7 +54,9 @@ def test_factorized_forward(lines):
 
 def test_grid_overhead(lines, data_root):
     words = ["model=tiny", "dataset=wikitext2", f"data_root={data_root}", *SMALL]
-    measured, stages = lines("grid_overhead", words, METHODS=("svd", "svdllm"), RATIOS=(0.8, 0.6))
+    *cells, measured, stages = lines("grid_overhead", words, METHODS=("svd", "svdllm"), RATIOS=(0.8, 0.6))
+    assert len(cells) == 4
+    assert measured["grid"] == pytest.approx(sum(cell["seconds"] for cell in cells), rel=0.02)
     assert measured["ratio"] == pytest.approx(measured["grid"] / measured["unavoidable"], rel=0.02)
     assert {"calibration", "decomposition", "eval.ppl"} <= stages["shares"].keys()
 
