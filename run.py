@@ -26,8 +26,6 @@ from lowrank_lab.results import Results
 log = logging.getLogger(__name__)
 
 CONFIG_DIR = Path(__file__).resolve().parent / "conf"
-GRID_NAME = "LOWRANK_LAB_GRID"  # in the environment, so that jobs in other processes know it too
-
 
 _postponed: list[DictConfig] = []  # cells of this process's grid that another process held up
 
@@ -39,7 +37,7 @@ def job(cfg: DictConfig) -> None:
     one_by_one = hydra_cfg.mode == RunMode.MULTIRUN and hydra_cfg.launcher._target_.endswith("BasicLauncher")
     postponed = False
     try:
-        runner.run(cfg, os.environ.get(GRID_NAME), wait=not one_by_one)
+        runner.run(cfg, os.environ.get(grid.NAME), wait=not one_by_one)
     except Busy as busy:
         log.info("%s; this cell comes later", busy)
         _postponed.append(cfg)
@@ -86,7 +84,7 @@ def _run() -> None:
         job()
     except SystemExit as failed:
         status = failed.code
-    if not runner.run_postponed(_postponed, os.environ.get(GRID_NAME)):
+    if not runner.run_postponed(_postponed, os.environ.get(grid.NAME)):
         status = 1
     if status:
         sys.exit(status)
@@ -100,12 +98,19 @@ def _plan(arguments: argparse.Namespace) -> list[Cell]:
     """Check all cells before any work and note the grid; none where every cell is finished already."""
     redaction.refuse(arguments.overrides)
     overrides = list(arguments.overrides)
+    if not arguments.multirun and any(word.startswith("hydra/launcher=") for word in overrides):
+        raise UserError("hydra/launcher is for grids; add -m")
     if arguments.config_dir:
         overrides.append(f"hydra.searchpath=[file://{Path(arguments.config_dir).resolve()}]")
     cells = grid.plan(CONFIG_DIR, arguments.config_name or "config", overrides, arguments.multirun)
     redaction.refuse(OmegaConf.to_yaml(cells[0].cfg).splitlines())  # from a YAML file of the user's own
+    if cells[0].cfg.dry_run:
+        from lowrank_lab.planning.dry_run import tell
+
+        sys.exit(0 if tell(cells) else 1)
     results = Results(cells[0].cfg.results)
-    os.environ[GRID_NAME] = results.note_grid(arguments.overrides, cells)
+    if grid.NAME not in os.environ:  # else a launcher has noted the grid that this process works on
+        os.environ[grid.NAME] = results.note_grid(arguments.overrides, cells)
     finished = {cell.key: (cell.label, record) for cell in cells if (record := runner.finished(cell)) is not None}
     count = sum(cell.key in finished for cell in cells)  # a label does not tell all settings
     print(f"{len(cells)} cells, {count} finished already", file=sys.stderr)

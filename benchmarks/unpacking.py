@@ -10,10 +10,9 @@ Last, four tokens through look-up tables (quantization/look_up.py), over the den
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 
 import torch
+from timing import fastest
 
 from lowrank_lab.lowrank.quantized import QuantizedLinear
 from lowrank_lab.quantization.codec import Quantized, quantize, unpack
@@ -27,16 +26,6 @@ FORMATS = [
     Format(4, grid="nf4", granularity=64),
     Format(4, grid="codebook"),
 ]
-
-
-def milliseconds(call: Callable[[], object]) -> float:
-    """Processor time of the fastest of many calls, which other work on the machine disturbs least."""
-    times = []
-    for _ in range(REPEATS):
-        start = time.process_time()
-        call()
-        times.append(time.process_time() - start)
-    return 1000 * min(times)
 
 
 def quantized(weight: torch.Tensor, form: Format) -> Quantized:
@@ -54,21 +43,25 @@ def main() -> None:
     weight, x = torch.randn(OUT, INP), torch.randn(TOKENS, INP)
     for form in FORMATS:
         layer = QuantizedLinear.of(quantized(weight, form), None)
-        dense = milliseconds(lambda: torch.nn.functional.linear(x, weight))
-        forward = milliseconds(lambda layer=layer: layer(x))
-        line = {
-            "format": form.name,
-            "unpack_ms": milliseconds(lambda layer=layer: unpack(layer.codes, layer.format.bits, (OUT, INP))),
-            "weight_ms": milliseconds(lambda layer=layer: layer.weight),
-            "forward_ms": forward,
-            "forward_over_dense": forward / dense,
+        calls = {
+            "unpack": lambda layer=layer: unpack(layer.codes, layer.format.bits, (OUT, INP)),
+            "weight": lambda layer=layer: layer.weight,
+            "forward": lambda layer=layer: layer(x),
+            "dense": lambda: torch.nn.functional.linear(x, weight),
         }
-        print(json.dumps({name: round(value, 3) if value != form.name else value for name, value in line.items()}))
+        took = fastest(calls, REPEATS)
+        line = {f"{name}_ms": round(1000 * took[name], 3) for name in ("unpack", "weight", "forward")}
+        over = {"forward_over_dense": round(took["forward"] / took["dense"], 3)}
+        print(json.dumps({"format": form.name, **line, **over}))
     few = quantize(x[:4], Format(4))
     clustered = quantized(weight, Format(4, grid="codebook"))
-    tables = milliseconds(lambda: look_up_linear(few, clustered))
-    dense = milliseconds(lambda: torch.nn.functional.linear(x[:4], weight))
-    print(json.dumps({"look_up_ms_of_4_tokens": round(tables, 3), "look_up_over_dense": round(tables / dense, 1)}))
+    calls = {
+        "tables": lambda: look_up_linear(few, clustered),
+        "dense": lambda: torch.nn.functional.linear(x[:4], weight),
+    }
+    took = fastest(calls, REPEATS)
+    over_dense = round(took["tables"] / took["dense"], 1)
+    print(json.dumps({"look_up_ms_of_4_tokens": round(1000 * took["tables"], 3), "look_up_over_dense": over_dense}))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lowrank_lab import config
 from lowrank_lab.calibration.corpora import Corpus, Part
@@ -33,9 +33,13 @@ class Cell(Keys):
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> Cell:
-        """Check the configuration and find its model and data. Raises UserError for what a user can mend."""
+        """Check the configuration and find its model and data. Raises UserError for what a user can mend.
+
+        Interpolations in ``cfg`` are resolved in place: else each is parsed again whenever it is read.
+        """
+        OmegaConf.resolve(cfg)
         cfg = config.with_save(cfg)
-        config.validate(cfg)
+        built = config.validated(cfg)
         store = Store(cfg.artifacts)
         source = resolve(cfg.model.path, cfg.model.revision, store)
         if source.saved is not None:
@@ -44,12 +48,10 @@ class Cell(Keys):
         if source.model_type is not None and (cfg.allocation is not None or cfg.quantization is not None):
             spec_for(source.model_type)
         if cfg.allocation is not None:
-            metric = config.build(cfg.metric)
-            allocation = config.build(cfg.allocation)
-            refinement = config.build(cfg.refinement) if cfg.refinement is not None else None
+            metric, allocation, refinement = (built[name] for name in ("metric", "allocation", "refinement"))
             if refinement is not None and "dataset" in cfg.refinement:
                 training_data = _content(cfg.refinement.dataset, "calibration", cfg.data_root, store)
-        quantization = config.build(cfg.quantization) if cfg.quantization is not None else None
+        quantization = built["quantization"]
         if quantization is not None and source.saved is not None and source.saved.is_quantized:
             raise UserError(f"model.path={cfg.model.path} is quantized already; use quantization=none")
         if quantization is not None:
@@ -62,7 +64,7 @@ class Cell(Keys):
             calibration_data = _content(cfg.calibration.dataset, "calibration", cfg.data_root, store)
         kind = "compressed" if cfg.allocation is not None else "dense" if quantization is None else "quantized"
         kind = "checkpoint" if source.saved is not None else kind
-        asked = {name: config.build(node) for name, node in cfg.eval.items()}
+        asked = {name: built[f"eval.{name}"] for name in cfg.eval}
         evaluators = {name: evaluator for name, evaluator in asked.items() if kind in evaluator.models}
         evaluation_data = {
             name: _content(text_of(cfg, name), "eval", cfg.data_root, store) if evaluator.reads_text else None

@@ -78,8 +78,11 @@ def with_save(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
-def validate(cfg: DictConfig) -> None:
-    """Check values that YAML cannot. Raises UserError with one line that says what would be right."""
+def validated(cfg: DictConfig) -> dict[str, Any]:
+    """Check values that YAML cannot; returns the object that each node describes, by the node's name.
+
+    Raises UserError with one line that says what would be right.
+    """
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise UserError(f"{missing[0]} must be given, for example {missing[0]}=...")
@@ -93,6 +96,7 @@ def validate(cfg: DictConfig) -> None:
     _check("seed", cfg.seed, is_count(cfg.seed, 0), "a whole number from 0")
     known_device = isinstance(cfg.device, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device)
     _check("device", cfg.device, bool(known_device), "auto, cpu, cuda or cuda:N")
+    _check("dry_run", cfg.dry_run, isinstance(cfg.dry_run, bool), "true or false")
     _check("save", cfg.save, OmegaConf.is_dict(cfg.save), "true or false")
     for name in ("checkpoint", "merge"):
         good = isinstance(cfg.save.get(name), bool)
@@ -107,6 +111,8 @@ def validate(cfg: DictConfig) -> None:
     calibration_samples = cfg.calibration.samples
     batch_size = cfg.calibration.batch_size
     _check("calibration.batch_size", batch_size, is_count(batch_size, 1), "a whole number from 1")
+    offload = cfg.calibration.offload
+    _check("calibration.offload", offload, isinstance(offload, bool), "true or false")
     _check_part("dataset", cfg.dataset, "eval")
     for name, node in cfg.eval.items():
         if node.get("dataset") is not None:
@@ -119,12 +125,14 @@ def validate(cfg: DictConfig) -> None:
         node = cfg.get(name)
         few = node is not None and "dataset" not in node and is_count(node.get("samples"), calibration_samples + 1)
         _check(f"{name}.samples", node.get("samples") if node else None, not few, "at most calibration.samples")
-    built = {name: cfg[name] for name in (*answers, "allocation", "refinement", "quantization", "tracker")}
-    for name, node in {**built, **{f"eval.{name}": node for name, node in cfg.eval.items()}}.items():
+    nodes = {name: cfg[name] for name in (*answers, "allocation", "refinement", "quantization", "tracker")}
+    built = {}
+    for name, node in {**nodes, **{f"eval.{name}": node for name, node in cfg.eval.items()}}.items():
         try:
-            build(node) if node is not None else None
+            built[name] = build(node) if node is not None else None
         except Exception as error:  # instantiate wraps whatever the class raised for a bad value
             raise UserError(f"{name}: {error.__cause__ or error}".splitlines()[0]) from None
+    return built
 
 
 def _check_writable(name: str, folder: Path) -> None:

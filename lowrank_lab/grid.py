@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import UserError
+
+NAME = "LOWRANK_LAB_GRID"  # in the environment of a grid's processes: what the grid is called in their records
 
 
 def plan(config_dir: Path, config_name: str, overrides: list[str], multirun: bool) -> list[Cell]:
@@ -29,12 +34,12 @@ def plan(config_dir: Path, config_name: str, overrides: list[str], multirun: boo
         with initialize_config_dir(str(config_dir), version_base="1.3"):
             base = compose(config_name, _without_sweeps(overrides) if multirun else overrides, True)
             if not multirun:
-                return [_cell(base)]
+                return [cell_of(base)]
             params: DictConfig = base.hydra.sweeper.get("params") or OmegaConf.create({})
             swept = [f"{key!s}={value}" for key, value in params.items()] + overrides
             parsed = OverridesParser.create().parse_overrides(swept)
             [combinations] = BasicSweeper.split_arguments(parsed, None)
-            return [_cell(compose(config_name, combination, True)) for combination in combinations]
+            return [Cell.from_config(cfg) for cfg in _composed(config_name, combinations)]
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_one_line(error, config_dir)) from None
     finally:
@@ -73,11 +78,51 @@ def _without_sweeps(overrides: list[str]) -> list[str]:
     return first
 
 
-def _cell(cfg: DictConfig) -> Cell:
-    with_hydra = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(with_hydra, dict)
-    with_hydra.pop("hydra")
-    return Cell.from_config(OmegaConf.create(with_hydra))
+def cell_of(cfg: DictConfig) -> Cell:
+    """The cell of a composed configuration, Hydra's own part included. Raises UserError as ``plan`` does."""
+    return Cell.from_config(OmegaConf.create(_without_hydra(cfg)))
+
+
+def _composed(config_name: str, combinations: list[list[str]]) -> Iterator[DictConfig]:
+    """The configuration of each combination of words.
+
+    Hydra needs a tenth of a second to put the chosen options together, so it does that once for each choice of
+    them; values, which make up most of a large grid, are then set in copies.
+    """
+    chosen: dict[tuple[str, ...], Any] = {}
+    axes = GlobalHydra.instance().config_loader().list_groups("")
+    parser = OverridesParser.create()
+    for words in combinations:
+        overrides = parser.parse_overrides(words)
+        values = [override for override in overrides if _sets_value(override, axes)]
+        if any(override.type is not OverrideType.CHANGE for override in overrides):
+            values = []  # what + and ~ do depends on the values before and after them
+        choices = tuple(word for word, override in zip(words, overrides, strict=True) if override not in values)
+        if choices not in chosen:
+            chosen[choices] = _without_hydra(compose(config_name, list(choices), True))
+        cfg = OmegaConf.create(chosen[choices])
+        OmegaConf.set_struct(cfg, True)
+        try:
+            for override in values:
+                OmegaConf.update(cfg, override.key_or_group, override.value())
+        except OmegaConfBaseException:
+            compose(config_name, words)  # says what is wrong
+            raise
+        OmegaConf.set_struct(cfg, None)
+        yield cfg
+
+
+def _sets_value(override: Override, axes: list[str]) -> bool:
+    """Whether an override sets a value of the cell, and chooses no option and nothing of hydra's own."""
+    axis = override.key_or_group
+    return axis not in axes and "/" not in axis and override.package is None and not override.is_hydra_override()
+
+
+def _without_hydra(cfg: DictConfig) -> Any:
+    plain = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(plain, dict)
+    plain.pop("hydra")
+    return plain
 
 
 def _one_line(error: Exception, config_dir: Path) -> str:

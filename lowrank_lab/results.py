@@ -17,9 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from lowrank_lab import config, environment, out_of_memory, versions
 from lowrank_lab.cell import Cell
@@ -28,6 +26,9 @@ from lowrank_lab.locks import Busy
 from lowrank_lab.redaction import redacted
 from lowrank_lab.seal import read, sealed
 from lowrank_lab.store import Artifact, fingerprint, write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,11 @@ CHECKPOINTS = "checkpoints"  # the folder of the models that are kept
 CHECKPOINT_NAMES = ("checkpoint", "merged_checkpoint")  # in a record: which of them are this cell's
 
 
+def now() -> str:
+    """The time as records tell it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 class Record:
     """The record of a cell while it runs: stages and facts are added as they become known.
 
@@ -75,7 +81,7 @@ class Record:
             "dataset": cell.cfg.dataset.name,
             "seed": cell.cfg.seed,
             "grid": grid,
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "started": now(),
             "command": sys.argv,
             "config": config.plain(cell.cfg),
             "content": {
@@ -199,9 +205,9 @@ class Results:
         return sorted(records, key=lambda r: (r["model"], r["dataset"], r["method"], -r["ratio"], r["key"]))
 
     def note_grid(self, overrides: list[str], cells: list[Cell]) -> str:
-        """Write down which cells a command asked for; returns the grid's name: its words, but for places."""
-        words = (word for word in overrides if word.partition("=")[0] not in PLACES)
-        name = redacted(" ".join(words)) or "defaults"
+        """Write down which cells a command asked for; returns the grid's name, its words about cells."""
+        words = (word for word in overrides if not word.startswith("hydra"))
+        name = redacted(" ".join(word for word in words if word.partition("=")[0] not in PLACES)) or "defaults"
         entries = {cell.key: cell.label for cell in cells}
         file = self.root / "grids" / f"{fingerprint([name, sorted(entries)])}.json"
         write_json(file, {"name": name, "cells": redacted(entries)})
@@ -223,6 +229,8 @@ def _names(file: Path) -> list[str]:
 
 def frame(records: list[dict[str, Any]]) -> pd.DataFrame:
     """One row for each metric of each record, and one for each record without metrics (failed, skipped)."""
+    import pandas as pd  # only reports need it, and it doubles the time that run.py takes to start
+
     rows = []
     for record in records:
         sizes = record.get("sizes", {})

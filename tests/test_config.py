@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -109,6 +110,31 @@ def test_a_mistake_is_one_line_that_says_what_is_right(lab, override, message):
 def test_a_mistake_in_one_cell_stops_the_grid_before_it_starts(lab):
     with pytest.raises(UserError, match=r"ratio=2 is not valid"):
         lab.cells("method=svd,asvd", "ratio=0.8,2", multirun=True)
+
+
+@pytest.mark.parametrize(
+    ("swept", "others"),
+    [
+        ({"ratio": ("0.8", "0.6"), "method": ("svd", "asvd")}, ["calibration.seqlen=${eval.ppl.seqlen}"]),
+        ({"seed": ("1", "2"), "method": ("svd", "asvd")}, ["+mine=1", "mine=2"]),
+        (
+            {"quantization": ("rtn", "int8"), "targets.blocks": ("[0]", "[1]")},
+            ["quantization/method=gptq", "eval=[ppl]"],
+        ),
+        ({"eval.ppl": ("{batch_size: 3}", "{max_windows: 3}")}, ["save=true"]),  # the first leaves nothing behind
+    ],
+)
+def test_the_cells_of_a_grid_are_those_of_its_jobs_alone(lab, swept, others):
+    cells = lab.cells(*others, *(f"{name}={','.join(values)}" for name, values in swept.items()), multirun=True)
+    jobs = [zip(swept, values, strict=True) for values in itertools.product(*swept.values())]
+    alone = [cell for job in jobs for cell in lab.cells(*others, *(f"{name}={value}" for name, value in job))]
+    assert [cell.key for cell in cells] == [cell.key for cell in alone]
+    assert [config.plain(cell.cfg) for cell in cells] == [config.plain(cell.cfg) for cell in alone]
+
+
+def test_a_setting_that_one_cell_lacks_stops_the_grid(lab):
+    with pytest.raises(UserError, match=r"metric\.alpha: no such setting with these options"):
+        lab.cells("method=asvd,svd", "metric.alpha=0.4,0.6", multirun=True)
 
 
 def test_a_model_without_compressible_layers(lab, tmp_path):

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from string import Formatter
@@ -73,13 +74,15 @@ class EmbeddedWikipedia:
                     yield text
                 number += 1
 
-    def _file(self) -> Path:
+    @classmethod
+    @cache  # the package has hundreds of files, and is asked for by every cell
+    def _file(cls) -> Path:
         try:
-            files = importlib.metadata.files(self.PACKAGE) or []
+            files = importlib.metadata.files(cls.PACKAGE) or []
         except importlib.metadata.PackageNotFoundError:
             files = []
         for file in files:
-            if file.name == self.FILE:
+            if file.name == cls.FILE:
                 return Path(str(file.locate()))
         raise UserError(
             "dataset=wikipedia reads articles that the package gensim ships, which is not installed; "

@@ -117,7 +117,7 @@ def _decompose(
         kept = _above_noise(eigenvalues, scale)
         return Spectrum(eigenvalues, _apply(inverse_root, vectors), output_metric), kept
     # C = S Sᵀ; then Sᵀ Wᵀ R W S has the eigenvectors V, and R^-½ U = W S V Σ^-1.
-    root, _ = _roots(input_metric)
+    root = _root(input_metric)
     scaled = _apply_right(weight, root)
     eigenvalues, vectors = _eigh(scaled.T @ _apply(output_metric, scaled))
     kept = _above_noise(eigenvalues, scale)
@@ -161,6 +161,17 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, descending and not below zero, and eigenvectors of a positive semi-definite matrix."""
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     return values.flip(0).clamp(min=0), vectors.flip(1)
+
+
+def _root(metric: Tensor | None) -> Tensor | None:
+    """Any P with P Pᵀ = metric; None and vectors as in ``decompose``.
+
+    Cholesky's takes a tenth of the time of the eigenvectors', and there is one unless the metric is singular.
+    """
+    if metric is None or metric.ndim == 1:
+        return _roots(metric)[0]
+    root, failed = torch.linalg.cholesky_ex(metric)
+    return _roots(metric)[0] if failed else root
 
 
 def _roots(metric: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

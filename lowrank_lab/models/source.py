@@ -75,6 +75,7 @@ def _tiny(family: str) -> ModelSource:
     return ModelSource("tiny", f"tiny-{family}", family, content, model_type=family)
 
 
+@cache  # a package may have thousands of files, and is asked for by every cell
 def _package_gguf(package: str) -> Path:
     try:
         files = importlib.metadata.files(package) or []

@@ -302,6 +302,7 @@ def _flatten(name: str, value: Any, into: dict[str, Any]) -> None:
                 "refinement.dataset.eval",
                 "refinement.micro_batch",
                 "calibration.batch_size",
+                "calibration.offload",
             ):
                 continue  # a corpus is told by its data set's name; the others have no influence
             else:

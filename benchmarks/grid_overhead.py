@@ -1,0 +1,83 @@
+"""How much longer does a grid take than the forwards that it cannot do without?
+
+    OMP_NUM_THREADS=1 python benchmarks/grid_overhead.py
+
+Three methods at three ratios on the embedded model (or any words of run.py), in this process, with empty
+results but a converted model. What no implementation avoids: one forward of the calibration tokens through the
+blocks, and for each cell one of the evaluation tokens through its compressed model. These are timed in the same
+run, through linears of the ranks that the cells had. Prints the processor seconds of both, their ratio, and the
+share of each stage in the grid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import rounded, seconds
+
+from lowrank_lab import grid, runner
+from lowrank_lab.bench import Bench
+from lowrank_lab.cell import Cell
+from lowrank_lab.lowrank.factorized import FactorizedLinear, plain_linear
+from lowrank_lab.results import Record
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+METHODS = ("svd", "asvd_uniform", "svdllm")
+RATIOS = (0.8, 0.6, 0.4)
+SIZES = ("eval.ppl.seqlen=512", "eval.ppl.max_windows=16", "calibration.samples=16", "calibration.seqlen=512")
+
+
+def plan(words: Sequence[str], *more: str) -> list[Cell]:
+    return grid.plan(CONF, "config", [*SIZES, *words, *more], multirun=True)
+
+
+@torch.no_grad()
+def forwards(cell: Cell, ranks: dict[str, int]) -> tuple[float, float]:
+    """Seconds of a forward of the calibration tokens through the dense blocks, and of one of the evaluation tokens
+    through the whole model with linears of these ranks."""
+    bench = Bench(cell, Record(cell, None), torch.device("cpu"))
+    bench.evaluator, evaluator = "ppl", cell.evaluators["ppl"]
+    windows, _ = evaluator.windows(bench)
+    calibration = bench.calibration_ids.split(cell.cfg.calibration.batch_size)
+    model: Any = bench.model
+    dense = seconds(lambda: [model.model(ids) for ids in calibration])
+    for name, rank in ranks.items():
+        out, inp = model.get_submodule(name).weight.shape
+        left, right = torch.randn(out, rank) / out**0.5, torch.randn(rank, inp) / inp**0.5
+        model.set_submodule(name, FactorizedLinear(plain_linear(left, None), plain_linear(right, None)))
+    return dense, seconds(lambda: [model(ids) for ids in windows.split(evaluator.batch_size)])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("words", nargs="*", help="of run.py, for another model or other sizes")
+    words = parser.parse_args(arguments).words
+    with tempfile.TemporaryDirectory() as results:
+        words = [*words, f"results={results}", f"method={','.join(METHODS)}", f"ratio={','.join(map(str, RATIOS))}"]
+        for cell in plan(words, "method=dense", "ratio=1", "eval.ppl.max_windows=1"):
+            runner.run(cell.cfg)  # converts the model
+        stages: Counter[str] = Counter()
+        took, unavoidable = 0.0, 0.0
+        of_calibration = 0.0
+        for cell in plan(words):
+            record: dict[str, Any] = {}
+            took += seconds(lambda cell=cell, record=record: record.update(runner.run(cell.cfg)))
+            for stage in record["stages"]:
+                stages[stage["stage"]] += stage["seconds"]
+            of_calibration, of_evaluation = forwards(cell, record["compression"]["ranks"])
+            unavoidable += of_evaluation
+    unavoidable += of_calibration
+    shares = {stage: part / stages.total() for stage, part in stages.most_common() if part > 0}
+    print(json.dumps({"grid": took, "unavoidable": unavoidable, "ratio": took / unavoidable}))
+    print(json.dumps({"shares": rounded(shares)}))
+
+
+if __name__ == "__main__":
+    main()
