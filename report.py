@@ -5,6 +5,7 @@ python report.py status               which cells are done, failed, skipped and 
 python report.py table=dobi/table2    a published table beside our numbers (Markdown, CSV, LaTeX)
 python report.py figure=dobi/figure8  a figure of a paper from our records (PNG, PDF, and the CSV that it shows)
 python report.py page                 all of it as one HTML file: <results>/index.html
+python report.py check                read all records, artifacts and checkpoints again: is any of them damaged?
 python report.py count                which tables and figures have published numbers, recipes and results
 """
 
@@ -25,16 +26,19 @@ def main() -> None:
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # python report.py | head
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="all", help="all, status, count, table=NAME, figure=NAME, page")
+    parser.add_argument(
+        "what", nargs="?", default="all", help="all, status, check, count, table=NAME, figure=NAME, page"
+    )
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder given to run.py as results=")
     parser.add_argument("--out", type=Path, help="where to write (default: <results>/report; the page: <results>)")
     parser.add_argument("--wandb", metavar="PROJECT", help="log what is written to this W&B project as well")
     arguments = parser.parse_args()
 
-    from lowrank_lab import tracking
+    from lowrank_lab import redaction, tracking
     from lowrank_lab.errors import UserError
     from lowrank_lab.results import Results
 
+    redaction.guard_streams()
     results = Results(arguments.results)
     out = arguments.out or arguments.results / "report"
     index = (arguments.out or arguments.results) / "index.html"
@@ -51,12 +55,18 @@ def main() -> None:
 def report(what: str, results: Results, out: Path, index: Path) -> list[Path]:
     """Print and write what is asked for; returns the files. Raises UserError for an unknown name or no records."""
     from lowrank_lab.errors import UserError
-    from lowrank_lab.reporting import coverage, page, paper_figures, paper_tables, published
+    from lowrank_lab.reporting import check, coverage, page, paper_figures, paper_tables, published
     from lowrank_lab.reporting.status import status
 
     kind, _, name = what.partition("=")
     if what == "status":
         print(status(results))
+        return []
+    if what == "check":
+        found, good = check.check(results)
+        print(found)
+        if not good:
+            sys.exit(1)
         return []
     if what == "count":
         print(coverage.markdown(results))
@@ -74,7 +84,7 @@ def report(what: str, results: Results, out: Path, index: Path) -> list[Path]:
         return _wrote([page.write(results, index)])
     if what == "all":
         return [*everything(results, out), *_wrote([page.write(results, index)])]
-    raise UserError(f"{what}: no such report; choose all, status, count, table=NAME, figure=NAME, page")
+    raise UserError(f"{what}: no such report; choose all, status, check, count, table=NAME, figure=NAME, page")
 
 
 def everything(results: Results, out: Path) -> list[Path]:

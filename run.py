@@ -15,9 +15,9 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from lowrank_lab import config, grid, progress, runner
+from lowrank_lab import config, grid, progress, redaction, runner
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import UserError
 from lowrank_lab.locks import Busy
@@ -26,19 +26,18 @@ from lowrank_lab.results import Results
 log = logging.getLogger(__name__)
 
 CONFIG_DIR = Path(__file__).resolve().parent / "conf"
-GRID_NAME = "LOWRANK_LAB_GRID"  # in the environment, so that jobs in other processes know it too
-
 
 _postponed: list[DictConfig] = []  # cells of this process's grid that another process held up
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def job(cfg: DictConfig) -> None:
+    redaction.guard_streams()  # also where a launcher has started this in a process of its own
     hydra_cfg = HydraConfig.get()
     one_by_one = hydra_cfg.mode == RunMode.MULTIRUN and hydra_cfg.launcher._target_.endswith("BasicLauncher")
     postponed = False
     try:
-        runner.run(cfg, os.environ.get(GRID_NAME), wait=not one_by_one)
+        runner.run(cfg, os.environ.get(grid.NAME), wait=not one_by_one)
     except Busy as busy:
         log.info("%s; this cell comes later", busy)
         _postponed.append(cfg)
@@ -53,6 +52,7 @@ def job(cfg: DictConfig) -> None:
 
 
 def main() -> None:
+    redaction.guard_streams()
     signal.signal(signal.SIGTERM, _stop)
     # argparse wants the overrides in one piece; people also write: run.py model=tiny -m ratio=0.8,0.6
     words = grid.spelled_out(sys.argv[1:])
@@ -84,7 +84,7 @@ def _run() -> None:
         job()
     except SystemExit as failed:
         status = failed.code
-    if not runner.run_postponed(_postponed, os.environ.get(GRID_NAME)):
+    if not runner.run_postponed(_postponed, os.environ.get(grid.NAME)):
         status = 1
     if status:
         sys.exit(status)
@@ -96,12 +96,21 @@ def _stop(signal_number: int, _frame: FrameType | None) -> None:
 
 def _plan(arguments: argparse.Namespace) -> list[Cell]:
     """Check all cells before any work and note the grid; none where every cell is finished already."""
+    redaction.refuse(arguments.overrides)
     overrides = list(arguments.overrides)
+    if not arguments.multirun and any(word.startswith("hydra/launcher=") for word in overrides):
+        raise UserError("hydra/launcher is for grids; add -m")
     if arguments.config_dir:
         overrides.append(f"hydra.searchpath=[file://{Path(arguments.config_dir).resolve()}]")
     cells = grid.plan(CONFIG_DIR, arguments.config_name or "config", overrides, arguments.multirun)
+    redaction.refuse(OmegaConf.to_yaml(cells[0].cfg).splitlines())  # from a YAML file of the user's own
+    if cells[0].cfg.dry_run:
+        from lowrank_lab.planning.dry_run import tell
+
+        sys.exit(0 if tell(cells) else 1)
     results = Results(cells[0].cfg.results)
-    os.environ[GRID_NAME] = results.note_grid(arguments.overrides, cells)
+    if grid.NAME not in os.environ:  # else a launcher has noted the grid that this process works on
+        os.environ[grid.NAME] = results.note_grid(arguments.overrides, cells)
     finished = {cell.key: (cell.label, record) for cell in cells if (record := runner.finished(cell)) is not None}
     count = sum(cell.key in finished for cell in cells)  # a label does not tell all settings
     print(f"{len(cells)} cells, {count} finished already", file=sys.stderr)

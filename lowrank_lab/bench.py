@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from lowrank_lab import checkpoint, config, versions
 from lowrank_lab.calibration.gradients import make_gradients
@@ -24,7 +24,8 @@ from lowrank_lab.lowrank.ranks import Site
 from lowrank_lab.lowrank.sites import sites_of
 from lowrank_lab.lowrank.spectra import linear_shapes, load_tails, make_spectra
 from lowrank_lab.models.arch import ArchSpec, spec_for
-from lowrank_lab.models.load import convert, load_model, load_tokenizer
+from lowrank_lab.models.load import convert, load_config, load_model, load_tokenizer
+from lowrank_lab.models.walk import walk
 from lowrank_lab.results import Record
 from lowrank_lab.store import fingerprint
 
@@ -56,7 +57,7 @@ class Bench:
 
     @cached_property
     def model_config(self) -> Any:
-        return AutoConfig.from_pretrained(self.location, **self._remote)
+        return load_config(self.location, **self._remote)
 
     @cached_property
     def model(self) -> nn.Module:
@@ -152,15 +153,29 @@ class Bench:
         )
         return load_tokens(made)
 
+    def calibration_batches(self, samples: int | None = None) -> Sequence[torch.Tensor]:
+        """The calibration tokens, or the first ``samples`` of them, as batches (batch, seqlen)."""
+        return self.calibration_ids[:samples].split(self.cell.cfg.calibration.batch_size)
+
+    @property
+    def offload(self) -> Path | None:
+        """The folder for hidden states of the calibration text that are not kept in memory; None where they are."""
+        return self.cell.store.root if self.cell.cfg.calibration.offload else None
+
+    def walk(
+        self, model: nn.Module, samples: int | None = None, hidden: list[torch.Tensor] | None = None
+    ) -> Iterator[tuple[int, nn.Module, Callable[..., None]]]:
+        """``model`` block by block over the calibration text, or its first ``samples`` (models/walk.py)."""
+        return walk(model, self.spec, self.calibration_batches(samples), self.device, hidden, self.offload)
+
     @cached_property
     def statistics(self) -> Path | None:
         """The artifact of the input statistics; None where the metric needs none."""
         key = self.cell.statistics_key
         if key is None:
             return None
-        ids = self.calibration_ids
-        batches = ids.split(self.cell.cfg.calibration.batch_size)
-        make = lambda folder: make_statistics(folder, self.model, self.spec, batches, self.device)
+        batches, offload = self.calibration_batches(), self.offload
+        make = lambda folder: make_statistics(folder, self.model, self.spec, batches, self.device, offload)
         return self.made("calibration", "statistics", key, make)
 
     @cached_property

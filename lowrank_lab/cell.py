@@ -14,6 +14,7 @@ from lowrank_lab.errors import UserError
 from lowrank_lab.keys import Keys, text_of
 from lowrank_lab.models.arch import spec_for
 from lowrank_lab.models.source import resolve
+from lowrank_lab.redaction import redacted
 from lowrank_lab.saved import Saved
 from lowrank_lab.store import Store
 
@@ -23,6 +24,7 @@ KINDS = {
     "compressed": "a compressed model",
     "checkpoint": "a model that is compressed already, whose dense original is not known",
 }
+LONGEST_NAME = 150  # bytes of a checkpoint's folder: file systems allow 255
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,13 @@ class Cell(Keys):
     def label(self) -> str:
         name = self.cfg.method.name
         what = f"{name} ratio={self.ratio:g}" if self.compressed else name
-        what += self.described.removeprefix(name)
+        what += self.described.removeprefix(redacted(name))
         return f"{what} {self.source.name} {self.cfg.dataset.name}"
 
     @property
     def described(self) -> str:
         """The method and the quantization, as a checkpoint tells them."""
-        name = self.cfg.method.name
+        name = redacted(self.cfg.method.name)
         return name if self.quantization is None else f"{name} {self.quantization.name}"
 
     @property
@@ -120,7 +122,8 @@ class Cell(Keys):
             name = f"{self.cfg.method.name}-{self.ratio:g}-{name}"
         if self.quantization is not None:
             name += f"-{self.quantization.name}"
-        readable = re.sub(r"[^\w.-]+", "_", f"{name}-{self.compressed_key[:8]}")
+        short = redacted(name).encode()[:LONGEST_NAME].decode(errors="ignore")
+        readable = re.sub(r"[^\w.-]+", "_", f"{short}-{self.compressed_key[:8]}")
         asked = {}
         changed = self.compresses or self.quantization is not None
         if self.cfg.save.checkpoint and changed:

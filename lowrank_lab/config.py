@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lowrank_lab.checks import is_count, is_number
@@ -18,6 +21,35 @@ SAMPLING = ("samples", "seqlen", "seed", "sampling", "bos")  # how windows are d
 def build(node: Any) -> Any:
     """The object that a config node with a ``_target_`` describes. The only instantiate of the project."""
     return instantiate(node, _convert_="all")
+
+
+def build_recorded(settings: dict[str, Any]) -> Any:
+    """The object that settings of a record describe. Raises UserError for a class that is not of this package.
+
+    A record may be somebody else's: reading it must not run what it names.
+    """
+    for target in _targets(settings):
+        if not _is_our_class(target):
+            raise UserError(f"{target}: a record names what is no class of lowrank_lab; it is not run")
+    return build(OmegaConf.create(settings))
+
+
+def _is_our_class(target: str) -> bool:
+    """Also where a module of ours has imported it, as in lowrank_lab.store.shutil.rmtree, it may be another's."""
+    try:
+        return target.startswith("lowrank_lab.") and get_class(target).__module__.startswith("lowrank_lab.")
+    except Exception:  # Hydra raises many kinds for what is not there or no class
+        return False
+
+
+def _targets(settings: Any) -> Iterator[str]:
+    """Every ``_target_`` within plain data."""
+    if isinstance(settings, dict):
+        yield from (str(value) for name, value in settings.items() if name == "_target_")
+    for value in (
+        settings.values() if isinstance(settings, dict) else settings if isinstance(settings, list) else ()
+    ):
+        yield from _targets(value)
 
 
 def plain(node: Any) -> Any:
@@ -64,18 +96,23 @@ def validated(cfg: DictConfig) -> dict[str, Any]:
     _check("seed", cfg.seed, is_count(cfg.seed, 0), "a whole number from 0")
     known_device = isinstance(cfg.device, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device)
     _check("device", cfg.device, bool(known_device), "auto, cpu, cuda or cuda:N")
+    _check("dry_run", cfg.dry_run, isinstance(cfg.dry_run, bool), "true or false")
     _check("save", cfg.save, OmegaConf.is_dict(cfg.save), "true or false")
     for name in ("checkpoint", "merge"):
         good = isinstance(cfg.save.get(name), bool)
         _check("save" if name == "checkpoint" else f"save.{name}", cfg.save.get(name), good, "true or false")
     for name in ("results", "artifacts"):
-        _check(name, cfg[name], isinstance(cfg[name], str) and cfg[name].strip() != "", "a folder")
+        good = isinstance(cfg[name], str) and cfg[name].strip() != "" and "\0" not in cfg[name]
+        _check(name, cfg[name], good, "a folder")
+        _check_writable(name, Path(cfg[name]))
     _check("model.path", cfg.model.path, isinstance(cfg.model.path, str), "a hub name, a folder or package:NAME")
     _check("data_root", cfg.data_root, isinstance(cfg.data_root, str | None), "a folder, or null for the hub")
     _check_windows("calibration", cfg.calibration)
     calibration_samples = cfg.calibration.samples
     batch_size = cfg.calibration.batch_size
     _check("calibration.batch_size", batch_size, is_count(batch_size, 1), "a whole number from 1")
+    offload = cfg.calibration.offload
+    _check("calibration.offload", offload, isinstance(offload, bool), "true or false")
     _check_part("dataset", cfg.dataset, "eval")
     for name, node in cfg.eval.items():
         if node.get("dataset") is not None:
@@ -96,6 +133,13 @@ def validated(cfg: DictConfig) -> dict[str, Any]:
         except Exception as error:  # instantiate wraps whatever the class raised for a bad value
             raise UserError(f"{name}: {error.__cause__ or error}".splitlines()[0]) from None
     return built
+
+
+def _check_writable(name: str, folder: Path) -> None:
+    """Raises UserError where nothing can be written below ``folder``, which need not be there yet."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{name}={folder}: {there} cannot be written to; choose another folder with {name}=...")
 
 
 def _check_windows(name: str, sampling: DictConfig) -> None:

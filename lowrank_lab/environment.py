@@ -65,7 +65,7 @@ def hardware(device: Any) -> dict[str, Any]:
     facts = {
         "device": str(device),
         "cpu": _cpu_name(),
-        "cores": _cores(),
+        "cores": cores(),
         "memory_mib": _total_memory() // MIB,
     }
     if device.type == "cuda":
@@ -80,7 +80,7 @@ def machine() -> dict[str, Any]:
     """What a timing depends on beside the work. No torch."""
     return {
         "cpu": _cpu_name(),
-        "cores": _cores(),
+        "cores": cores(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
         "gpus": list(_gpu_names()),
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES"),
@@ -154,11 +154,24 @@ def _peak_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
+def memory_limit() -> int:
+    """Bytes of memory that this process may use: the machine's, or what its control group (SLURM's) leaves it."""
+    limit = _total_memory()
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
+        folder = Path("/sys/fs/cgroup") / group
+        for place in (folder, *folder.parents):  # the narrowest of all that it is in
+            file = place / "memory.max"
+            if file.exists() and (text := file.read_text().strip()) != "max":
+                limit = min(limit, int(text))
+    return limit
+
+
 def _total_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _cores() -> int | None:
+def cores() -> int | None:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 

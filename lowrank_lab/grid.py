@@ -20,6 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import UserError
 
+NAME = "LOWRANK_LAB_GRID"  # in the environment of a grid's processes: what the grid is called in their records
+
 
 def plan(config_dir: Path, config_name: str, overrides: list[str], multirun: bool) -> list[Cell]:
     """One validated cell for each combination of the swept values (one without ``multirun``).
@@ -32,7 +34,7 @@ def plan(config_dir: Path, config_name: str, overrides: list[str], multirun: boo
         with initialize_config_dir(str(config_dir), version_base="1.3"):
             base = compose(config_name, _without_sweeps(overrides) if multirun else overrides, True)
             if not multirun:
-                return [Cell.from_config(OmegaConf.create(_without_hydra(base)))]
+                return [cell_of(base)]
             params: DictConfig = base.hydra.sweeper.get("params") or OmegaConf.create({})
             swept = [f"{key!s}={value}" for key, value in params.items()] + overrides
             parsed = OverridesParser.create().parse_overrides(swept)
@@ -74,6 +76,11 @@ def _without_sweeps(overrides: list[str]) -> list[str]:
         else:
             first.append(str(override.input_line))
     return first
+
+
+def cell_of(cfg: DictConfig) -> Cell:
+    """The cell of a composed configuration, Hydra's own part included. Raises UserError as ``plan`` does."""
+    return Cell.from_config(OmegaConf.create(_without_hydra(cfg)))
 
 
 def _composed(config_name: str, combinations: list[list[str]]) -> Iterator[DictConfig]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from filelock import SoftFileLease, Timeout
 log = logging.getLogger(__name__)
 
 LEASE = 60.0  # seconds; every process that shares a folder must have the same
+LONG = 5  # leases
 POLL = 0.5  # seconds between two looks at a lock that is waited for
 
 
@@ -48,11 +50,19 @@ def held(file: Path, what: str, wait: bool = True) -> Iterator[None]:
 
 
 def holder(file: Path) -> str | None:
-    """Who has the lock ``file``, as "process 123 on n1"; None where nobody does, or a process that is gone."""
+    """Who has the lock ``file``, as "process 123 on n1"; None where nobody does, or a process that is gone.
+
+    One on another machine is taken for gone when it has long not renewed the lock by this machine's clock: good
+    enough to tell a person, while to take the lock over ``held`` trusts no clock but its own.
+    """
     owner = SoftFileLease(file, lease_duration=LEASE).owner if file.exists() else None
-    if owner is None or (owner.hostname == socket.gethostname() and not _is_alive(owner.pid)):
+    if owner is None:
         return None
-    return f"process {owner.pid} on {owner.hostname}"
+    if owner.hostname == socket.gethostname():
+        gone = not _is_alive(owner.pid)
+    else:
+        gone = not file.exists() or time.time() - file.stat().st_mtime > LONG * LEASE
+    return None if gone else f"process {owner.pid} on {owner.hostname}"
 
 
 def _somebody(file: Path) -> str:

@@ -19,10 +19,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowrank_lab import config, environment, versions
+from lowrank_lab import config, environment, out_of_memory, versions
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.locks import Busy
+from lowrank_lab.redaction import redacted
+from lowrank_lab.seal import read, sealed
 from lowrank_lab.store import Artifact, fingerprint, write_json
 
 if TYPE_CHECKING:
@@ -52,6 +54,11 @@ CHECKPOINTS = "checkpoints"  # the folder of the models that are kept
 CHECKPOINT_NAMES = ("checkpoint", "merged_checkpoint")  # in a record: which of them are this cell's
 
 
+def now() -> str:
+    """The time as records tell it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 class Record:
     """The record of a cell while it runs: stages and facts are added as they become known.
 
@@ -74,7 +81,7 @@ class Record:
             "dataset": cell.cfg.dataset.name,
             "seed": cell.cfg.seed,
             "grid": grid,
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "started": now(),
             "command": sys.argv,
             "config": config.plain(cell.cfg),
             "content": {
@@ -145,7 +152,7 @@ class Results:
     def find(self, key: str) -> dict[str, Any] | None:
         """The record of a cell whatever its status, or None."""
         file = self.path(key)
-        return _read(file, IN_RECORD) if file.is_file() else None
+        return read(file, IN_RECORD) if file.is_file() else None
 
     def finished(self, key: str) -> dict[str, Any] | None:
         """The record of a cell that needs no more work, or None. A failed cell is tried again."""
@@ -170,46 +177,45 @@ class Results:
             record.data.update(status="skipped", reason=str(why))
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            if out_of_memory.ran_out(error):
+                reason = f"{reason}; {out_of_memory.ADVICE}"
             record.data.update(status="failed", reason=reason, traceback=traceback.format_exc())
             raise
         finally:
             if record.data["status"] != "running":
                 record.data["seconds"] = round(time.perf_counter() - start, 3)
                 record.data["peak_memory"] = environment.peak_memory()
-                write_json(self.path(record.data["key"]), record.data)
+                record.data = self.write(record.data)
             if record.data["status"] in FINISHED:
                 self.begun(record.data["key"]).unlink(missing_ok=True)
 
+    def write(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Write a record, without secrets and with a checksum; returns it as it now stands in its file."""
+        file = self.path(record["key"])
+        for leftover in file.parent.glob(f".{file.name}.tmp-*"):  # of a killed process; we hold the cell's lock
+            leftover.unlink(missing_ok=True)
+        written = sealed(redacted(record))
+        write_json(file, written)
+        return written
+
     def records(self) -> list[dict[str, Any]]:
         """All records, in a fixed order that does not depend on when they were written."""
-        read = [_read(file, IN_RECORD) for file in sorted((self.root / "records").glob("*.json"))]
-        found = [record for record in read if record is not None]
-        return sorted(found, key=lambda r: (r["model"], r["dataset"], r["method"], -r["ratio"], r["key"]))
+        found = [read(file, IN_RECORD) for file in sorted((self.root / "records").glob("*.json"))]
+        records = [record for record in found if record is not None]
+        return sorted(records, key=lambda r: (r["model"], r["dataset"], r["method"], -r["ratio"], r["key"]))
 
     def note_grid(self, overrides: list[str], cells: list[Cell]) -> str:
-        """Write down which cells a command asked for; returns the grid's name: its words, but for places."""
-        name = " ".join(word for word in overrides if word.partition("=")[0] not in PLACES) or "defaults"
+        """Write down which cells a command asked for; returns the grid's name, its words about cells."""
+        words = (word for word in overrides if not word.startswith("hydra"))
+        name = redacted(" ".join(word for word in words if word.partition("=")[0] not in PLACES)) or "defaults"
         entries = {cell.key: cell.label for cell in cells}
         file = self.root / "grids" / f"{fingerprint([name, sorted(entries)])}.json"
-        write_json(file, {"name": name, "cells": entries})
+        write_json(file, {"name": name, "cells": redacted(entries)})
         return name
 
     def grids(self) -> list[dict[str, Any]]:
-        read = [_read(file, IN_GRID) for file in sorted((self.root / "grids").glob("*.json"))]
-        return [grid for grid in read if grid is not None]
-
-
-def _read(file: Path, entries: set[str]) -> dict[str, Any] | None:
-    """A record or grid with these entries; None, with a warning, for a file that is not what this program wrote."""
-    try:
-        value = json.loads(file.read_text())
-        without_number = isinstance(value, dict) and value.get("status") in ("failed", "skipped")
-        if isinstance(value, dict) and entries | ({"reason"} if without_number else set()) <= value.keys():
-            return value
-    except (ValueError, OSError):
-        pass
-    log.warning("%s cannot be read and is left out; run its cell again, or delete it", file)
-    return None
+        found = [read(file, IN_GRID) for file in sorted((self.root / "grids").glob("*.json"))]
+        return [grid for grid in found if grid is not None]
 
 
 def _names(file: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections import Counter, deque
 from typing import Any
 
@@ -13,10 +14,16 @@ from lowrank_lab import config, progress
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import UserError
 from lowrank_lab.locks import Busy, held
+from lowrank_lab.out_of_memory import without_frames
 from lowrank_lab.results import CHECKPOINT_NAMES, CHECKPOINTS, Record, Results
+from lowrank_lab.seal import SEAL
 from lowrank_lab.store import Store
 
 log = logging.getLogger(__name__)
+
+SINCE = (
+    "LOWRANK_LAB_SINCE"  # in the environment of processes that share a grid: when it was launched, as in records
+)
 
 
 def run(cfg: DictConfig, grid: str | None = None, wait: bool = True) -> dict[str, Any]:
@@ -33,11 +40,18 @@ def run(cfg: DictConfig, grid: str | None = None, wait: bool = True) -> dict[str
         log.info("%s is compressed already (%s, ratio %g): it is evaluated as it is", *known)
     elif cell.asks_for_checkpoint and not cell.checkpoints:
         log.info("%s: nothing is compressed, so there is no checkpoint to save", cell.label)
-    if (record := finished(cell)) is None:
-        with held(results.lock(cell.key), cell.label, wait):
-            if (record := finished(cell)) is None:  # else whoever held the lock has finished it
-                cell.store.waits = wait
-                return _computed(cell, results, grid)
+    if (record := _settled(cell, results)) is None:
+        try:
+            with held(results.lock(cell.key), cell.label, wait):
+                if (record := _settled(cell, results)) is None:  # else whoever held the lock has settled it
+                    cell.store.waits = wait
+                    return _computed(cell, results, grid)
+        except Exception as error:
+            if not _disk_full(error):
+                raise
+            raise UserError(
+                f"no space left for results={cfg.results} or artifacts={cfg.artifacts}; what was finished is kept"
+            ) from error
     log.info("%s: %s already (%s)", cell.label, record["status"], summary(record))
     return record
 
@@ -57,14 +71,12 @@ def _computed(cell: Cell, results: Results, grid: str | None) -> dict[str, Any]:
 
             compute(cell, recording)
     except Exception as error:
-        if not _disk_full(error):
-            raise
-        raise UserError(
-            f"no space left for results={cfg.results} or artifacts={cfg.artifacts}; what was finished is kept"
-        ) from error
+        if "traceback" in recording.data:
+            log.error("%s", recording.data["traceback"].rstrip())
+        raise without_frames(error)  # noqa: B904 - it is the same error
     finally:
         record = recording.data
-        if record["status"] != "running":  # an interrupted cell has nothing to tell, nor has its last record
+        if SEAL in record:  # it is written; an interrupted cell has nothing to tell, nor has its last record
             log.info("%s: %s (%s), %.0f s", cell.label, record["status"], summary(record), record["seconds"])
             config.build(cfg.tracker)(record, results.path(cell.key))
     return record
@@ -109,9 +121,21 @@ def finished(cell: Cell) -> dict[str, Any] | None:
     return record
 
 
+def _settled(cell: Cell, results: Results) -> dict[str, Any] | None:
+    """The record of a cell that is finished, or has failed since the launcher began: its workers try it once."""
+    if (record := finished(cell)) is None and (since := os.environ.get(SINCE)):
+        record = results.find(cell.key)
+        if record is not None and (record["status"] != "failed" or record["started"] < since):
+            return None
+    return record
+
+
 def _disk_full(error: BaseException) -> bool:
-    # safetensors reports the system's error in its text alone.
-    return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "os error 28" in str(error)
+    """Whether a disk or a quota is full. safetensors and torch tell so in their texts alone."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    texts = (f"os error {errno.ENOSPC}", f"os error {errno.EDQUOT}", "PytorchStreamWriter failed writing")
+    return any(text in str(error) for text in texts)
 
 
 def _shown(measured: dict[str, Any]) -> str:

@@ -60,13 +60,9 @@ class Store:
         path = self.path(kind, key)
         if not path.exists():
             return None
-        try:
-            manifest = json.loads((path / MANIFEST).read_text())
-            good = all(_as_written(path / name, facts) for name, facts in manifest["files"].items())
-        except (OSError, ValueError, KeyError, TypeError):
-            good = False
-        if not good:
-            log.warning("the artifact %s is damaged; it is made again", path)
+        manifest, wrong = examine(path)
+        if manifest is None:
+            log.warning("the artifact %s is damaged (%s); it is made again", path, wrong)
             return None
         return Artifact(kind, key, path, reused=True, seconds=manifest["seconds"])
 
@@ -108,15 +104,18 @@ class Store:
                 (work / MANIFEST).write_text(json.dumps(manifest, indent=1))
                 os.replace(work, final)
             except BaseException as error:
-                if resumable:
+                # A process that was halted for long has lost its lock: somebody else has been faster, or has
+                # cleared our folder away and is at it now.
+                lost = isinstance(error, Exception) and (not work.exists() or self.get(kind, key) is not None)
+                if resumable and not lost:
                     write_json(work / SPENT, time.perf_counter() - start)
                 else:
                     shutil.rmtree(work, ignore_errors=True)
-                # A process that was halted for long has lost its lock, and somebody else may have been faster.
-                if isinstance(error, OSError) and (found := self.get(kind, key)):
-                    return found
-                raise
-        return Artifact(kind, key, final, reused=False, seconds=seconds)
+                if not lost:
+                    raise
+            else:
+                return Artifact(kind, key, final, reused=False, seconds=seconds)
+        return self.get_or_make(kind, key, make, resumable)
 
     def file_hash(self, file: str | Path) -> str:
         """SHA-256 of a file, remembered by its path, size and modification time (models are large)."""
@@ -135,6 +134,26 @@ class Store:
         return sha256
 
 
+def examine(folder: Path, thorough: bool = False) -> tuple[dict[str, Any] | None, str]:
+    """The manifest of an artifact whose files are as they were written; else None, and what is wrong with it.
+
+    A file's content is compared with its SHA-256 where its time has changed since; ``thorough`` compares all.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, facts in manifest["files"].items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                return None, f"its manifest names {name}, which is elsewhere"
+            if not _as_written(folder / name, facts, thorough):
+                return None, f"{name} is not as it was written"
+        float(manifest["seconds"])
+    except FileNotFoundError as error:
+        return None, f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None, f"its {MANIFEST} cannot be read"
+    return manifest, ""
+
+
 def _spent(work: Path) -> float:
     try:
         return float(json.loads((work / SPENT).read_text()))
@@ -147,11 +166,11 @@ def _facts(file: Path) -> dict[str, Any]:
     return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": _sha256(file)}
 
 
-def _as_written(file: Path, facts: dict[str, Any]) -> bool:
+def _as_written(file: Path, facts: dict[str, Any], thorough: bool) -> bool:
     stat = file.stat()
     if stat.st_size != facts["size"]:
         return False
-    return stat.st_mtime_ns == facts["mtime_ns"] or _sha256(file) == facts["sha256"]
+    return (stat.st_mtime_ns == facts["mtime_ns"] and not thorough) or _sha256(file) == facts["sha256"]
 
 
 def _sha256(file: Path) -> str:

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 
 REPORT_TIMEOUT = 120.0  # seconds for a report's tables and figures, which are more than a record
+_unreachable = False  # set by the first online upload of this process that fails: a grid waits for W&B once
 
 
 class NoTracker:
@@ -61,9 +62,15 @@ def log_report(what: str, root: Path, files: list[Path], project: str) -> None:
 
 def _copied(what: list[str], project: str, entity: str | None, timeout: float) -> bool:
     """Online where that is possible, else offline; whether it worked, which it also does where W&B is disabled."""
+    global _unreachable
     mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
-    if mode == "disabled" or (mode == "online" and _upload(what, project, entity, timeout, "online")):
+    if mode == "disabled":
         return True
+    if mode == "online" and not _unreachable:
+        if _upload(what, project, entity, timeout, "online"):
+            return True
+        _unreachable = True
+        log.warning("W&B: from now on copies are written offline below <results>/wandb; wandb sync uploads them")
     return _upload(what, project, entity, timeout, "offline")
 
 

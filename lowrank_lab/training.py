@@ -6,8 +6,10 @@ seed settles. It exists so that all trainings resume in the same way, to the sam
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from lowrank_lab import progress
+
+log = logging.getLogger(__name__)
 
 SAVE_SECONDS = 60.0  # between two saves of the state
 ADAMW = partial(torch.optim.AdamW, weight_decay=0.0)
@@ -118,7 +122,11 @@ def _save(
 
 
 def _restore(state: Path, parameters: Sequence[nn.Parameter], optimizer: Any, scheduler: Any) -> list[Any]:
-    saved = torch.load(state, weights_only=True, map_location="cpu")  # each value then goes where its parameter is
+    try:
+        saved = torch.load(state, weights_only=True, map_location="cpu")  # each then goes where its parameter is
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        log.warning("%s cannot be read (%s): the training begins anew", state, str(error).partition("\n")[0])
+        return []
     with torch.no_grad():
         for parameter, value in zip(parameters, saved["parameters"], strict=True):
             parameter.copy_(value)

@@ -20,6 +20,7 @@ os.environ["WANDB_ERROR_REPORTING"] = "false"
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
 from lowrank_lab import grid, runner
 from lowrank_lab.cell import Cell
@@ -80,6 +81,16 @@ def run_on_mirror(root: Path, data_root: str, *overrides: str) -> dict[str, Any]
     subprocess.run(command, cwd=REPOSITORY, check=True)
     [record] = Results(root).records()
     return record
+
+
+def broken_checkpoint(folder: Path) -> Path:
+    """A tiny model one of whose weights is not a number, so that to compress it fails."""
+    folder.mkdir()
+    tiny.build("llama", folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def load_lively(folder: Path, weights: float, bias: float) -> Any:

@@ -100,6 +100,8 @@ def test_a_holder_on_another_machine_counts_while_it_renews_its_lock(tmp_path, m
     lock.write_text(elsewhere)
     os.utime(lock, (0, 4e9))  # in the future
     assert holder(lock) == "process 1 on n7"
+    os.utime(lock, (0, time.time() - 10))
+    assert holder(lock) is None
     with pytest.raises(Busy), held(lock, "it", wait=False):
         pass
     start = time.monotonic()

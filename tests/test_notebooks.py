@@ -13,7 +13,6 @@ import torch
 
 from lowrank_lab.reporting import ranks
 from lowrank_lab.results import Results
-from lowrank_lab.store import write_json
 
 from .conftest import REPOSITORY
 
@@ -107,9 +106,10 @@ def test_ranks_and_spectra_are_shown(grid_lab, monkeypatch):
 
 def test_where_artifacts_are_gone_one_line_says_what_to_run(grid_lab, tmp_path, monkeypatch):
     shutil.copytree(grid_lab.root / "records", tmp_path / "results" / "records")
-    for record in Results(tmp_path / "results").records():
+    results = Results(tmp_path / "results")
+    for record in results.records():
         record["config"]["artifacts"] = str(tmp_path / "gone")
-        write_json(tmp_path / "results" / "records" / f"{record['key']}.json", record)
+        results.write(record)
     notebook = executed("ranks_and_spectra", tmp_path / "results", monkeypatch)
     [error] = errors(notebook)
     [line] = error.traceback

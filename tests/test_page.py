@@ -21,7 +21,6 @@ from lowrank_lab.reporting import page
 from lowrank_lab.reporting.page.papers import _colour, _relative
 from lowrank_lab.reporting.page.table import number_in
 from lowrank_lab.results import Results
-from lowrank_lab.store import write_json
 
 from .conftest import REPOSITORY, Lab
 
@@ -51,11 +50,11 @@ def results(tmp_path_factory, data_root) -> Results:
         (outdated, {"components": {**ran["components"], "SPECTRA": 0}}),
     ):
         own = {"key": cell.key, "label": cell.label, "method": "asvd", "ratio": cell.ratio}
-        write_json(lab.results.path(cell.key), {**ran, **own, "config": config.plain(cell.cfg), **facts})
+        lab.results.write({**ran, **own, "config": config.plain(cell.cfg), **facts})
     named = {"label": HOSTILE, "model": HOSTILE, "method": HOSTILE, "command": ["run.py", HOSTILE]}
-    write_json(lab.results.path("hostile1"), {**ran, **named, "key": "hostile1"})
+    lab.results.write({**ran, **named, "key": "hostile1"})
     why = {"status": "failed", "reason": HOSTILE, "traceback": HOSTILE, "metrics": {}, "stages": []}
-    write_json(lab.results.path("hostile2"), {**ran, **named, **why, "key": "hostile2"})
+    lab.results.write({**ran, **named, **why, "key": "hostile2"})
     return lab.results
 
 
@@ -212,7 +211,7 @@ def test_numbers_that_json_does_not_have_do_not_break_the_page(results, tmp_path
     folder = shutil.copytree(results.root, tmp_path / "results")
     record = Results(folder).find("hostile1")
     record["config"]["clip"] = [float("inf"), 1.0]  # as YAML's .inf
-    write_json(Results(folder).path("hostile1"), record)
+    Results(folder).write(record)
     text = page.html(Results(folder))
     found = re.search(r'id="records">(.*?)</script>', text, re.S).group(1)
     assert json.loads(found, parse_constant=pytest.fail)["hostile1"]["configuration"]["clip"] == ["inf", 1.0]

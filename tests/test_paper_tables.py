@@ -62,7 +62,7 @@ def row_of(frame, share, ratio="0.9", model="opt-125m"):
 def change(results, key, edit):
     record = json.loads(results.path(key).read_text())
     edit(record)
-    results.path(key).write_text(json.dumps(record))
+    results.write(record)
 
 
 def test_our_number_is_the_mean_over_seeds_beside_the_published_one(ran):
@@ -317,8 +317,7 @@ TASKS = ["openbookqa", "arc_easy", "arc_challenge", "winogrande", "hellaswag", "
 def _with_records(root, records, experiment="dobi_table2"):
     results = Results(root)
     for record in records:
-        results.path(record["key"]).parent.mkdir(parents=True, exist_ok=True)
-        results.path(record["key"]).write_text(json.dumps(record))
+        results.write(record)
     (root / "grids").mkdir(exist_ok=True)
     cells = {record["key"]: record["label"] for record in records}
     (root / "grids" / "one.json").write_text(json.dumps({"name": f"experiment={experiment}", "cells": cells}))

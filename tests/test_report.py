@@ -195,14 +195,14 @@ def test_status_tells_done_failed_skipped_and_missing(grid_lab, tmp_path):
     results.path(keys[0]).unlink()
     for key, state in ((keys[1], "failed"), (keys[2], "skipped")):
         record = {**results.find(key), "status": state, "reason": "because"}
-        results.path(key).write_text(json.dumps(record))
+        results.write(record)
     text = status(results)
     assert text.splitlines()[-1].endswith("1 failed, 1 skipped, 1 missing")
     assert f"(because; traceback in {results.path(keys[1])})" in text
     assert "missing" in next(line for line in text.splitlines() if grid["cells"][keys[0]] in line)
     old = results.find(keys[3])
     old["components"]["MODEL"] = 0
-    results.path(keys[3]).write_text(json.dumps(old))
+    results.write(old)
     assert status(results).splitlines()[-1].endswith("1 failed, 1 skipped, 1 missing, 1 outdated")
     assert "no grid has been run" in status(Results(tmp_path / "nothing"))
 

@@ -18,7 +18,7 @@ from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank import spectra
 from lowrank_lab.reporting import tables
 
-from .conftest import REPOSITORY, Lab
+from .conftest import REPOSITORY, Lab, broken_checkpoint
 
 
 def stages(record) -> dict[str, bool]:
@@ -220,16 +220,7 @@ def test_an_interrupted_retry_does_not_report_the_old_failure(lab, monkeypatch, 
 
 def test_a_failed_cell_does_not_stop_the_grid(lab, tmp_path):
     """A model whose weights are not finite fails; the cells after it run."""
-    from safetensors.torch import load_file, save_file
-
-    from lowrank_lab.models import tiny
-
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    tiny.build("llama", broken)
-    tensors = load_file(broken / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    broken = broken_checkpoint(tmp_path / "broken")
     done = lab.cli("-m", "method=svd", f"model.path={broken},tiny:llama", check=False)
     assert done.returncode == 1
     assert "model.layers.1.mlp.up_proj: the weight is not finite" in done.stderr

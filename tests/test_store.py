@@ -94,6 +94,30 @@ def test_processes_that_want_the_same_key_make_it_once(tmp_path):
     assert sorted(output[-1] for output in outputs) == ["made", "reused", "reused", "reused"]
 
 
+@pytest.mark.parametrize("other", ["is at it", "was faster", "was faster and our folder is there"])
+def test_who_has_lost_the_lock_meanwhile_takes_what_the_other_makes(tmp_path, other):
+    """As a process that was suspended for longer than its lease: another one has cleared its folder away."""
+    others = []
+
+    def lose(folder: Path) -> None:
+        if others:
+            pytest.fail("it was made here once more")
+        (folder / "data").write_text("ours")
+        [lease] = folder.parent.glob("*.lease")
+        lease.unlink()
+        others.append(maker(tmp_path, 2 if other == "is at it" else 0))
+        assert others[0].stdout.readline() == "making\n"
+        if other != "is at it":
+            others[0].wait()
+        folder.mkdir() if other.endswith("there") else None
+        (folder / "data").write_text("ours")
+
+    found = Store(tmp_path).get_or_make("kind", "key", lose)
+    others[0].communicate(timeout=60)
+    assert found.reused and (found.path / "data").read_text() == "whole"
+    assert [file.name for file in (tmp_path / "kind").iterdir()] == ["key"]
+
+
 def test_fingerprint_depends_on_content_alone():
     assert fingerprint({"a": 1, "b": [2.5, None]}) == fingerprint({"b": [2.5, None], "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})

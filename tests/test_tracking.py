@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import struct
 import subprocess
 import sys
@@ -27,6 +28,7 @@ def logged_out(monkeypatch, tmp_path):
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_DATA_DIR", "WANDB_SWEEP_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr(tracking, "_unreachable", False)
 
 
 def wandb_records(file: Path) -> Iterator[Any]:
@@ -204,9 +206,24 @@ def test_a_server_that_does_not_answer_costs_the_time_limit_and_falls_back_to_of
         return tracking.subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(tracking.subprocess, "run", upload)
-    WandbTracker("project", None, 3)({}, tmp_path / "record.json")
-    assert tried == ["online", "offline"]
-    assert "no answer within 3 s" in caplog.text
+    for _ in range(3):  # the records of a grid, which pays the time limit once
+        WandbTracker("project", None, 3)({}, tmp_path / "record.json")
+    assert tried == ["online", "offline", "offline", "offline"]
+    assert caplog.text.count("no answer within 3 s") == 1
+    assert caplog.text.count("from now on copies are written offline") == 1
+
+
+@pytest.mark.slow
+def test_a_server_that_is_not_there_leaves_a_grid_its_numbers(lab, grid_lab, monkeypatch):
+    """For real: a key, and an address where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
+    done = lab.cli("-m", "method=dense,svd", "tracker=wandb", "tracker.timeout=20")
+    assert done.stderr.count("W&B (online): ") + done.stderr.count("W&B: no answer") == 1
+    assert len(list((lab.root / "wandb").glob("offline-run-*"))) == 2
+    others = {r["key"]: r["metrics"] for r in grid_lab.results.records()}
+    assert {r["key"]: r["metrics"] for r in lab.results.records()}.items() <= others.items()
 
 
 def test_an_upload_that_hangs_is_ended(tmp_path, monkeypatch, caplog):

@@ -65,7 +65,8 @@ def make_bench(
     make_spectra(spectra_of, model, spec, sites, SecondMoment(cholesky=False), statistics, None, CPU)
     cell = SimpleNamespace(cfg=SimpleNamespace(calibration=SimpleNamespace(batch_size=2)))
     facts = {"spec": spec, "device": CPU, "spectra": spectra_of, "calibration_ids": ids, "sites": sites}
-    return SimpleNamespace(**facts, cell=cell, model=model, take_model=dense, dense=dense)
+    walked = lambda model, samples=None: walk(model, spec, ids[:samples].split(2), CPU)
+    return SimpleNamespace(**facts, cell=cell, model=model, take_model=dense, dense=dense, walk=walked)
 
 
 def ranks_of(bench: Any, ratio: float = 0.6) -> dict[str, int | None]:

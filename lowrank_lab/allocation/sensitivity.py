@@ -39,6 +39,7 @@ def measure(
     batches: Sequence[Tensor],
     ratios: Sequence[float],
     device: torch.device,
+    offload: Path | None = None,
 ) -> None:
     """For every site and candidate rank the mean negative log-likelihood of ``batches`` (batch, length), in nats.
 
@@ -47,7 +48,7 @@ def measure(
     model.to(device)
     here_of = by_block(sites, len(blocks_of(model, spec)))
     entering: list[Tensor] = []
-    stops = walk(model, spec, batches, device, entering)
+    stops = walk(model, spec, batches, device, entering, offload)
     for index, _, run in progress.track(stops, "sensitivities", "block", len(here_of)):
         file = folder / f"block_{index:03d}.json"
         if not file.exists():

@@ -12,8 +12,6 @@ from lowrank_lab.errors import SkippedCell
 from lowrank_lab.lowrank.ranks import Ranks, Sites, budget, total_cost
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lowrank_lab.bench import Bench
 
 
@@ -70,9 +68,17 @@ class Strs:
             "tokens": cell.calibration_tokens_key,
             "counted": cell.allocation_key["counted"],
         }
-        batches, spectra = self._batches(bench), bench.spectra
+        batches, spectra = bench.calibration_batches(self.samples), bench.spectra
         make = lambda folder: measure(
-            folder, bench.model, bench.spec, bench.sites, spectra, batches, self.ratios, bench.device
+            folder,
+            bench.model,
+            bench.spec,
+            bench.sites,
+            spectra,
+            batches,
+            self.ratios,
+            bench.device,
+            bench.offload,
         )
         folder = bench.artifact("sensitivities", "sensitivities", parts, make, resumable=True)
         found: dict[str, dict[str, float]] = {}
@@ -86,11 +92,7 @@ class Strs:
     def _perplexity(self, bench: Bench, ranks: Ranks) -> float:
         from lowrank_lab.allocation.sensitivity import perplexity_of
 
-        return perplexity_of(bench, ranks, self._batches(bench))
-
-    def _batches(self, bench: Bench) -> Sequence[Tensor]:
-        ids = bench.calibration_ids[: self.samples]
-        return ids.split(bench.cell.cfg.calibration.batch_size)
+        return perplexity_of(bench, ranks, bench.calibration_batches(self.samples))
 
 
 def plan(sites: Sites, steps: Sequence[Step], index: int) -> Ranks:

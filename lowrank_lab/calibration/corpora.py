@@ -18,6 +18,7 @@ from string import Formatter
 from typing import Any, Protocol
 
 from lowrank_lab.errors import UserError
+from lowrank_lab.hub import hub_commit
 from lowrank_lab.store import Store, fingerprint
 
 
@@ -164,12 +165,16 @@ class HubCorpus:
         return template.format(**texts)
 
     def _mirror_file(self, split: str, data_root: str) -> Path:
-        return Path(data_root).expanduser() / self.mirror / f"{split}.jsonl"
+        """Raises UserError for names that lead out of ``data_root``."""
+        name = Path(self.mirror, f"{split}.jsonl")
+        if name.is_absolute() or ".." in name.parts or "\0" in str(name):
+            raise UserError(f"{name}: not a file below data_root={data_root}; give plain names")
+        return Path(data_root).expanduser() / name
 
     def _commit(self) -> str:
         """The commit the hub (or without a network the local cache) has for this data set."""
         try:
-            return hub_commit(self.hub, self.revision)
+            return hub_commit("dataset", self.hub, self.revision)
         except Exception as error:  # no network, a timeout, a proxy: the client raises many kinds
             raise UserError(
                 f"data set {self.hub}: neither on the hub nor in its local cache ({type(error).__name__}); "
@@ -186,19 +191,3 @@ def _field(row: Any, name: str, where: str) -> str:
     if not isinstance(text, str):
         raise UserError(f"{where}: field '{name}' is not text")
     return text
-
-
-@cache  # asked once a process, not once a cell
-def hub_commit(name: str, revision: str | None) -> str:
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    try:
-        commit = HfApi().dataset_info(name, revision=revision, timeout=20).sha
-        if commit is None:
-            raise ValueError("the hub gave no commit")
-        return commit
-    except Exception:
-        cached = try_to_load_from_cache(name, "README.md", repo_type="dataset", revision=revision)
-        if isinstance(cached, str):
-            return Path(cached).parent.name
-        raise

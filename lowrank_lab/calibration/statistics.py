@@ -64,22 +64,32 @@ def _mirrored(matrix: Tensor) -> Tensor:
 
 
 def make_statistics(
-    folder: Path, model: nn.Module, spec: ArchSpec, batches: Iterable[Tensor], device: torch.device
+    folder: Path,
+    model: nn.Module,
+    spec: ArchSpec,
+    batches: Iterable[Tensor],
+    device: torch.device,
+    offload: Path | None = None,
 ) -> None:
     """Gather the statistics of every input of every block; each block's file is written as it is done.
+
+    With ``offload`` the hidden states are kept in files in that folder.
 
     Raises FloatingPointError, naming the linear, where an activation is not finite.
     """
     count = len(blocks_of(model, spec))
-    blocks = walk(model, spec, batches, device)
+    blocks = walk(model, spec, batches, device, offload=offload)
     for index, block, run in progress.track(blocks, "calibration", "block", count):
         accumulators = gather(block, [group[0] for group in spec.inputs], run, device)
-        tensors = {f"{name}.{key}": t for name, a in accumulators.items() for key, t in a.tensors().items()}
+        tokens = {str(a.tokens) for a in accumulators.values()}
+        assert len(tokens) == 1, f"block {index}: its linears saw different numbers of tokens: {tokens}"
+        tensors = {}
+        for name in list(accumulators):  # the sums of one input go before the next one's mean is made
+            means = accumulators.pop(name).tensors()
+            tensors.update({f"{name}.{key}": tensor for key, tensor in means.items()})
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise FloatingPointError(f"block {index}: the input of {name} is not finite during calibration")
-        tokens = {str(a.tokens) for a in accumulators.values()}
-        assert len(tokens) == 1, f"block {index}: its linears saw different numbers of tokens: {tokens}"
         save_file(tensors, folder / block_file(index), metadata={"tokens": tokens.pop()})
 
 

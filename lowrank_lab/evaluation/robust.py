@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
+from lowrank_lab.out_of_memory import unless_out_of_memory
+
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 def in_batches(rows: Any, batch_size: int | Callable[[Any], int], run: Callable[[Any], Any]) -> Iterator[Any]:
@@ -33,17 +33,6 @@ def in_batches(rows: Any, batch_size: int | Callable[[Any], int], run: Callable[
             continue
         yield from results
         start += len(batch)
-
-
-def unless_out_of_memory(work: Callable[[], T]) -> T | None:
-    """What ``work()`` returns; None where memory ran out."""
-    try:
-        return work()
-    except Exception as error:
-        if not should_reduce_batch_size(error):
-            raise
-    clear_device_cache(garbage_collection=True)  # here the error, which held the tensors, is gone
-    return None
 
 
 class NotFiniteError(ArithmeticError):

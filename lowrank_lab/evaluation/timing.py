@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lowrank_lab import environment, progress
-from lowrank_lab.evaluation.robust import unless_out_of_memory
 from lowrank_lab.lowrank.sizes import linear_tensors, macs_per_token
+from lowrank_lab.out_of_memory import unless_out_of_memory
 from lowrank_lab.quantization.steps import Step
 
 T = TypeVar("T")

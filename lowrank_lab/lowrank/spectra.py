@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,10 @@ from lowrank_lab.lowrank.solver import Spectrum, decompose, decompose_by_cholesk
 from lowrank_lab.metric.base import Metric, OutputStatistics
 from lowrank_lab.models.arch import ArchSpec
 from lowrank_lab.models.walk import block_file, blocks_of
+from lowrank_lab.out_of_memory import unless_out_of_memory
 from lowrank_lab.storage.base import Storage
+
+log = logging.getLogger(__name__)
 
 
 def linear_shapes(model: nn.Module, spec: ArchSpec) -> list[dict[str, tuple[int, int]]]:
@@ -65,28 +70,47 @@ def make_spectra(
     for index, (block, here) in enumerate(progress.track(of_blocks, "decomposition", "block")):
         tensors = {}
         for name, site in here.items():
-            weight = site_weight(block, site).to(device, torch.float64)
-            inputs = outputs = None
-            if statistics is not None:
-                group = next(group for group in spec.inputs if site.members[0] in group)
-                inputs = load_statistics(statistics, index, group, device)
-            if gradients is not None:
-                outputs = _stack([load_gradients(gradients, index, linear, device) for linear in site.members])
-            c, r = metric(inputs, outputs)
-            samples = inputs.tokens if inputs is not None and c is not None and c.ndim == 2 else None
-            try:
-                if c is not None and getattr(metric, "cholesky", False):
-                    spectrum = decompose_by_cholesky(weight, c)
-                else:
-                    spectrum = decompose(weight, c, r, samples)
-            except FloatingPointError as error:
-                raise FloatingPointError(f"{name}: {error}") from None
+            on = partial(_spectrum, name, block, site, spec, metric, statistics, gradients)
+            spectrum = unless_out_of_memory(partial(on, device)) if device.type != "cpu" else on(device)
+            if spectrum is None:
+                log.warning(
+                    "%s: out of memory on %s; it is decomposed on the CPU, which takes longer", name, device
+                )
+                spectrum = on(torch.device("cpu"))
             tensors[f"{site.key}.eigenvalues"] = spectrum.eigenvalues.cpu()
             kept_in = torch.float32 if site.out <= site.inp else torch.float64
             tensors[f"{site.key}.basis"] = spectrum.basis.to("cpu", kept_in).contiguous()
             if spectrum.output_metric is not None:
                 tensors[f"{site.key}.output_metric"] = spectrum.output_metric.float().cpu()
         save_file(tensors, folder / block_file(index))
+
+
+def _spectrum(
+    name: str,
+    block: nn.Module,
+    site: Site,
+    spec: ArchSpec,
+    metric: Metric,
+    statistics: Path | None,
+    gradients: Path | None,
+    device: torch.device,
+) -> Spectrum:
+    """The spectrum of one site, computed on ``device``; the folders are those of ``make_spectra``."""
+    weight = site_weight(block, site).to(device, torch.float64)
+    inputs = outputs = None
+    if statistics is not None:
+        group = next(group for group in spec.inputs if site.members[0] in group)
+        inputs = load_statistics(statistics, site.block, group, device)
+    if gradients is not None:
+        outputs = _stack([load_gradients(gradients, site.block, linear, device) for linear in site.members])
+    c, r = metric(inputs, outputs)
+    samples = inputs.tokens if inputs is not None and c is not None and c.ndim == 2 else None
+    try:
+        if c is not None and getattr(metric, "cholesky", False):
+            return decompose_by_cholesky(weight, c)
+        return decompose(weight, c, r, samples)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{name}: {error}") from None
 
 
 def _stack(members: list[OutputStatistics]) -> OutputStatistics:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from lowrank_lab.errors import UserError
 from lowrank_lab.models import tiny
 from lowrank_lab.models.source import ModelSource
 
@@ -25,7 +29,8 @@ def convert(source: ModelSource, folder: Path) -> None:
         tiny.build(source.location, folder)
         return
     file = Path(source.location)
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    where["trust_remote_code"] = False  # a GGUF needs none, whatever lies beside it
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     # The weights are dequantized now, but the model still calls itself quantized and would refuse to save.
     model.hf_quantizer = None
@@ -34,14 +39,46 @@ def convert(source: ModelSource, folder: Path) -> None:
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
 
 
+def load_config(location: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """The config.json of a model as transformers knows it. Raises UserError for one that needs its own code."""
+    with _no_code_unasked(location):
+        return AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
+
+
 def load_model(location: str, revision: str | None, dtype: str, trust_remote_code: bool) -> nn.Module:
-    """A causal language model in evaluation mode, on the CPU, in ``dtype``, its key-value cache off."""
-    model = AutoModelForCausalLM.from_pretrained(
-        location, revision=revision, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
-    )
+    """A causal language model in evaluation mode, on the CPU, in ``dtype``, its key-value cache off.
+
+    Raises UserError for one whose weights or files would run code that was not asked for.
+    """
+    with _no_code_unasked(location):
+        # transformers reads .bin files, which are pickles, with torch's weights_only.
+        model = AutoModelForCausalLM.from_pretrained(
+            location, revision=revision, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
+        )
     model.config.use_cache = False
     return model.eval()
 
 
 def load_tokenizer(location: str, revision: str | None, trust_remote_code: bool) -> Any:
-    return AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
+    """The tokenizer of a model. Raises UserError for one that needs its own code."""
+    with _no_code_unasked(location):
+        return AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def _no_code_unasked(location: str) -> Iterator[None]:
+    """Raises UserError where transformers or torch refuse to run code that comes with a model."""
+    try:
+        yield
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"model.path={location}: its .bin weights hold more than tensors and are not read, since reading them "
+            "would run code; convert them to safetensors where you trust them"
+        ) from None
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise UserError(
+            f"model.path={location}: the model needs Python code that comes with it, which is not run unless you "
+            "say model.trust_remote_code=true; read it first"
+        ) from None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_lab.errors import UserError
+from lowrank_lab.hub import hub_commit
 from lowrank_lab.saved import Saved, saved_in
 from lowrank_lab.store import MANIFEST, Store, fingerprint
 
@@ -52,9 +54,9 @@ def resolve(path: str, revision: str | None, store: Store) -> ModelSource:
     if path.startswith("package:"):
         return _gguf(_package_gguf(path.removeprefix("package:")), store)
     local = Path(path).expanduser()
-    if local.is_dir():
+    if os.path.isdir(local):  # which says no to any text, pathlib raises for names that are too long
         return _folder(local, store)
-    if local.is_file() and local.suffix == ".gguf":
+    if os.path.isfile(local) and local.suffix == ".gguf":
         return _gguf(local, store)
     if local.suffix == ".gguf" or not HUB_NAME.fullmatch(path):
         raise UserError(
@@ -105,9 +107,22 @@ def _folder(folder: Path, store: Store) -> ModelSource:
     files = [f for f in files if f.name not in NOT_CONTENT]
     if not any(f.suffix in (".safetensors", ".bin") for f in files):
         raise UserError(f"model.path={folder}: the folder has no .safetensors or .bin weights")
+    for index in (f for f in files if f.name.endswith(".index.json")):
+        _check_index(folder, index)
     content = fingerprint({f.name: store.file_hash(f) for f in files})
     name, saved = folder.resolve().name, _saved(str(folder), settings)
     return ModelSource("folder", name, str(folder), content, model_type=model_type, saved=saved)
+
+
+def _check_index(folder: Path, index: Path) -> None:
+    """Raises UserError where the index of a model in several files leads out of its folder."""
+    try:
+        names = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return  # none of weights; if it should be, loading the model will tell
+    for name in sorted(names):
+        if Path(name).name != name:
+            raise UserError(f"model.path={folder}: {index.name} names {name}, which is not in this folder")
 
 
 def _saved(path: str, settings: dict[str, Any]) -> Saved | None:
@@ -118,14 +133,15 @@ def _saved(path: str, settings: dict[str, Any]) -> Saved | None:
         raise UserError(f"model.path={path}: {error}") from None
 
 
-@cache  # asked once a process, not once a cell
+@cache  # read once a process, not once a cell
 def _hub(name: str, revision: str | None) -> ModelSource:
     """Resolve a hub name to a commit: from the hub, or from the local cache where there is no network."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        file = Path(hf_hub_download(name, "config.json", revision=revision))
+        commit = hub_commit("model", name, revision)
+        file = Path(hf_hub_download(name, "config.json", revision=commit))
     except GatedRepoError:
         raise UserError(
             f"model.path={name}: the model is gated; accept its licence on the hub, then run: hf auth login"
@@ -139,8 +155,6 @@ def _hub(name: str, revision: str | None) -> ModelSource:
             f"model.path={name}: neither on the hub nor in its local cache ({type(error).__name__}); "
             "check the network, or give a local folder"
         ) from None
-    # The cache keeps each file below snapshots/<commit>/, so the path tells which commit we were given.
-    commit = file.parent.name
     content = fingerprint({"hub": name, "commit": commit})
     settings = json.loads(file.read_text())
     found = {"model_type": settings.get("model_type"), "saved": _saved(name, settings)}

@@ -1,7 +1,7 @@
 """Walk a model block by block: one block on the device at a time, hidden states carried forward.
 
 Memory does not grow with depth: beside the weights, a walk holds one block, the hidden states of all
-sequences, and whatever the caller keeps of the current block.
+sequences (in files, if asked), and whatever the caller keeps of the current block.
 """
 
 from __future__ import annotations
@@ -10,9 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowrank_lab import progress
@@ -47,21 +51,54 @@ def walk(
     batches: Iterable[Tensor],
     device: torch.device,
     hidden: list[Tensor] | None = None,
+    offload: Path | None = None,
 ) -> Iterator[tuple[int, nn.Module, Callable[..., None]]]:
     """Carry ``batches`` of token ids (batch, length), all of one length, through the blocks of ``model``.
 
     Yields ``(index, block, run)`` for each block in turn, with the block on ``device``. The caller must call
     ``run()`` exactly once: it passes every batch through the block and so moves the hidden states one on. Before
     that, ``run(advance=False)`` passes them through it for what hooks see, and leaves them where they are. A list
-    given as ``hidden`` holds at each stop the states that enter the block, one tensor a batch.
+    given as ``hidden`` holds at each stop the states that enter the block, one tensor a batch. With ``offload``
+    they are kept in files in that folder instead of memory.
+
+    The caller may change a block: replace its modules, assign to a parameter's ``data``, write into a parameter;
+    but not write into its ``data``, which leaves no trace.
     """
     hidden = [] if hidden is None else hidden
-    hidden[:], calls = _embed(model, spec, batches)
+    keep = partial(offloaded, folder=offload) if offload is not None else lambda states: states
+    hidden[:], calls = _embed(model, spec, batches, keep)
     for index, block in enumerate(blocks_of(model, spec)):
-        home = next(block.parameters()).device
-        block.to(device)
-        yield index, block, partial(_advance, block, index, hidden, calls, device)
+        with on_device(block, device):
+            yield index, block, partial(_advance, block, index, hidden, calls, device, keep)
+
+
+@contextmanager
+def on_device(block: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within it, ``block`` is on ``device``. What was not changed there comes back without being copied.
+
+    So weights that are mapped from a file stay so: a copy would be in memory for good.
+    """
+    home = next(block.parameters()).device
+    at_home = [(parameter, parameter.data) for parameter in block.parameters()]
+    block.to(device)
+    there = [(parameter.data, parameter._version) for parameter, _ in at_home]
+    try:
+        yield
+    finally:
+        for (parameter, data), (moved, version) in zip(at_home, there, strict=True):
+            if parameter.data_ptr() == moved.data_ptr() and parameter._version == version:
+                parameter.data = data
         block.to(home)
+
+
+def offloaded(states: Tensor, folder: Path) -> Tensor:
+    """The same states, mapped from a file in ``folder`` that has no name any more: it goes with the tensor, also
+    where the process is killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(dir=folder, prefix=".hidden-states-") as file:
+        save_file({"states": states.contiguous()}, file.name)
+        with safe_open(file.name, framework="pt") as mapped:
+            return mapped.get_tensor("states")
 
 
 @contextmanager
@@ -83,7 +120,7 @@ def entering_at(model: nn.Module, spec: ArchSpec, index: int, states: Tensor) ->
 
 @torch.no_grad()
 def _embed(
-    model: nn.Module, spec: ArchSpec, batches: Iterable[Tensor]
+    model: nn.Module, spec: ArchSpec, batches: Iterable[Tensor], keep: Callable[[Tensor], Tensor]
 ) -> tuple[list[Tensor], dict[int, list[BlockCall]]]:
     """The inputs of the first block for every batch, and by batch size what each block is called with.
 
@@ -107,7 +144,7 @@ def _embed(
         for ids in batches:
             noted.clear()
             backbone(ids.to(home), use_cache=False)
-            hidden.append(noted[0][0])
+            hidden.append(keep(noted[0][0]))
             calls.setdefault(ids.shape[0], [call for _, call in noted])
     finally:
         for block in blocks:
@@ -122,6 +159,7 @@ def _advance(
     hidden: list[Tensor],
     calls: dict[int, list[BlockCall]],
     device: torch.device,
+    keep: Callable[[Tensor], Tensor],
     advance: bool = True,
 ) -> None:
     """Pass every batch of hidden states through ``block``, and replace it by the outcome unless told otherwise."""
@@ -133,7 +171,7 @@ def _advance(
         call = on_device[states.shape[0]]
         after = block(states.to(device), *call.args, **call.kwargs)
         if advance:
-            hidden[i] = after.to(states.device)
+            hidden[i] = keep(after.to(states.device))
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -13,7 +13,7 @@ from lowrank_lab import progress
 from lowrank_lab.lowrank.factorized import dense_weight
 from lowrank_lab.lowrank.quantized import QuantizedLinear
 from lowrank_lab.lowrank.spectra import by_block
-from lowrank_lab.models.walk import blocks_of, walk
+from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.quantization.formats import Format
 from lowrank_lab.quantization.inputs import Inputs, fix_scales, gather_inputs
 from lowrank_lab.quantization.linears import linears_in, make_plain, set_steps, shared_inputs
@@ -67,9 +67,8 @@ def _round(bench: Bench, quantization: Quantization, members: list[list[str]]) -
             _round_inputs(bench, quantization, block, names)
             _round_weights(bench, quantization, block, names, {})
         return
-    batches = bench.calibration_ids.split(bench.cell.cfg.calibration.batch_size)
     hidden: list[Tensor] = []
-    blocks_run = walk(model, spec, batches, bench.device, hidden)
+    blocks_run = bench.walk(model, hidden=hidden)
     for index, block, run in progress.track(blocks_run, "quantization", "block", len(members)):
         names, passed = members[index], partial(run, advance=False)
         entering, leaving = list(hidden), None

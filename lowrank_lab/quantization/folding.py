@@ -18,7 +18,7 @@ from lowrank_lab import progress
 from lowrank_lab.calibration.statistics import Accumulator, gather
 from lowrank_lab.lowrank.factorized import FactorizedLinear, dense_weight
 from lowrank_lab.models.arch import ArchSpec
-from lowrank_lab.models.walk import blocks_of, walk
+from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.quantization.apply import members_by_block
 from lowrank_lab.quantization.linears import (
     change_bias,
@@ -171,8 +171,7 @@ def calibrated(
     FloatingPointError, naming the linear, where an input is not finite.
     """
     targets = members_by_block(bench)
-    batches = bench.calibration_ids.split(bench.cell.cfg.calibration.batch_size)
-    blocks = walk(bench.model, bench.spec, batches, bench.device)
+    blocks = bench.walk(bench.model)
     for index, block, run in progress.track(blocks, "smoothing", "block", len(targets)):
         inputs = inputs_in(block, bench.spec, bench.model_config, targets[index])
         inputs = [one for one in inputs if one.source in sources]

@@ -40,12 +40,11 @@ class Ipca:
         from lowrank_lab import progress
         from lowrank_lab.lowrank.factorized import site_weight
         from lowrank_lab.lowrank.spectra import by_block, save_factors
-        from lowrank_lab.models.walk import block_file, blocks_of, walk
+        from lowrank_lab.models.walk import block_file, blocks_of
 
-        spec, device, ids = bench.spec, bench.device, bench.calibration_ids
-        batches = ids[: self.samples].split(bench.cell.cfg.calibration.batch_size)
+        spec, device, length = bench.spec, bench.device, bench.calibration_ids.shape[1]
         sites = by_block(bench.sites, len(blocks_of(bench.model, spec)))
-        blocks = walk(bench.model, spec, batches, device)
+        blocks = bench.walk(bench.model, self.samples)
         for index, block, run in progress.track(blocks, "IPCA", "block", len(sites)):
             if (folder / block_file(index)).exists():
                 run()
@@ -57,7 +56,7 @@ class Ipca:
                     continue
                 updates[site.key] = update = Update(name, site_weight(block, site).to(device).double(), rank)
                 linear = block.get_submodule(site.members[0])  # all members share the input
-                hooks.append(linear.register_forward_pre_hook(partial(_add_batch, update, ids.shape[1])))
+                hooks.append(linear.register_forward_pre_hook(partial(_add_batch, update, length)))
             run()
             for hook in hooks:
                 hook.remove()

@@ -39,13 +39,12 @@ class SequentialUpdate:
         from lowrank_lab.calibration.statistics import gather
         from lowrank_lab.lowrank.factorized import factorize, site_weight
         from lowrank_lab.lowrank.spectra import by_block, check_finite, load_factors, load_spectrum, save_factors
-        from lowrank_lab.models.walk import block_file, blocks_of, walk
+        from lowrank_lab.models.walk import block_file, blocks_of
 
         spec, device, spectra = bench.spec, bench.device, bench.spectra
-        batches = bench.calibration_ids.split(bench.cell.cfg.calibration.batch_size)
         model = bench.take_model()
         sites = by_block(bench.sites, len(blocks_of(model, spec)))
-        blocks = walk(model, spec, batches, device)
+        blocks = bench.walk(model)
         for index, block, run in progress.track(blocks, "update", "block", len(sites)):
             here = {name: (site, k) for name, site in sites[index].items() if (k := ranks[name]) is not None}
             if not (folder / block_file(index)).exists():

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from omegaconf import OmegaConf
 
-from lowrank_lab.config import build
+from lowrank_lab.config import build_recorded
 from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.ranks import Site
 from lowrank_lab.models.arch import spec_for
@@ -72,7 +71,8 @@ def sites(record: dict[str, Any], results: Results) -> dict[str, Site]:
     model = record["config"]["model"]
     converted = artifact(record, "model conversion", results)
     location = model["path"] if converted is None else str(converted.path)
-    remote = {"revision": record["content"]["revision"], "trust_remote_code": model["trust_remote_code"]}
+    # A report runs no code of a model's authors, whatever a record says.
+    remote = {"revision": record["content"]["revision"], "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(location, local_files_only=True, **remote)
     except (OSError, ValueError):
@@ -80,9 +80,9 @@ def sites(record: dict[str, Any], results: Results) -> dict[str, Site]:
             f"the shapes of {record['model']} are not on this machine; to have them, {again(record, results)}"
         ) from None
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=model["trust_remote_code"])
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     spec = spec_for(config.model_type)
-    answers = (build(OmegaConf.create(record["config"][name])) for name in ("grouping", "targets", "storage"))
+    answers = (build_recorded(record["config"][name]) for name in ("grouping", "targets", "storage"))
     return sites_of(spec, linear_shapes(skeleton, spec), *answers)
 
 

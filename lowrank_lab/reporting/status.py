@@ -6,21 +6,25 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from lowrank_lab import jobs
 from lowrank_lab.reporting.tables import outdated
-from lowrank_lab.results import Results
+from lowrank_lab.results import FINISHED, Results
 
-STATES = ("done", "failed", "skipped", "missing", "outdated")
+STATES = ("done", "failed", "skipped", "running", "queued", "preempted", "missing", "outdated")
+AT_WORK = ("running", "queued")
+ALWAYS_COUNTED = ("done", "failed", "skipped", "missing")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A cell that a grid asked for: one of STATES, and of a failed or skipped one the reason."""
+    """A cell that a grid asked for: one of STATES, the reason or who works on it, and whether there is a record."""
 
     grid: str
     key: str
     label: str
     state: str
     reason: str
+    recorded: bool
 
 
 def state_of(record: dict[str, Any] | None) -> tuple[str, str]:
@@ -38,13 +42,16 @@ def asked(results: Results) -> list[Asked]:
     grids: dict[str, dict[str, str]] = {}
     for grid in results.grids():  # the same command may have asked for other cells later
         grids.setdefault(grid["name"], {}).update(grid["cells"])
-    found = []
-    for name, cells in grids.items():
-        for key, label in sorted(cells.items(), key=lambda item: item[1]):
-            record = known.get(key)
-            state, reason = state_of(record)
-            found.append(Asked(name, key, label, state, reason))
-    return found
+    states = {key: state_of(known.get(key)) for cells in grids.values() for key in cells}
+    unfinished = [key for key, (state, _) in states.items() if state not in FINISHED]
+    for key, (state, why) in jobs.at_work(results, unfinished).items():
+        if state in AT_WORK or key not in known:  # how a job ended tells less than a record
+            states[key] = state, why
+    return [
+        Asked(name, key, label, *states[key], key in known)
+        for name, cells in grids.items()
+        for key, label in sorted(cells.items(), key=lambda item: item[1])
+    ]
 
 
 def count(cells: list[Asked]) -> dict[str, int]:
@@ -61,15 +68,13 @@ def status(results: Results) -> str:
     lines = []
     for grid in dict.fromkeys(cell.grid for cell in cells):
         lines.append(f"grid: {grid}")
-        lines += [f"  {cell.state:9}{cell.label}{_explain(cell, results)}" for cell in cells if cell.grid == grid]
+        lines += [f"  {cell.state:10}{cell.label}{_explain(cell, results)}" for cell in cells if cell.grid == grid]
     total = ", ".join(
-        f"{number} {state}" for state, number in count(cells).items() if number or state != "outdated"
+        f"{number} {state}" for state, number in count(cells).items() if number or state in ALWAYS_COUNTED
     )
     return "\n".join([*lines, total])
 
 
 def _explain(cell: Asked, results: Results) -> str:
-    if cell.state not in ("failed", "skipped"):
-        return ""
-    where = f"; traceback in {results.path(cell.key)}" if cell.state == "failed" else ""
-    return f"  ({cell.reason}{where})"
+    where = f"; traceback in {results.path(cell.key)}" if cell.state == "failed" and cell.recorded else ""
+    return f"  ({cell.reason}{where})" if cell.reason else ""

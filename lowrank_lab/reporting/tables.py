@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from lowrank_lab import versions
-from lowrank_lab.config import build, plain
+from lowrank_lab.config import build_recorded, plain
+from lowrank_lab.errors import UserError
 from lowrank_lab.reporting.section import Section
 from lowrank_lab.reporting.sections import PERPLEXITY, SECTIONS
 from lowrank_lab.results import frame
@@ -95,7 +96,12 @@ def bits(record: dict[str, Any]) -> float:
 def quantized(config: dict[str, Any], told: str) -> str:
     """``name`` or ``family`` of a cell's quantization; "none" where there is none."""
     settings = config["quantization"]
-    return "none" if settings is None else str(getattr(build(OmegaConf.create(settings)), told))
+    if settings is None:
+        return "none"
+    try:
+        return str(getattr(build_recorded(settings), told))
+    except UserError:  # a class of one's own is told by its name
+        return str((settings.get("method") or settings)["_target_"]).rpartition(".")[2]
 
 
 def outdated(record: dict[str, Any]) -> bool:
@@ -274,8 +280,9 @@ def _quantization(config: dict[str, Any]) -> dict[str, Any]:
     settings, flat = config["quantization"], {"quantization": quantized(config, "name")}
     if settings is None:
         return flat
-    if build(OmegaConf.create(settings)).needs_seed:
-        flat["seed"] = config["seed"]
+    with suppress(UserError):
+        if build_recorded(settings).needs_seed:
+            flat["seed"] = config["seed"]
     flat["quantization.sequential"] = settings["sequential"]
     flat |= {f"quantization.{of}.scale_dtype": settings[of]["scale_dtype"] for of in ("weights", "left", "right")}
     for part in ("transform", "latent", "method", "kv_cache"):
@@ -295,6 +302,7 @@ def _flatten(name: str, value: Any, into: dict[str, Any]) -> None:
                 "refinement.dataset.eval",
                 "refinement.micro_batch",
                 "calibration.batch_size",
+                "calibration.offload",
             ):
                 continue  # a corpus is told by its data set's name; the others have no influence
             else:

@@ -45,15 +45,14 @@ class BetaSplit(Transform):
 
     def __call__(self, bench: Bench, quantization: Quantization) -> None:
         from lowrank_lab import progress
-        from lowrank_lab.models.walk import blocks_of, walk
+        from lowrank_lab.models.walk import blocks_of
         from lowrank_lab.quantization.folding import is_factored, latents_in
         from lowrank_lab.quantization.inputs import gather_inputs
 
         if not is_factored(bench.model, bench.spec):
             return
         count = len(blocks_of(bench.model, bench.spec))
-        batches = bench.calibration_ids.split(bench.cell.cfg.calibration.batch_size)
-        blocks = walk(bench.model, bench.spec, batches, bench.device)
+        blocks = bench.walk(bench.model)
         for _, block, run in progress.track(blocks, "split", "block", count):
             latents = latents_in(block, bench.spec)
             rows = quantization.activations is not None

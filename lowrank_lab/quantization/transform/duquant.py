@@ -41,14 +41,12 @@ class DuQuant(Transform):
     def __call__(self, bench: Bench, quantization: Quantization) -> None:
         """Raises FloatingPointError, naming the linear, where an activation is not finite."""
         from lowrank_lab import progress
-        from lowrank_lab.models.walk import walk
         from lowrank_lab.quantization.apply import members_by_block
         from lowrank_lab.quantization.inputs import look_at_inputs
         from lowrank_lab.quantization.linears import linears_in, shared_inputs
 
         members, seed = members_by_block(bench), bench.cell.cfg.seed
-        batches = bench.calibration_ids.split(bench.cell.cfg.calibration.batch_size)
-        blocks = walk(bench.model, bench.spec, batches, bench.device)
+        blocks = bench.walk(bench.model)
         for index, block, run in progress.track(blocks, "DuQuant", "block", len(members)):
             targets = linears_in(block, members[index])
             groups = [g for g in shared_inputs(block, bench.spec, bench.spec.linears) if set(g) & set(targets)]

@@ -15,7 +15,7 @@ from lowrank_lab.results import Results
 NAMES = ("method", "variant", "counts")  # columns of a table that are no numbers
 LABEL = r"(\S+)(?: ratio=([\d.e-]+))?(?: (.+))? (\S+) (\S+)"  # method, ratio, quantization, model, data set
 OUTDATED = "made by other component versions; run it again"
-URGENCY = ("failed", "outdated", "skipped", "missing", "done")
+URGENCY = ("failed", "outdated", "skipped", "preempted", "missing", "running", "queued", "done")
 COSTS = ("parameters (M)", "bits a weight", "size (MB)", "compression (s)", "evaluation (s)")
 
 
@@ -27,11 +27,11 @@ def grids(results: Results) -> list[Table]:
         of_grid = sorted((cell for cell in cells if cell.grid == name), key=lambda cell: URGENCY.index(cell.state))
         rows = []
         for cell in of_grid:
-            keys = () if cell.state == "missing" else (cell.key,)
+            keys = (cell.key,) if cell.recorded else ()
             why = OUTDATED if cell.state == "outdated" else cell.reason
             rows.append(_row(Cell(cell.state, None, keys, kind=f"state {cell.state}"), cell.label, why))
         counts = count(of_grid)
-        is_open = any(counts[state] for state in ("failed", "outdated", "skipped"))
+        is_open = any(counts[state] for state in ("failed", "outdated", "skipped", "preempted"))
         found.append(_table(f"grid-{number}", name, "state", rows, counts, is_open))
     return found
 

@@ -1,0 +1,64 @@
+"""The launchers of conf/hydra/launcher. Hydra takes launchers from this namespace package alone.
+
+It imports this module at every start; what the launchers do is imported when they do it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.utils import JobReturn
+from hydra.errors import CompactHydraException
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+if TYPE_CHECKING:
+    from lowrank_lab.launching import Grid
+
+
+class _Elsewhere(Launcher):
+    """A launcher whose jobs are other processes: what came of them is in their records, and nothing is returned."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings: Any = OmegaConf.to_container(OmegaConf.create(settings), resolve=True)
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.loader, self.config = hydra_context.config_loader, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from lowrank_lab.errors import UserError
+        from lowrank_lab.launching import Grid
+
+        configs = [self.loader.load_sweep_config(self.config, list(overrides)) for overrides in job_overrides]
+        try:
+            self.run(Grid.of(configs, self.config.hydra))
+        except UserError as error:
+            raise CompactHydraException(f"error: {error}") from error
+        return []
+
+    @abstractmethod
+    def run(self, grid: Grid) -> None: ...
+
+
+class Slurm(_Elsewhere):
+    def run(self, grid: Grid) -> None:
+        from lowrank_lab.launching import slurm
+
+        slurm(grid, self.settings)
+
+
+class SlurmArray(_Elsewhere):
+    def run(self, grid: Grid) -> None:
+        from lowrank_lab.launching import slurm_array
+
+        slurm_array(grid, self.settings)
+
+
+class Local(_Elsewhere):
+    def run(self, grid: Grid) -> None:
+        from lowrank_lab.launching import local
+
+        local(grid, self.settings)

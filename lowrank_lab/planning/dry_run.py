@@ -1,0 +1,145 @@
+"""``dry_run=true``: what every cell of a grid will need, and whether this machine has it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from lowrank_lab import environment, runner
+from lowrank_lab.bench import pick_device
+from lowrank_lab.cell import Cell
+from lowrank_lab.errors import SkippedCell
+from lowrank_lab.planning.shapes import Shapes, shapes_of, with_sites
+from lowrank_lab.planning.steps import Planner, Step
+
+NOTE = (
+    "Memory is the peak of the process, with weights that are mapped from their checkpoint; what cells share is "
+    "counted where it is made first.\n≥: not estimated are refinements, allocations that search or train, "
+    "quantization, perplexities of texts of unknown length, and other evaluations."
+)
+
+
+@dataclass
+class Machine:
+    """Bytes of memory and of GPU memory (0: no GPU), and what is free of each disk once the cells have written."""
+
+    memory: int
+    gpu: int
+    free: dict[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def here(cls, device: torch.device) -> Machine:
+        gpu = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+        return cls(environment.memory_limit(), gpu)
+
+    def left_after(self, count: int, folder: Path) -> int:
+        """Note that ``count`` bytes go to ``folder``; returns how many are free after that, below 0 for too few."""
+        folder = folder.absolute()
+        while not folder.exists():
+            folder = folder.parent
+        disk = os.stat(folder).st_dev
+        self.free.setdefault(disk, shutil.disk_usage(folder).free)
+        self.free[disk] -= count
+        return self.free[disk]
+
+
+def tell(cells: Sequence[Cell]) -> bool:
+    """Print what is needed, a row a cell, and what is short; returns whether all fits. Nothing is made."""
+    device = pick_device(cells[0].cfg.device)
+    machine = Machine.here(device)
+    models: dict[str, Shapes] = {}
+    made: set[tuple[str, str, str]] = set()
+    seen: set[str] = set()
+    rows, everything, short = [], [], []
+    for cell in cells:
+        state, steps = "finished", []
+        if cell.key in seen:
+            state = "as above"
+        elif runner.finished(cell) is None:
+            state = "to be computed"
+            try:
+                if cell.model_key not in models:
+                    models[cell.model_key] = shapes_of(cell)
+                planner = Planner(cell, with_sites(models[cell.model_key], cell), machine.gpu > 0)
+                steps = [step for step in planner.steps() if _is_missing(step, made)]
+            except SkippedCell as why:
+                state = f"to be skipped: {why}"
+        seen.add(cell.key)
+        lacking = list(_lacking(cell, steps, machine))
+        rows.append({"cell": cell.label, "state": "does not fit" if lacking else state, **_needs(steps)})
+        short += [f"{cell.label}: {line}" for line in lacking]
+        everything += steps
+    count = f"{sum(row['state'] == 'finished' for row in rows)} of {len(seen)} finished"
+    rows.append({"cell": "all", "state": count, **_needs(everything)})
+    print(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True))
+    print(f"\n{NOTE}")
+    for line in short:
+        print(f"does not fit: {line}")
+    return not short
+
+
+def _is_missing(step: Step, made: set[tuple[str, str, str]]) -> bool:
+    """Whether the step has still to be done once the cells before have done theirs, which ``made`` notes."""
+    if step.artifact is None:
+        return True
+    store, kind, key = step.artifact
+    place = (str(store.root), kind, key)
+    if place in made or store.get(kind, key) is not None:
+        return False
+    made.add(place)
+    return True
+
+
+def _needs(steps: Sequence[Step]) -> dict[str, str]:
+    """The cells of a row: the highest memory, the sums of the rest; a ≥ where a step is not estimated."""
+    if not steps:
+        return dict.fromkeys(("memory", "GPU memory", "disk", "FLOPs"), "0")
+    least = "" if all(step.known for step in steps) else "≥ "
+    device = max(step.device for step in steps)
+    return {
+        "memory": least + size(max(step.host for step in steps)),
+        "GPU memory": least + size(device) if device else "0",
+        "disk": size(sum(step.disk for step in steps)),
+        "FLOPs": f"{least}{sum(step.flops for step in steps):.3g}",
+    }
+
+
+def _lacking(cell: Cell, steps: Sequence[Step], machine: Machine) -> Iterator[str]:
+    """For each resource that is short: by how much, and what to change."""
+    if not steps:
+        return
+    largest = max(steps, key=lambda step: step.host - step.mapped)
+    if (needed := largest.host - largest.mapped) > machine.memory:
+        ways = [] if cell.cfg.calibration.offload else ["calibration.offload=true"]
+        ways += ["the checkpoint's own dtype, whose weights are mapped from the disk"] if not largest.mapped else []
+        yield _short("memory", largest, needed, machine.memory, [*ways, "smaller batches", "a larger machine"])
+    largest = max(steps, key=lambda step: step.device)
+    if largest.device > machine.gpu:
+        yield _short("GPU memory", largest, largest.device, machine.gpu, ["smaller batches", "device=cpu"])
+    for setting in ("artifacts", "results"):
+        root = Path(cell.cfg[setting])
+        written = sum(step.disk for step in steps if step.artifact is not None and step.artifact[0].root == root)
+        if (left := machine.left_after(written, root)) < 0 and written:
+            yield f"the disk of {setting}={root} lacks {size(-left)}; free some, or use {setting}=FOLDER on another"
+
+
+def _short(of: str, step: Step, needed: int, there: int, ways: Sequence[str]) -> str:
+    return (
+        f"{step.name} needs {size(needed)} of {of}, {size(needed - there)} more than there is; "
+        f"use {', '.join(ways[:-1])} or {ways[-1]}"
+    )
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units: 13.5 GB."""
+    unit, value = "kB", count / 1e3
+    for larger in ("MB", "GB", "TB"):
+        if value >= 1000:
+            unit, value = larger, value / 1000
+    return f"{value:.3g} {unit}"

@@ -1,0 +1,112 @@
+"""The shapes of a cell's model: from its configuration alone, no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from lowrank_lab import config
+from lowrank_lab.cell import Cell
+from lowrank_lab.lowrank.ranks import Ranks, Site, rank_within
+from lowrank_lab.lowrank.sites import sites_of
+from lowrank_lab.lowrank.sizes import macs_per_token
+from lowrank_lab.lowrank.spectra import linear_shapes
+from lowrank_lab.models.arch import ARCHITECTURES, kv_cache_shape, spec_for
+from lowrank_lab.models.tiny import CONFIGS
+from lowrank_lab.models.walk import blocks_of
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A dense model in numbers, and what a cell compresses of it.
+
+    parameters     of the whole model, tied ones once; ``block`` those of its largest block
+    stored         the dtype of the weights on disk
+    attention      heads times the size of a head
+    widest         the widest input or output of a linear but lm_head
+    linears        by block, the (out, in) of its compressible linears, by name
+    inputs         by block, the widths of the inputs that these share
+    linear_macs    multiply-accumulates a token of all linears but lm_head, ``head_macs`` those of lm_head
+    sites          what is factored, by name; nothing where nothing is compressed
+    """
+
+    parameters: int
+    block: int
+    stored: str
+    hidden: int
+    vocabulary: int
+    layers: int
+    attention: int
+    widest: int
+    linears: list[dict[str, tuple[int, int]]]
+    inputs: list[list[int]]
+    linear_macs: int
+    head_macs: int
+    sites: dict[str, Site] = field(default_factory=dict)
+
+    def ranks(self, ratio: float) -> Ranks:
+        """Those of uniform ranks; other allocations spend as much on the whole."""
+        if ratio >= 1:
+            return dict.fromkeys(self.sites)
+        wanted = {name: max(1, rank_within(site, ratio)) for name, site in self.sites.items()}
+        return {name: rank if rank <= self.sites[name].last else None for name, rank in wanted.items()}
+
+
+def with_sites(shapes: Shapes, cell: Cell) -> Shapes:
+    """What ``cell`` compresses. Raises SkippedCell or UserError where the cell itself will."""
+    if cell.source.saved is not None:
+        return replace(shapes, sites=cell.source.saved.sites)
+    if not cell.compresses:
+        return shapes
+    cfg, spec = cell.cfg, spec_for(config_of(cell).model_type)
+    answers = (config.build(node) for node in (cfg.grouping, cfg.targets, cfg.storage))
+    return replace(shapes, sites=sites_of(spec, shapes.linears, *answers))
+
+
+def shapes_of(cell: Cell) -> Shapes:
+    """Of the cell's dense model."""
+    model_config, trust = config_of(cell), cell.cfg.model.trust_remote_code
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust)
+    spec = ARCHITECTURES.get(model_config.model_type)
+    shapes = linear_shapes(model, spec) if spec is not None else []
+    inputs = [[of_block[group[0]][1] for group in spec.inputs] for of_block in shapes] if spec is not None else []
+    blocks: Iterable[nn.Module] = blocks_of(model, spec) if spec is not None else []
+    head = model.get_output_embeddings()
+    layers, _, head_size = kv_cache_shape(model_config)
+    linears = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    return Shapes(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        block=max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0),
+        stored=str(getattr(model_config, "dtype", None) or "float32").removeprefix("torch."),
+        hidden=model_config.hidden_size,
+        vocabulary=model_config.vocab_size,
+        layers=layers,
+        attention=model_config.num_attention_heads * head_size,
+        widest=max(max(linear.weight.shape) for linear in linears if linear is not head),
+        linears=shapes,
+        inputs=inputs,
+        linear_macs=macs_per_token(model) - macs_per_token(head),
+        head_macs=macs_per_token(head),
+    )
+
+
+def config_of(cell: Cell) -> Any:
+    """The configuration of a cell's model, of one that is yet to be converted as well."""
+    source = cell.source
+    if source.kind == "tiny":  # made of this very configuration
+        return AutoConfig.for_model(source.location, **CONFIGS[source.location])
+    if source.kind != "gguf":
+        trust = cell.cfg.model.trust_remote_code
+        return AutoConfig.from_pretrained(source.location, revision=source.revision, trust_remote_code=trust)
+    if (converted := cell.store.get("model", cell.model_key)) is not None:
+        return AutoConfig.from_pretrained(converted.path)
+    file = Path(source.location)
+    return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)

@@ -1,0 +1,207 @@
+"""What a cell will do, in the order of stages.py, and what each step will need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lowrank_lab.calibration.tokens import load_tokens
+from lowrank_lab.cell import Cell
+from lowrank_lab.evaluation.ppl import Perplexity
+from lowrank_lab.lowrank.ranks import Ranks
+from lowrank_lab.planning import flops, memory
+from lowrank_lab.planning.shapes import Shapes
+from lowrank_lab.results import CHECKPOINTS
+from lowrank_lab.store import Store
+
+BASE = 10**9  # bytes of the interpreter with all libraries, and of the texts while they are tokenized
+GPU_BASE = 6 * 10**8  # bytes on a GPU that CUDA takes for itself
+WITHOUT_TRAINING = ("Uniform", "LossBased", "GlobalTail")  # allocations that read the spectra and compute little
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage.
+
+    artifact  where what it makes is kept: the store, its kind and key; None where it is not kept
+    host      bytes of memory of the whole process, ``mapped`` of which are files, which the system can take back
+    device    bytes of GPU memory; 0 without one
+    disk      bytes that it writes
+    flops     floating point operations
+    known     whether it is estimated at all; if not, these are what is needed at least
+    """
+
+    name: str
+    artifact: tuple[Store, str, str] | None = None
+    host: int = 0
+    mapped: int = 0
+    device: int = 0
+    disk: int = 0
+    flops: int = 0
+    known: bool = True
+
+
+class Planner:
+    """The steps of one cell on a machine with or without a GPU to compute on."""
+
+    def __init__(self, cell: Cell, shapes: Shapes, on_gpu: bool) -> None:
+        self.cell, self.shapes, self.on_gpu = cell, shapes, on_gpu
+        self.value = 4 if cell.cfg.dtype == "float32" else 2
+        saved = cell.source.saved
+        self.ranks: Ranks = saved.ranks if saved is not None else shapes.ranks(cell.ratio)
+        self.factored = any(rank is not None for rank in self.ranks.values())
+        calibration = cell.cfg.calibration
+        self.samples, self.length = calibration.samples, calibration.seqlen
+        self.tokens = calibration.batch_size * self.length  # at once
+        self.weights = shapes.parameters * self.value
+        if saved is not None:
+            self.weights -= self.saved_parameters * self.value
+        stored = shapes.stored if cell.source.kind in ("hub", "folder") else "float32"
+        self.is_mapped = stored == cell.cfg.dtype
+
+    @property
+    def saved_parameters(self) -> int:
+        """How many fewer the compressed model has."""
+        return sum(site.parameters(None) - site.parameters(self.ranks[n]) for n, site in self.shapes.sites.items())
+
+    def steps(self) -> Iterator[Step]:
+        cell = self.cell
+        if cell.source.kind in ("gguf", "tiny"):
+            in_float32 = 4 * self.shapes.parameters
+            yield Step(
+                "model conversion", self._kept("model", cell.model_key), BASE + 2 * in_float32, disk=in_float32
+            )
+        if cell.calibration_data is not None:
+            size = 8 * self.samples * self.length
+            yield Step("calibration tokens", self._kept("tokens", cell.calibration_tokens_key), BASE, disk=size)
+        if cell.compresses and self.factored:
+            yield from self._compression()
+        if cell.quantization is not None:
+            yield self._step("quantization", work=self._sums(), hidden=True, known=False)
+        yield from self._evaluations()
+        yield from self._checkpoints()
+
+    def _compression(self) -> Iterator[Step]:
+        cell, shapes = self.cell, self.shapes
+        if (key := cell.statistics_key) is not None:
+            yield self._step(
+                "calibration",
+                self._kept("statistics", key),
+                work=self._sums(),
+                hidden=True,
+                disk=sum(memory.statistics_file(shapes)),
+                flops=flops.statistics(shapes, self.samples, self.length),
+            )
+        yield from self._gradients()
+        outputs = "none"
+        if cell.metric.needs_gradients:
+            outputs = "matrix" if cell.metric.needs_outer else "vector"
+        of_blocks = memory.spectra_file(shapes, outputs)
+        largest = max(memory.decomposition(site) for site in shapes.sites.values())
+        yield self._step(
+            "decomposition",
+            self._kept("spectra", cell.spectra_key),
+            work=largest,
+            results=max(of_blocks),
+            disk=sum(of_blocks),
+            flops=sum(flops.decomposition(site, cell.metric.needs_inputs) for site in shapes.sites.values()),
+        )
+        if type(cell.allocation).__name__ not in WITHOUT_TRAINING:
+            yield self._step("allocation", whole=True, work=largest, known=False)
+        factors = {name: rank for name, rank in self.ranks.items() if rank is not None}
+        if cell.refinement is not None:
+            yield self._step(
+                "refinement",
+                self._kept("factors", cell.factors_key),
+                work=self._sums() + largest,
+                hidden=True,
+                disk=sum(4 * shapes.sites[name].parameters(rank) for name, rank in factors.items()),
+                known=False,
+            )
+        count = sum(flops.factorization(shapes.sites[name], rank) for name, rank in factors.items())
+        yield self._step("factorization", work=largest, flops=count)
+
+    def _gradients(self) -> Iterator[Step]:
+        """The passes of ``Bench.gradients`` and ``Bench.weight_fisher``."""
+        cell, shapes = self.cell, self.shapes
+        weight = getattr(cell.refinement, "needs_weight_fisher", False)
+        wanted = {cell.weight_fisher_key: (False, True)} if weight else {}
+        if (key := cell.gradients_key) is not None and not (weight and not cell.metric.needs_outer):
+            wanted[key] = (cell.metric.needs_outer, False)
+        again = 0 if self.value == 4 else 4 * shapes.parameters  # the float32 model beside that of the cell
+        for key, (outer, weight) in wanted.items():
+            yield self._step(
+                "gradients",
+                self._kept("gradients", key),
+                whole=True,
+                work=memory.backward(shapes, self.length, outer, weight) + (again if not self.on_gpu else 0),
+                results=again if self.on_gpu else 0,
+                disk=sum(memory.gradients_file(shapes, outer, weight)),
+                flops=flops.gradients(shapes, self.samples, self.length, outer),
+            )
+
+    def _evaluations(self) -> Iterator[Step]:
+        cell, shapes = self.cell, self.shapes
+        for name, evaluator in cell.evaluators.items():
+            for key in cell.metric_keys(name).values():
+                kept = self._kept("metric", key)
+                if not isinstance(evaluator, Perplexity):
+                    yield self._step(f"eval.{name}", kept, whole=True, known=False)
+                    continue
+                windows = self._windows(name, evaluator)
+                tokens = evaluator.batch_size * evaluator.seqlen
+                live = memory.activations(shapes, tokens, self.value) + memory.logits(shapes, tokens, self.value)
+                fewer = self.saved_parameters
+                count = flops.forward(shapes, windows or 0, evaluator.seqlen, saved=fewer)
+                yield self._step(
+                    f"eval.{name}", kept, whole=True, work=live, flops=count, known=windows is not None
+                )
+
+    def _windows(self, name: str, evaluator: Perplexity) -> int | None:
+        """How many windows will be measured; None where only tokenizing the text will tell."""
+        found = self.cell.store.get("tokens", self.cell.text_tokens_key(name))
+        if found is None:
+            return evaluator.max_windows
+        content = evaluator.seqlen - (evaluator.bos == "window")
+        available = len(load_tokens(found.path)[0]) // content
+        return available if evaluator.max_windows is None else min(available, evaluator.max_windows)
+
+    def _checkpoints(self) -> Iterator[Step]:
+        for what, name in self.cell.checkpoints.items():
+            fewer = self.saved_parameters if what == "checkpoint" else 0
+            size = (self.shapes.parameters - fewer) * self.value
+            yield self._step(
+                what.replace("_", " "), (Store(self.cell.cfg.results), CHECKPOINTS, name), work=0, disk=size
+            )
+
+    def _sums(self) -> int:
+        live = memory.activations(self.shapes, self.tokens, self.value)
+        return memory.sums(self.shapes, self.tokens) + live
+
+    def _kept(self, kind: str, key: str) -> tuple[Store, str, str]:
+        return self.cell.store, kind, key
+
+    def _step(
+        self,
+        name: str,
+        artifact: tuple[Store, str, str] | None = None,
+        work: int = 0,
+        results: int = 0,
+        hidden: bool = False,
+        whole: bool = False,
+        disk: int = 0,
+        flops: int = 0,
+        known: bool = True,
+    ) -> Step:
+        """A step that holds the weights, with ``work`` where it computes and ``results`` on the host.
+
+        ``hidden``: it walks over the calibration text. ``whole``: it wants the whole model on the GPU.
+        """
+        in_memory = hidden and not self.cell.cfg.calibration.offload
+        states = self.samples * self.length * self.shapes.hidden * self.value if in_memory else 0
+        host = BASE + self.weights + states + results
+        mapped = self.weights if self.is_mapped else 0
+        if not self.on_gpu:
+            return Step(name, artifact, host + work, mapped, 0, disk, flops, known)
+        there = self.weights if whole else self.shapes.block * self.value
+        return Step(name, artifact, host, mapped, GPU_BASE + there + work, disk, flops, known)

@@ -1,0 +1,115 @@
+"""The hub that cannot be reached: one line, soon, and what is cached still works."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Iterator
+
+import huggingface_hub
+import pytest
+
+from lowrank_lab import hub
+from lowrank_lab.errors import UserError
+from lowrank_lab.evaluation import task_data
+from lowrank_lab.evaluation.tasks import Leaf
+from lowrank_lab.models import source
+from lowrank_lab.store import Store
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in a process that has asked the hub nothing yet; the time limit is shorter."""
+    forget = (hub.hub_commit, source._hub, task_data._commit)
+    for remembered in forget:
+        remembered.cache_clear()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(hub, "TIMEOUT", 0.5)
+    yield
+    for remembered in forget:
+        remembered.cache_clear()
+
+
+@pytest.fixture(params=["closed", "silent"])
+def nowhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A hub behind a port that is closed, or that accepts and never answers; the latter may be asked once."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+        if request.param == "closed":
+            server.close()
+            yield
+            return
+        yield
+        server.settimeout(0)
+        connections = []
+        while True:
+            try:
+                connections.append(server.accept())
+            except BlockingIOError:
+                break
+        assert len(connections) <= 1, "the hub was asked again"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("model.path=facebook/opt-125m", "model.path=facebook/opt-125m: neither on the hub nor in its local cache"),
+        ("data_root=null", "data set Salesforce/wikitext: neither on the hub nor in its local cache"),
+    ],
+)
+def test_is_one_line_and_asked_once(lab, nowhere, overrides, message):
+    for _ in range(2):  # as for two cells of a grid
+        with pytest.raises(UserError, match=message) as error:
+            lab.cells("method=dense", *overrides.split())
+        assert "\n" not in str(error.value)
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_so_it_is_for_the_data_of_tasks(lab, nowhere):
+    boolq = Leaf("aps/super_glue", "boolq", {}, {}, "validation", None, None)
+    for _ in range(2):
+        with pytest.raises(UserError, match="task boolq: data set aps/super_glue is neither on the hub nor in its"):
+            task_data.find("boolq", boolq, 0, None, Store(lab.root))
+
+
+def test_a_model_in_the_cache_is_found_and_runs(lab, nowhere, monkeypatch, tmp_path, checkpoints):
+    """Also where files that a model need not have were never asked for, which the client would look for again."""
+    cache = tmp_path / "cache"
+    snapshot = cache / "models--me--tiny" / "snapshots" / COMMIT
+    shutil.copytree(checkpoints["llama"], snapshot)
+    (cache / "models--me--tiny" / "refs").mkdir()
+    (cache / "models--me--tiny" / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    record = lab.run("model.path=me/tiny", "method=dense")
+    assert record["content"]["revision"] == COMMIT
+    by_folder = lab.run(f"model.path={checkpoints['llama']}", "method=dense")
+    assert record["metrics"]["ppl"]["value"] == by_folder["metrics"]["ppl"]["value"]
+
+
+def test_a_revision_that_the_cache_has_not_is_not_taken_for_another(
+    lab, nowhere, monkeypatch, tmp_path, checkpoints
+):
+    shutil.copytree(checkpoints["llama"], tmp_path / "models--me--tiny" / "snapshots" / COMMIT)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="neither on the hub nor in its local cache"):
+        lab.cells("model.path=me/tiny", f"model.revision={COMMIT[::-1]}", "method=dense")
+
+
+def test_an_answer_of_the_hub_does_not_end_the_asking(monkeypatch):
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    request = httpx.Request("GET", "http://hub")
+
+    def answers(*_: object, **__: object) -> None:
+        raise RepositoryNotFoundError("404", response=httpx.Response(404, request=request))
+
+    monkeypatch.setattr(HfApi, "repo_info", answers)
+    with pytest.raises(UserError, match="no such model or revision on the hub"):
+        source.resolve("me/none", None, None)  # type: ignore[arg-type]
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE

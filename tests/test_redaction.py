@@ -1,0 +1,163 @@
+"""Secrets: taken out of all that is written or printed, and refused on the command line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowrank_lab.errors import UserError
+from lowrank_lab.redaction import HIDDEN, Formatter, redacted, refuse
+
+from .conftest import REPOSITORY
+
+HUB = "hf_" + "aB3dE6gH9j" * 3
+OLD_WANDB = "0123456789abcdef" * 2 + "01234567"  # 40 hexadecimal digits, like a commit
+WANDB = "wandb_v1_" + "Q2w4E6r8T0" * 4
+OWN = "correct-horse-battery-42"
+
+
+@pytest.fixture
+def secrets(monkeypatch, tmp_path) -> list[str]:
+    (tmp_path / "netrc").write_text("machine api.wandb.ai\n  login user\n  password of-netrc-77\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_API_KEY", OLD_WANDB)
+    monkeypatch.setenv("DEPLOY_SECRET", OWN)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    return [HUB, OLD_WANDB, WANDB, OWN, "of-netrc-77", "hunter22"]
+
+
+def test_what_is_a_secret(secrets):
+    for secret in secrets[:-1]:
+        assert redacted(f"before {secret}, after") == f"before {HIDDEN}, after"
+    assert redacted("https://me:hunter22@host/path") == f"https://{HIDDEN}@host/path"
+    for text in (
+        "password=hunter22",
+        "'api_key': 'hunter22'",
+        "Authorization: Bearer hunter22",
+        "hub_token=hunter22",
+    ):
+        assert "hunter22" not in redacted(text) and HIDDEN in redacted(text)
+    nested = {"a": [{"password": "hunter22", "token": "hunter22"}], HUB: (OWN,), "password": 12345678}
+    assert redacted(nested) == {
+        "a": [{"password": HIDDEN, "token": HIDDEN}],
+        HIDDEN: [HIDDEN],
+        "password": HIDDEN,
+    }
+
+
+def test_what_is_none(monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setenv("HF_TOKEN_PATH", "/home/me/.cache/huggingface/token")
+    innocent = {
+        "commit": OLD_WANDB,
+        "path": "/home/me/.cache/huggingface/token false",
+        "sizes": {"kv_cache_bytes_per_token": 12345678, "macs_per_token": 87654321, "value": 1.5, "none": None},
+        "reason": "12 calibration tokens are fewer; first token: 80, token position 31",
+        "traceback": "logits = model(eos_token=tokenizer.eos_token, token=token)",
+        "address": "https://huggingface.co/facebook/opt-125m@main file:///home/me@work/x",
+        "hf": "hf_internal_testing",
+    }
+    assert redacted(innocent) == innocent
+
+
+FAILING = """
+import os, runpy, sys
+from lowrank_lab.lowrank import spectra
+def fails(*_):
+    print("printed", os.environ["DEPLOY_SECRET"])
+    raise RuntimeError(f"no entry for https://me:hunter22@host, {os.environ['SAYS']}")
+spectra.decompose = fails
+sys.argv[0] = "run.py"
+runpy.run_path("run.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("multirun", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_nothing_that_is_written_or_printed_holds_one(lab, secrets, monkeypatch, multirun):
+    """Given in the environment and in the text of an exception: records, grids, logs, W&B's copies, the screen."""
+    monkeypatch.setenv("SAYS", ", ".join(secrets[:-1]))
+    words = lab.overrides("method=svd", "tracker=wandb", "method.name=of_${oc.env:DEPLOY_SECRET}")
+    command = [sys.executable, "-c", FAILING, *(["-m"] if multirun else []), *words]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1
+    [record] = lab.results.records()
+    assert (record["status"], record["method"]) == ("failed", f"of_{HIDDEN}")
+    assert f"https://{HIDDEN}@host, {HIDDEN}" in record["reason"] and HIDDEN in record["traceback"]
+    assert f"printed {HIDDEN}" in done.stdout and HIDDEN in done.stderr
+    written = {file: file.read_bytes() for file in lab.root.rglob("*") if file.is_file()}
+    kinds = {file.relative_to(lab.root).parts[0] for file in written}
+    assert kinds >= {"records", "grids", "logs", "wandb"}
+    for secret in secrets:
+        assert secret not in done.stdout + done.stderr
+        assert [file for file, content in written.items() if secret.encode() in content] == []
+        assert not any(secret in str(file) for file in written)
+
+
+def test_a_checkpoint_is_not_named_by_one(lab, secrets):
+    record = lab.run("method=svd", f"method.name=of_{OWN}", "save=true")
+    assert OWN not in record["checkpoint"]
+    assert (lab.root / record["checkpoint"]).is_dir()
+    assert OWN not in "".join(f.read_text() for f in (lab.root / record["checkpoint"]).glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("word", "setting"),
+    [(f"method.name={HUB}", "method.name"), ("+wandb.api_key=hunter22", "+wandb.api_key"), (f"+x={OWN}", "+x")],
+)
+def test_the_command_line_is_no_place_for_one(lab, secrets, word, setting):
+    with pytest.raises(UserError, match="set it in the environment") as error:
+        refuse(["method=svd", word])
+    assert str(error.value).startswith(f"{setting}: ")
+
+
+def test_the_command_stops_before_anything_is_written(lab, secrets):
+    done = lab.cli(f"method.name={HUB}", check=False)
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: method.name: a key or password has no place on a command line")
+    assert not lab.root.exists()
+
+
+def test_nor_is_a_file_of_ones_own(lab, secrets, tmp_path):
+    """But it may name the variable that has it."""
+    (tmp_path / "conf" / "method").mkdir(parents=True)
+    lines = ["# @package _global_", "defaults: [svd]", "method: {name: mine, api_key: hunter22}"]
+    (tmp_path / "conf" / "method" / "mine.yaml").write_text("\n".join(lines))
+    done = lab.cli("--config-dir", str(tmp_path / "conf"), "method=mine", check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: api_key: a key or password has no place")
+    assert not (lab.root / "logs").exists()
+    refuse(["method:", "  api_key: ${oc.env:DEPLOY_SECRET}"])
+
+
+def test_log_lines_and_their_tracebacks(secrets):
+    try:
+        raise ValueError(OWN)
+    except ValueError:
+        record = logging.LogRecord("a", logging.ERROR, "f", 1, "key %s", (HUB,), sys.exc_info())
+    line = Formatter("%(message)s").format(record)
+    assert line.startswith(f"key {HIDDEN}\nTraceback") and line.endswith(f"ValueError: {HIDDEN}")
+
+
+def test_every_logging_configuration_has_the_formatter():
+    for file in Path(REPOSITORY, "conf", "hydra").glob("*_logging/*.yaml"):
+        lines = file.read_text().splitlines()
+        assert sum("format:" in line for line in lines) == sum("redaction.Formatter" in line for line in lines) > 0
+
+
+def test_a_report_prints_none(lab, secrets):
+    record = lab.run("method=svd")
+    record["reason"], record["status"] = "x", "failed"
+    file = lab.results.path(record["key"])
+    lab.results.write(record)
+    old = json.loads(file.read_text())  # as a version without redaction wrote it
+    del old["sha256"]
+    file.write_text(json.dumps({**old, "reason": f"no entry with {OWN}"}))
+    command = [sys.executable, "report.py", "--results", str(lab.root)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert f"no entry with {HIDDEN}" in done.stdout
