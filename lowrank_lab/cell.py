@@ -38,7 +38,7 @@ class Cell(Keys):
         Interpolations in ``cfg`` are resolved in place: else each is parsed again whenever it is read.
         """
         OmegaConf.resolve(cfg)
-        cfg = config.with_save(cfg)
+        cfg = config.with_asked_evaluators(config.with_save(cfg))
         built = config.validated(cfg)
         store = Store(cfg.artifacts)
         source = resolve(cfg.model.path, cfg.model.revision, store)

@@ -78,6 +78,18 @@ def with_save(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
+def with_asked_evaluators(cfg: DictConfig) -> DictConfig:
+    """``cfg`` without what an experiment sets of evaluators that ``eval=`` on the command line has left out."""
+    if not OmegaConf.is_dict(cfg.get("eval")):
+        return cfg
+    unasked = [name for name, node in cfg.eval.items() if OmegaConf.is_dict(node) and "_target_" not in node]
+    if unasked:
+        cfg = cfg.copy()
+        for name in unasked:
+            del cfg.eval[name]
+    return cfg
+
+
 def validated(cfg: DictConfig) -> dict[str, Any]:
     """Check values that YAML cannot; returns the object that each node describes, by the node's name.
 

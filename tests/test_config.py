@@ -313,3 +313,9 @@ def test_an_experiment_can_be_narrowed_from_the_command_line(lab):
     assert [(c.cfg.method.name, c.cfg.ratio) for c in cells] == [
         (method, 0.4) for method in ("dense", "svd", "asvd_uniform", "svdllm")
     ]
+
+
+def test_what_an_experiment_sets_of_evaluators_that_are_left_out_does_not_count(lab):
+    [one] = lab.cells("experiment=dobi_figure8", "ratio=0.4", "eval=ppl", multirun=True)
+    assert list(one.evaluators) == ["ppl"]
+    assert list(one.cfg.eval) == ["ppl"]
