@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from lowrank_lab import bench, runner
 from lowrank_lab.calibration.gradients import make_gradients
 from lowrank_lab.calibration.statistics import make_statistics
 from lowrank_lab.cell import Cell
+from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation.perplexity import perplexity
 from lowrank_lab.evaluation.timing import _counter
 from lowrank_lab.models.arch import ARCHITECTURES
@@ -150,6 +152,14 @@ def test_only_the_configuration_of_a_model_is_read_and_the_exit_status_tells(lab
     assert float(row[5]) > 1e18
     assert "does not fit: svdllm ratio=0.8 huge wikitext2: decomposition needs" in done.stdout
     assert not (lab.root / "records").exists()
+
+
+def test_a_model_without_linears_to_compress_is_told_as_the_run_would(lab, medium, monkeypatch):
+    monkeypatch.setattr(bench, "sites_of", lambda *_: {})
+    [cell] = lab.cells(f"model.path={medium}")
+    for compute in (tell, lambda cells: runner.run(cells[0].cfg)):
+        with pytest.raises(UserError, match=f"model {medium.name} has no compressible layer"):
+            compute([cell])
 
 
 def test_offloading_takes_the_hidden_states_out_of_what_must_fit_and_a_mapped_dtype_the_weights(lab, medium):
