@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from lowrank_lab import slurm as cluster
 from lowrank_lab.cell import Cell
 from lowrank_lab.environment import cores
 from lowrank_lab.errors import UserError
-from lowrank_lab.results import Results, now
+from lowrank_lab.results import Results
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def local(left: Grid, settings: dict[str, Any]) -> None:
     """Work on a grid in ``workers`` processes. Raises UserError where cells are not done at the end."""
     workers = _workers(settings)
     threads = max(1, (cores() or 1) // workers)
-    environment = {THREADS: str(threads), **os.environ, runner.SINCE: now()}
+    environment = {THREADS: str(threads), **os.environ, runner.LAUNCH: secrets.token_hex(8)}
     left.folder.mkdir(parents=True, exist_ok=True)
     processes = []
     for number in range(workers):
@@ -140,7 +141,7 @@ def _submit(left: Grid, commands: list[list[str]], keys: list[list[str]], settin
     """Submit a job for each command and note which cells, by their keys, it is for; returns the jobs."""
     if not commands:
         return []
-    environment = {grid.NAME: os.environ[grid.NAME], runner.SINCE: now()}
+    environment = {grid.NAME: os.environ[grid.NAME], runner.LAUNCH: secrets.token_hex(8)}
     if settings["cpus_per_task"] and THREADS not in os.environ:
         environment[THREADS] = str(settings["cpus_per_task"])
     submitted = cluster.submit([cluster.Command(words, environment) for words in commands], settings)

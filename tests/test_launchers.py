@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_lab import jobs, launching, slurm
+from lowrank_lab import jobs, launching, runner, slurm
 from lowrank_lab.errors import UserError
 from lowrank_lab.launching import Grid
 from lowrank_lab.reporting.status import asked, status
@@ -34,6 +34,20 @@ def test_two_workers_share_a_grid_and_try_a_cell_that_fails_once(lab, tmp_path):
     assert said.count(": failed (FloatingPointError") == said.count(": failed already (FloatingPointError") == 2
     assert len(list((lab.root / "grids").glob("*.json"))) == 1
     assert len({record["grid"] for record in lab.results.records()}) == 1
+
+
+def test_a_cell_that_failed_is_tried_again_by_the_next_launch_whatever_the_clocks_say(lab, tmp_path, monkeypatch):
+    failing = ("method=svd", f"model.path={broken_checkpoint(tmp_path / 'broken')}")
+    monkeypatch.setenv(runner.LAUNCH, "one")
+    with pytest.raises(FloatingPointError):
+        lab.run(*failing)
+    assert lab.run(*failing)["launch"] == "one"  # as it was found
+    [record] = lab.results.records()
+    lab.results.write({**record, "started": "2999"})
+    monkeypatch.setenv(runner.LAUNCH, "two")
+    with pytest.raises(FloatingPointError):
+        lab.run(*failing)
+    assert lab.run(*failing)["launch"] == "two"
 
 
 def test_workers_stop_with_their_launcher(lab):
