@@ -60,18 +60,16 @@ class Grid:
             if runner.finished(cell) is None:
                 cells[cell.key], asked[cell.key] = cell, words
         results = Results(cell.cfg.results)
-        settings = [
-            word for word in hydra.overrides.hydra if not word.startswith(("hydra/launcher", "hydra.launcher"))
-        ]
+        overrides, settings = list(hydra.overrides.task), list(hydra.overrides.hydra)
         folder = Path(hydra.sweep.dir).resolve()
-        return cls(results, cells, asked, list(hydra.overrides.task), settings, folder, len(configs) - len(cells))
+        return cls(results, cells, asked, overrides, settings, folder, len(configs) - len(cells))
 
     def command(self, overrides: list[str], name: str) -> list[str]:
         """The command for the cells that ``overrides`` ask for, one by one, with its logs in folder ``name``."""
         arguments = get_args_parser().parse_args()
         where = {"--config-name": arguments.config_name, "--config-dir": arguments.config_dir}
         flags = [f"{flag}={value}" for flag, value in where.items() if value]
-        words = [*overrides, *self.settings, "hydra/launcher=basic", f"hydra.sweep.dir='{self.folder / name}'"]
+        words = [*overrides, *self.settings, f"hydra.sweep.dir='{self.folder / name}'"]
         return [sys.executable, str(Path(sys.argv[0]).resolve()), "--multirun", *flags, *words]
 
 
@@ -98,7 +96,8 @@ def local(left: Grid, settings: dict[str, Any]) -> None:
     finally:
         for process in processes:
             process.wait()
-    _judge(left)
+    failed = [number for number, process in enumerate(processes) if process.returncode != 0]
+    _judge(left, *(left.folder / f"worker-{number}.log" for number in failed[:1]))
 
 
 def slurm(left: Grid, settings: dict[str, Any]) -> None:
@@ -186,10 +185,11 @@ def _follow(left: Grid, at_work: Callable[[], bool], where: str) -> None:
             time.sleep(SECONDS_BETWEEN_LOOKS[where])
 
 
-def _judge(left: Grid) -> None:
-    """Raises UserError where a cell of the grid has failed or has no record."""
+def _judge(left: Grid, *logs: Path) -> None:
+    """Raises UserError where a cell of the grid has failed, or has no record; ``logs`` may tell why it has none."""
     records = [left.results.find(key) for key in left.cells]
     count = Counter("not finished" if record is None else record["status"] for record in records)
     if wrong := [f"{count[what]} {what}" for what in ("failed", "not finished") if count[what]]:
-        again = "python report.py status says why, and the same command tries them again"
-        raise UserError(f"of {len(records)} cells {' and '.join(wrong)}; {again}")
+        sources = ["python report.py status", *(str(log) for log in logs if count["not finished"])]
+        why = f"{' or '.join(sources)} says why, and the same command tries them again"
+        raise UserError(f"of {len(records)} cells {' and '.join(wrong)}; {why}")

@@ -36,6 +36,18 @@ def test_two_workers_share_a_grid_and_try_a_cell_that_fails_once(lab, tmp_path):
     assert len({record["grid"] for record in lab.results.records()}) == 1
 
 
+def test_workers_understand_settings_of_their_launcher_from_anywhere(lab, tmp_path):
+    experiment = tmp_path / "conf" / "experiment" / "mine.yaml"
+    experiment.parent.mkdir(parents=True)
+    experiment.write_text(
+        "# @package _global_\ndefaults: [{override /hydra/launcher: local}]\nhydra: {launcher: {workers: 1}}\n"
+    )
+    words = ("experiment=mine", "method=svd", "++hydra.launcher.workers=1", "+hydra.launcher.note=new")
+    lab.cli("--config-dir", str(tmp_path / "conf"), "-m", *words)
+    assert [record["status"] for record in lab.results.records()] == ["done"]
+    assert len(list(lab.root.glob("logs/*/worker-?.log"))) == 1
+
+
 def test_a_cell_that_failed_is_tried_again_by_the_next_launch_whatever_the_clocks_say(lab, tmp_path, monkeypatch):
     failing = ("method=svd", f"model.path={broken_checkpoint(tmp_path / 'broken')}")
     monkeypatch.setenv(runner.LAUNCH, "one")
@@ -69,6 +81,21 @@ class Words(Grid):
 
     def command(self, overrides: list[str], name: str) -> list[str]:
         return [sys.executable, "-c", "import os; print(os.environ['OMP_NUM_THREADS'])"]
+
+
+class Breaks(Grid):
+    """A grid whose second worker breaks at its start."""
+
+    def command(self, overrides: list[str], name: str) -> list[str]:
+        return [sys.executable, "-c", f"import sys; sys.exit({name == 'worker-1'})"]
+
+
+def test_of_a_worker_that_breaks_the_log_is_named(tmp_path):
+    grid = Breaks(Results(tmp_path), {"key": None}, {}, [], [], tmp_path, 0)
+    with pytest.raises(
+        UserError, match=f"1 not finished; python report.py status or {tmp_path}/worker-1.log says why"
+    ):
+        launching.local(grid, {"workers": 2})
 
 
 @pytest.mark.parametrize(("chosen", "threads"), [(None, "2"), ("7", "7")])
