@@ -126,10 +126,15 @@ def _workers(settings: dict[str, Any]) -> int:
 
 
 def _going(left: Grid) -> dict[str, set[str]]:
-    """By cell, the jobs of earlier commands that are queued or run."""
+    """By cell, the jobs of earlier commands that are queued or run. Raises UserError where SLURM does not say."""
     noted = jobs.of_cells(left.results)
     earlier = {key: {job.id for job in noted.get(key, [])} for key in left.cells}
-    states = cluster.unfinished(set().union(*earlier.values())) or {}
+    states = cluster.unfinished(set().union(*earlier.values()))
+    if states is None:
+        raise UserError(
+            "squeue does not answer, so jobs of an earlier command may still be at these cells; repeat the command "
+            f"when it does, or delete {left.results.root / 'jobs'} where they are surely gone"
+        )
     going = {job for job, state in states.items() if state != "COMPLETING"}
     if going:
         log.info("%d jobs of an earlier command are at it", len(going))

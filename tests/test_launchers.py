@@ -163,6 +163,17 @@ def test_no_answer_is_not_taken_for_an_end(tmp_path, monkeypatch, squeue, answer
     assert slurm.unfinished(["7"]) == answer
 
 
+def test_where_squeue_does_not_answer_nothing_is_submitted_again(tmp_path, monkeypatch):
+    broken = "echo Unable to contact slurm controller >&2; exit 1"
+    monkeypatch.setenv("PATH", commands(tmp_path / "bin", squeue=broken, sbatch=f"touch {tmp_path}/submitted"))
+    jobs.note(Results(tmp_path), {"7": ["key"]}, "/logs")
+    grid = Grid(Results(tmp_path), {"key": None}, {"key": []}, [], [], tmp_path, 0)
+    for launch in (launching.slurm, launching.slurm_array):
+        with pytest.raises(UserError, match="squeue does not answer, so jobs of an earlier command may still be"):
+            launch(grid, {"workers": 1})
+    assert not (tmp_path / "submitted").exists()
+
+
 def test_status_tells_who_works_on_a_cell_or_why_nobody_does(lab, tmp_path, monkeypatch):
     cells = lab.cells("method=svd", "ratio=0.9,0.8,0.7,0.6,0.5", multirun=True)
     lab.results.note_grid(["a grid"], cells)
