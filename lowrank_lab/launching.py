@@ -79,15 +79,15 @@ def local(left: Grid, settings: dict[str, Any]) -> None:
     threads = max(1, (cores() or 1) // workers)
     environment = {THREADS: str(threads), **os.environ, runner.LAUNCH: secrets.token_hex(8)}
     left.folder.mkdir(parents=True, exist_ok=True)
-    processes = []
-    for number in range(workers):
-        with open(left.folder / f"worker-{number}.log", "w") as out:
-            # In a session of its own a worker does not get the terminal's Ctrl-C, and is stopped once, from here.
-            words = left.command(left.overrides, f"worker-{number}")
-            process = subprocess.Popen(words, env=environment, stdout=out, stderr=out, start_new_session=True)
-            processes.append(process)
-    log.info("%d workers on %d cells; what they say is in %s", workers, len(left.cells), left.folder)
+    processes: list[subprocess.Popen[bytes]] = []
     try:
+        for number in range(workers):
+            with open(left.folder / f"worker-{number}.log", "w") as out:
+                # In a session of its own: the terminal's Ctrl-C is for this process, which stops the worker once.
+                words = left.command(left.overrides, f"worker-{number}")
+                process = subprocess.Popen(words, env=environment, stdout=out, stderr=out, start_new_session=True)
+                processes.append(process)
+        log.info("%d workers on %d cells; what they say is in %s", workers, len(left.cells), left.folder)
         _follow(left, lambda: any(process.poll() is None for process in processes), "here")
     except BaseException:
         for process in processes:

@@ -83,6 +83,33 @@ class Words(Grid):
         return [sys.executable, "-c", "import os; print(os.environ['OMP_NUM_THREADS'])"]
 
 
+class NoSecond(Grid):
+    """A grid whose first worker would go on for long, and whose second one cannot be started."""
+
+    def command(self, overrides: list[str], name: str) -> list[str]:
+        if name == "worker-1":
+            return ["/no/such/command"]
+        return [sys.executable, "-c", "import time; time.sleep(280)"]
+
+
+def test_where_a_worker_cannot_be_started_those_before_it_are_stopped(tmp_path, monkeypatch):
+    started = []
+    popen = subprocess.Popen
+
+    def recorded(*words, **settings):
+        started.append(popen(*words, **settings))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", recorded)
+    with pytest.raises(FileNotFoundError, match="/no/such/command"):
+        launching.local(NoSecond(Results(tmp_path), {}, {}, [], [], tmp_path, 0), {"workers": 2})
+    [first] = started
+    try:
+        assert first.returncode == -signal.SIGTERM
+    finally:
+        first.kill()
+
+
 class Breaks(Grid):
     """A grid whose second worker breaks at its start."""
 
