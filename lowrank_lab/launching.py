@@ -26,7 +26,8 @@ from lowrank_lab import slurm as cluster
 from lowrank_lab.cell import Cell
 from lowrank_lab.environment import cores
 from lowrank_lab.errors import UserError
-from lowrank_lab.results import Results
+from lowrank_lab.results import IN_RECORD, Results
+from lowrank_lab.seal import examine
 
 log = logging.getLogger(__name__)
 
@@ -174,12 +175,14 @@ def _follow(left: Grid, at_work: Callable[[], bool], where: str) -> None:
     """Tell of each cell as it is finished, until all are, or nobody is ``at_work`` any more."""
     for _ in range(left.finished):
         progress.cell_done()
-    before = {key: left.results.find(key) for key in left.cells}
+    # Without a word of damaged ones, which were told of before this and will be after it.
+    look = lambda key: examine(left.results.path(key), IN_RECORD)[0]
+    before = {key: look(key) for key in left.cells}
     total, done, idle = left.finished + len(left.cells), left.finished, 0
     while before and idle < 2:  # a second look, as what the last one wrote may show late on a network's file system
         idle = 0 if at_work() else idle + 1
         for key in list(before):
-            record = left.results.find(key)
+            record = look(key)
             if record is not None and record != before[key]:
                 del before[key]
                 done += 1

@@ -125,6 +125,15 @@ def test_of_a_worker_that_breaks_the_log_is_named(tmp_path):
         launching.local(grid, {"workers": 2})
 
 
+def test_a_damaged_record_is_told_of_once_and_not_at_every_look(tmp_path, caplog):
+    results = Results(tmp_path)
+    results.path("key").parent.mkdir()
+    results.path("key").write_text("{")
+    with pytest.raises(UserError, match="1 not finished"):
+        launching.local(Words(results, {"key": None}, {}, [], [], tmp_path, 0), {"workers": 1})
+    assert caplog.text.count("cannot be read") == 1
+
+
 @pytest.mark.parametrize(("chosen", "threads"), [(None, "2"), ("7", "7")])
 def test_workers_divide_the_cores_unless_told_otherwise(tmp_path, monkeypatch, chosen, threads):
     monkeypatch.setattr(launching, "cores", lambda: 7)
