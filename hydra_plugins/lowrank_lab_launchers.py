@@ -50,9 +50,9 @@ class _Elsewhere(BasicLauncher):
 
 class Slurm(_Elsewhere):
     def run(self, grid: Grid) -> None:
-        from lowrank_lab.launching import slurm
+        from lowrank_lab.launching import slurm_jobs
 
-        slurm(grid, self.settings)
+        slurm_jobs(grid, self.settings)
 
 
 class SlurmArray(_Elsewhere):

@@ -21,8 +21,7 @@ from typing import Any
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
-from lowrank_lab import grid, jobs, progress, runner
-from lowrank_lab import slurm as cluster
+from lowrank_lab import grid, jobs, progress, runner, slurm
 from lowrank_lab.cell import Cell
 from lowrank_lab.environment import cores
 from lowrank_lab.errors import UserError
@@ -101,9 +100,9 @@ def local(left: Grid, settings: dict[str, Any]) -> None:
     _judge(left, *(left.folder / f"worker-{number}.log" for number in failed[:1]))
 
 
-def slurm(left: Grid, settings: dict[str, Any]) -> None:
+def slurm_jobs(left: Grid, settings: dict[str, Any]) -> None:
     """Work on a grid with a SLURM job for each cell that has none yet. Raises UserError as ``local`` does."""
-    cluster.check()
+    slurm.check()
     going = _going(left)
     new = [key for key in left.cells if not going[key]]
     commands = [left.command(left.asked[key], key) for key in new]
@@ -113,7 +112,7 @@ def slurm(left: Grid, settings: dict[str, Any]) -> None:
 def slurm_array(left: Grid, settings: dict[str, Any]) -> None:
     """Work on a grid with ``workers`` SLURM jobs that share it, the ones that it has already among them. Raises
     UserError as ``local`` does."""
-    cluster.check()
+    slurm.check()
     going = _going(left)
     new = range(len(set().union(*going.values())), _workers(settings))
     commands = [left.command(left.overrides, f"worker-{number}") for number in new]
@@ -130,7 +129,7 @@ def _going(left: Grid) -> dict[str, set[str]]:
     """By cell, the jobs of earlier commands that are queued or run. Raises UserError where SLURM does not say."""
     noted = jobs.of_cells(left.results)
     earlier = {key: {job.id for job in noted.get(key, [])} for key in left.cells}
-    states = cluster.unfinished(set().union(*earlier.values()))
+    states = slurm.unfinished(set().union(*earlier.values()))
     if states is None:
         raise UserError(
             "squeue does not answer, so jobs of an earlier command may still be at these cells; repeat the command "
@@ -149,7 +148,7 @@ def _submit(left: Grid, commands: list[list[str]], keys: list[list[str]], settin
     environment = {grid.NAME: os.environ[grid.NAME], runner.LAUNCH: secrets.token_hex(8)}
     if settings["cpus_per_task"] and THREADS not in os.environ:
         environment[THREADS] = str(settings["cpus_per_task"])
-    submitted = cluster.submit([cluster.Command(words, environment) for words in commands], settings)
+    submitted = slurm.submit([slurm.Command(words, environment) for words in commands], settings)
     logs = settings["submitit_folder"]
     jobs.note(left.results, dict(zip(submitted, keys, strict=True)), logs)
     log.info(
@@ -162,7 +161,7 @@ def _wait(left: Grid, going: dict[str, set[str]], submitted: list[str]) -> None:
     """Follow SLURM jobs to their end. Interrupted, say how to follow them without this process."""
     submitted = [*set().union(*going.values()), *submitted]
     try:
-        _follow(left, lambda: cluster.unfinished(submitted) != {}, "slurm")
+        _follow(left, lambda: slurm.unfinished(submitted) != {}, "slurm")
     except KeyboardInterrupt:
         arrays = " ".join(dict.fromkeys(job.partition("_")[0] for job in submitted))
         print("the jobs go on without this command, which follows them again when it is repeated", file=sys.stderr)
