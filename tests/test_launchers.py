@@ -211,12 +211,13 @@ def test_where_squeue_does_not_answer_nothing_is_submitted_again(tmp_path, monke
 
 
 def test_status_tells_who_works_on_a_cell_or_why_nobody_does(lab, tmp_path, monkeypatch):
-    cells = lab.cells("method=svd", "ratio=0.9,0.8,0.7,0.6,0.5", multirun=True)
+    cells = lab.cells("method=svd", "ratio=0.9,0.8,0.7,0.6,0.5,0.4,0.3", multirun=True)
     lab.results.note_grid(["a grid"], cells)
     keys = [cell.key for cell in cells]
     jobs.note(lab.results, {f"7_{number}": [key] for number, key in enumerate(keys[1:])}, "/logs")
     (lab.root / "jobs" / "1.json").write_text('{"jobs": ')  # of a disk that was full
     squeue, sacct = 'echo "7_1|PENDING"', 'echo "7_2|OUT_OF_MEMORY"; echo "7_3|CANCELLED by 0"'
+    sacct += '; echo "7_4|NODE_FAIL"; echo "7_5|BOOT_FAIL"'
     with another_process_holds(lab.results.lock(keys[0])) as process:
         with monkeypatch.context() as patch:
             patch.setenv("PATH", commands(tmp_path / "bin", squeue=squeue, sacct=sacct))
@@ -230,9 +231,11 @@ def test_status_tells_who_works_on_a_cell_or_why_nobody_does(lab, tmp_path, monk
         ("queued", "job 7_1: pending"),
         ("failed", "job 7_2: out_of_memory; /logs/7_2_0_log.out"),
         ("preempted", "job 7_3: cancelled; /logs/7_3_0_log.out"),
+        ("failed", "job 7_4: node_fail; /logs/7_4_0_log.out"),
+        ("failed", "job 7_5: boot_fail; /logs/7_5_0_log.out"),
     ]
-    assert lines[-1] == "0 done, 1 failed, 0 skipped, 1 running, 1 queued, 2 preempted, 0 missing"
-    assert [without[key] for key in keys] == ["running"] + ["missing"] * 4
+    assert lines[-1] == "0 done, 3 failed, 0 skipped, 1 running, 1 queued, 2 preempted, 0 missing"
+    assert [without[key] for key in keys] == ["running"] + ["missing"] * 6
 
 
 def test_a_cell_with_a_record_is_what_the_record_says_once_its_job_has_ended(lab, tmp_path, monkeypatch):
