@@ -109,9 +109,10 @@ def _plan(arguments: argparse.Namespace) -> list[Cell]:
         from lowrank_lab.planning.dry_run import tell
 
         sys.exit(0 if tell(cells) else 1)
-    results = Results(cells[0].cfg.results)
     if grid.NAME not in os.environ:  # else a launcher has noted the grid that this process works on
-        os.environ[grid.NAME] = results.note_grid(arguments.overrides, cells)
+        for root in dict.fromkeys(cell.cfg.results for cell in cells):
+            here = [cell for cell in cells if cell.cfg.results == root]
+            os.environ[grid.NAME] = Results(root).note_grid(arguments.overrides, here)
     finished = {cell.key: (cell.label, record) for cell in cells if (record := runner.finished(cell)) is not None}
     count = sum(cell.key in finished for cell in cells)  # a label does not tell all settings
     print(f"{len(cells)} cells, {count} finished already", file=sys.stderr)
@@ -120,7 +121,7 @@ def _plan(arguments: argparse.Namespace) -> list[Cell]:
     for label, record in finished.values():
         print(f"{label}: {record['status']} ({runner.summary(record)})", file=sys.stderr)
     for cell in cells:
-        config.build(cell.cfg.tracker).again(finished[cell.key][1], results.path(cell.key))
+        config.build(cell.cfg.tracker).again(finished[cell.key][1], Results(cell.cfg.results).path(cell.key))
     print("nothing to do; python report.py makes the table", file=sys.stderr)
     return []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 from collections import Counter, deque
@@ -17,7 +16,7 @@ from lowrank_lab.locks import Busy, held
 from lowrank_lab.out_of_memory import without_frames
 from lowrank_lab.results import CHECKPOINT_NAMES, CHECKPOINTS, Record, Results
 from lowrank_lab.seal import SEAL
-from lowrank_lab.store import Store
+from lowrank_lab.store import Store, disk_full
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ def run(cfg: DictConfig, grid: str | None = None, wait: bool = True) -> dict[str
                     cell.store.waits = wait
                     return _computed(cell, results, grid)
         except Exception as error:
-            if not _disk_full(error):
+            if not disk_full(error):
                 raise
             raise UserError(
                 f"no space left for results={cfg.results} or artifacts={cfg.artifacts}; what was finished is kept"
@@ -128,14 +127,6 @@ def _settled(cell: Cell, results: Results) -> dict[str, Any] | None:
         if record is not None and (record["status"] != "failed" or record.get("launch") != launch):
             return None
     return record
-
-
-def _disk_full(error: BaseException) -> bool:
-    """Whether a disk or a quota is full. safetensors and torch tell so in their texts alone."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    texts = (f"os error {errno.ENOSPC}", f"os error {errno.EDQUOT}", "PytorchStreamWriter failed writing")
-    return any(text in str(error) for text in texts)
 
 
 def _shown(measured: dict[str, Any]) -> str:
