@@ -34,7 +34,8 @@ _postponed: list[DictConfig] = []  # cells of this process's grid that another p
 def job(cfg: DictConfig) -> None:
     redaction.guard_streams()  # also where a launcher has started this in a process of its own
     hydra_cfg = HydraConfig.get()
-    one_by_one = hydra_cfg.mode == RunMode.MULTIRUN and hydra_cfg.launcher._target_.endswith("BasicLauncher")
+    is_basic = hydra_cfg.launcher._target_.endswith("BasicLauncher") or runner.LAUNCH in os.environ
+    one_by_one = hydra_cfg.mode == RunMode.MULTIRUN and is_basic
     postponed = False
     try:
         runner.run(cfg, os.environ.get(grid.NAME), wait=not one_by_one)

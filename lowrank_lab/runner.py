@@ -20,9 +20,7 @@ from lowrank_lab.store import Store, disk_full
 
 log = logging.getLogger(__name__)
 
-SINCE = (
-    "LOWRANK_LAB_SINCE"  # in the environment of processes that share a grid: when it was launched, as in records
-)
+LAUNCH = "LOWRANK_LAB_LAUNCH"  # in the environment of a launcher's workers, and their records: which launch it was
 
 
 def run(cfg: DictConfig, grid: str | None = None, wait: bool = True) -> dict[str, Any]:
@@ -62,6 +60,8 @@ def _computed(cell: Cell, results: Results, grid: str | None) -> dict[str, Any]:
     if cell.left_out and cell.evaluators:
         log.info("%s", cell.why_left_out)
     recording = Record(cell, grid, results.begun(cell.key))
+    if launch := os.environ.get(LAUNCH):
+        recording.data["launch"] = launch
     previous = results.find(cell.key) or {}
     recording.data.update({what: previous[what] for what in CHECKPOINT_NAMES if what in previous})
     try:
@@ -121,10 +121,10 @@ def finished(cell: Cell) -> dict[str, Any] | None:
 
 
 def _settled(cell: Cell, results: Results) -> dict[str, Any] | None:
-    """The record of a cell that is finished, or has failed since the launcher began: its workers try it once."""
-    if (record := finished(cell)) is None and (since := os.environ.get(SINCE)):
+    """The record of a cell that is finished, or has failed in this very launch, whose workers try it once."""
+    if (record := finished(cell)) is None and (launch := os.environ.get(LAUNCH)):
         record = results.find(cell.key)
-        if record is not None and (record["status"] != "failed" or record["started"] < since):
+        if record is not None and (record["status"] != "failed" or record.get("launch") != launch):
             return None
     return record
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
@@ -106,6 +107,21 @@ def test_a_holder_on_another_machine_counts_while_it_renews_its_lock(tmp_path, m
     start = time.monotonic()
     with held(lock, "it"):
         assert time.monotonic() - start >= 0.9
+
+
+def test_a_holder_on_another_machine_that_lets_go_while_it_is_looked_for_is_none(tmp_path, monkeypatch):
+    lock = tmp_path / "it.lock"
+    with held(lock, "it"):
+        marker = lock.read_text()
+    lock.write_text(marker.replace(f"host={os.uname().nodename}", "host=n7"))
+    assert holder(lock) is not None
+
+    def meanwhile() -> float:
+        lock.unlink()
+        return 0.0
+
+    monkeypatch.setattr(locks, "time", SimpleNamespace(time=meanwhile))
+    assert holder(lock) is None
 
 
 def test_a_cell_that_another_process_computes_is_not_computed_again(lab):
