@@ -23,7 +23,7 @@ from lowrank_lab import config, environment, out_of_memory, versions
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.locks import Busy
-from lowrank_lab.redaction import redacted
+from lowrank_lab.redaction import redacted, redacted_message, redacted_settings
 from lowrank_lab.seal import read, sealed
 from lowrank_lab.store import Artifact, fingerprint, write_json
 
@@ -194,7 +194,7 @@ class Results:
         file = self.path(record["key"])
         for leftover in file.parent.glob(f".{file.name}.tmp-*"):  # of a killed process; we hold the cell's lock
             leftover.unlink(missing_ok=True)
-        written = sealed(redacted(record))
+        written = sealed(_without_secrets(record))
         write_json(file, written)
         return written
 
@@ -216,6 +216,12 @@ class Results:
     def grids(self) -> list[dict[str, Any]]:
         found = [read(file, IN_GRID) for file in sorted((self.root / "grids").glob("*.json"))]
         return [grid for grid in found if grid is not None]
+
+
+def _without_secrets(record: dict[str, Any]) -> dict[str, Any]:
+    """Metrics hold what models have written, of which only what is known to be a secret is one."""
+    messages = {name: redacted_message(record[name]) for name in ("reason", "traceback") if name in record}
+    return {**redacted(record), "config": redacted_settings(record["config"]), **messages}
 
 
 def _names(file: Path) -> list[str]:
