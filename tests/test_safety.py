@@ -157,6 +157,23 @@ def test_reading_a_record_runs_nothing_that_it_names(settings, executed):
     assert not executed.exists()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "${oc.create:{_target_: lowrank_lab.store.write_json, file: {file}, value: 1}}",
+        {"_target_": "lowrank_lab.quantization.base.Quantization", "method": ["${oc.env:HOME}"]},
+        {"${oc.env:HOME}": 1},
+    ],
+    ids=["class", "value", "name"],
+)
+def test_nor_does_it_resolve_what_it_says(settings, executed):
+    """An interpolation could name a class once the classes were looked at."""
+    settings = json.loads(json.dumps({"a": settings}).replace("{file}", str(executed)))
+    with pytest.raises(UserError, match="it is not run"):
+        config.build_recorded(settings)
+    assert not executed.exists()
+
+
 def test_a_report_of_such_a_record_is_made_without_it(lab, executed, tmp_path, capsys):
     record = lab.run("method=dense", "quantization=int4")
     record["config"]["quantization"]["method"] = {"_target_": "os.system", "command": f"touch {executed}"}
