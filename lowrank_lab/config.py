@@ -31,6 +31,8 @@ def build_recorded(settings: dict[str, Any]) -> Any:
     of this package, and for an interpolation, which could put one in once the classes were looked at; records are
     resolved when they are written.
     """
+    if not isinstance(settings, dict):  # OmegaConf would read a text as YAML
+        raise UserError(f"{settings!r}: a record names what is no class of lowrank_lab; it is not run")
     if "${" in json.dumps(settings):
         raise UserError("a record's settings hold ${...}, which none has that was written here; it is not run")
     for target in _targets(settings):

@@ -150,7 +150,7 @@ def test_reading_a_record_runs_nothing_that_it_names(settings, executed):
     """Neither itself nor within an answer of ours."""
     settings = json.loads(json.dumps(settings).replace("{file}", str(executed)))
     within = {"_target_": "lowrank_lab.quantization.base.Quantization", "method": [settings]}
-    for one in (settings, within):
+    for one in (settings, within, json.dumps(settings)):
         with pytest.raises(UserError, match="a record names what is no class of lowrank_lab; it is not run"):
             config.build_recorded(one)
     assert tables.quantized({"quantization": settings}, "name") == settings["_target_"].split(".")[-1]
