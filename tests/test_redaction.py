@@ -124,7 +124,7 @@ def test_what_is_none(monkeypatch):
         "path": "/home/me/.cache/huggingface/token false",
         "sizes": {"kv_cache_bytes_per_token": 12345678, "macs_per_token": 87654321, "value": 1.5, "none": None},
         "reason": "12 calibration tokens are fewer; first token: 80, token position 31; it has no secret: it is 1",
-        "traceback": "model(eos_token=tokenizer.eos_token, token=token)\nunexpected token: '<|fim_suffix_1|>', token: im_end12",
+        "traceback": "eos_token=a.eos_token, token=token\nunexpected token: '<|fim_suffix_1|>', token: im_end12",
         "address": "https://huggingface.co/facebook/opt-125m@main file:///home/me@work/x",
         "hf": "hf_internal_testing hf_meetsallthethingsthatonecouldsayofit",
         "config": {"password": 12345678, "macs_per_token": 87654321},
