@@ -32,6 +32,7 @@ from lowrank_lab.models.arch import spec_for
 from lowrank_lab.models.load import load_model
 from lowrank_lab.out_of_memory import ran_out
 from lowrank_lab.reporting import tables
+from lowrank_lab.reporting.frame import frame
 from lowrank_lab.results import Results
 
 from .conftest import Lab
@@ -264,7 +265,7 @@ def test_records_of_older_schemas_are_read(folder, tmp_path, run_report):
     records = Results(tmp_path / "results").records()
     assert [f"schema{record['schema']}" for record in records] == [folder.name] * 2
     assert "outdated (made by other component versions; run it again)" in tables.markdown(records)
-    assert len(results.frame(records)) == 2
+    assert len(frame(records)) == 2
     for what, shown in (
         ("all", "outdated"),
         ("status", "2 outdated"),
