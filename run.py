@@ -15,7 +15,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lowrank_lab import config, grid, progress, redaction, runner
 from lowrank_lab.cell import Cell
@@ -104,7 +104,6 @@ def _plan(arguments: argparse.Namespace) -> list[Cell]:
     if arguments.config_dir:
         overrides.append(f"hydra.searchpath=[file://{Path(arguments.config_dir).resolve()}]")
     cells = grid.plan(CONFIG_DIR, arguments.config_name or "config", overrides, arguments.multirun)
-    redaction.refuse(OmegaConf.to_yaml(cells[0].cfg).splitlines())  # from a YAML file of the user's own
     if cells[0].cfg.dry_run:
         from lowrank_lab.planning.dry_run import tell
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -24,10 +25,16 @@ def build(node: Any) -> Any:
 
 
 def build_recorded(settings: dict[str, Any]) -> Any:
-    """The object that settings of a record describe. Raises UserError for a class that is not of this package.
+    """The object that settings of a record describe.
 
-    A record may be somebody else's: reading it must not run what it names.
+    A record may be somebody else's: reading it must not run what it names. Raises UserError for a class that is not
+    of this package, and for an interpolation, which could put one in once the classes were looked at; records are
+    resolved when they are written.
     """
+    if not isinstance(settings, dict):  # OmegaConf would read a text as YAML
+        raise UserError(f"{settings!r}: a record names what is no class of lowrank_lab; it is not run")
+    if "${" in json.dumps(settings):
+        raise UserError("a record's settings hold ${...}, which none has that was written here; it is not run")
     for target in _targets(settings):
         if not _is_our_class(target):
             raise UserError(f"{target}: a record names what is no class of lowrank_lab; it is not run")

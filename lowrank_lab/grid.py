@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lowrank_lab import redaction
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import UserError
 
@@ -34,9 +35,11 @@ def plan(config_dir: Path, config_name: str, overrides: list[str], multirun: boo
         with initialize_config_dir(str(config_dir), version_base="1.3"):
             base = compose(config_name, _without_sweeps(overrides) if multirun else overrides, True)
             if not multirun:
+                redaction.refuse_in(_without_hydra(base))
                 return [cell_of(base)]
             params: DictConfig = base.hydra.sweeper.get("params") or OmegaConf.create({})
             swept = [f"{key!s}={value}" for key, value in params.items()] + overrides
+            redaction.refuse(swept)
             parsed = OverridesParser.create().parse_overrides(swept)
             [combinations] = BasicSweeper.split_arguments(parsed, None)
             return [Cell.from_config(cfg) for cfg in _composed(config_name, combinations, base)]
@@ -103,6 +106,7 @@ def _composed(config_name: str, combinations: list[list[str]], base: DictConfig)
         if choices not in chosen:
             chosen[choices] = compose(config_name, list(choices), True)
             plain[choices] = _without_hydra(chosen[choices])
+            redaction.refuse_in(plain[choices])  # a YAML file of the user's own may hold a secret
         if not all(_sets_value(override, chosen[choices]) for override in values):  # as they did in ``base``
             yield OmegaConf.create(_without_hydra(compose(config_name, words, True)))
             continue

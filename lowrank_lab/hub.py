@@ -1,7 +1,7 @@
 """Which commit of the hub a name stands for. No torch.
 
-It is asked once a process and without retries. Where the hub cannot be reached, the process stays offline from then
-on: what is in the local cache still works, and nothing else waits for a hub that is silent.
+It is asked once a name and without retries. Where the hub cannot be reached, or what answers is a proxy or a hub
+that is down, the process stays offline from then on: what is in the local cache works, and nothing else waits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ def hub_commit(kind: Literal["model", "dataset"], name: str, revision: str | Non
     Raises what the hub's client raises where neither knows it: many kinds of errors.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         commit = HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=TIMEOUT).sha
@@ -30,12 +29,24 @@ def hub_commit(kind: Literal["model", "dataset"], name: str, revision: str | Non
             raise ValueError("the hub gave no commit")
         return commit
     except Exception as error:
-        if not isinstance(error, (HfHubHTTPError, ValueError)):  # these are answers
+        if not _is_answer(error):
             _stay_offline()
         cached = try_to_load_from_cache(name, IN_EVERY[kind], repo_type=kind, revision=revision)
         if isinstance(cached, str):
             return Path(cached).parent.name  # the cache keeps each file below snapshots/<commit>/
         raise
+
+
+def _is_answer(error: Exception) -> bool:
+    """Whether it is the hub that says so, and not a proxy, nor a hub that is down."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not isinstance(error, HfHubHTTPError):
+        return isinstance(error, ValueError)
+    status, headers = error.response.status_code, error.response.headers
+    if status == 403:  # as many proxies say it; the hub gives a number or a code with it
+        return "x-error-code" in headers or "x-request-id" in headers
+    return status != 407 and status < 500
 
 
 def _stay_offline() -> None:

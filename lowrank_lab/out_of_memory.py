@@ -12,6 +12,8 @@ ADVICE = (
     "out of memory: lower calibration.batch_size, calibration.seqlen or the batch size of the evaluation or "
     "training that needed it, or use device=cpu or a smaller dtype"
 )
+# Besides what accelerate knows: the runtime's own words, and those of the libraries behind eigh and cholesky.
+OUT_OF_MEMORY = ("CUDA error: out of memory", "CUSOLVER_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def ran_out(error: BaseException | None) -> bool:
@@ -23,7 +25,9 @@ def ran_out(error: BaseException | None) -> bool:
     import torch
     from accelerate.utils.memory import should_reduce_batch_size
 
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+    if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
+        return True
+    return any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def unless_out_of_memory(work: Callable[[], T]) -> T | None:

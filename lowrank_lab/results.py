@@ -13,22 +13,19 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lowrank_lab import config, environment, out_of_memory, versions
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.locks import Busy
-from lowrank_lab.redaction import redacted
+from lowrank_lab.redaction import redacted, redacted_message, redacted_settings
 from lowrank_lab.seal import read, sealed
 from lowrank_lab.store import Artifact, disk_full, fingerprint, write_json
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +45,6 @@ IN_RECORD = {
     "metrics",
 }
 IN_GRID = {"name", "cells"}
-NOT_COMPRESSION = ("model conversion", "model loading", "evaluation tokens", "checkpoint", "merged checkpoint")
 PLACES = ("results", "artifacts", "data_root")  # settings that say where things are, and nothing of the cells
 CHECKPOINTS = "checkpoints"  # the folder of the models that are kept
 CHECKPOINT_NAMES = ("checkpoint", "merged_checkpoint")  # in a record: which of them are this cell's
@@ -196,7 +192,7 @@ class Results:
         file = self.path(record["key"])
         for leftover in file.parent.glob(f".{file.name}.tmp-*"):  # of a killed process; we hold the cell's lock
             leftover.unlink(missing_ok=True)
-        written = sealed(redacted(record))
+        written = sealed(_without_secrets(record))
         write_json(file, written)
         return written
 
@@ -220,6 +216,12 @@ class Results:
         return [grid for grid in found if grid is not None]
 
 
+def _without_secrets(record: dict[str, Any]) -> dict[str, Any]:
+    """Metrics hold what models have written, of which only what is known to be a secret is one."""
+    messages = {name: redacted_message(record[name]) for name in ("reason", "traceback") if name in record}
+    return {**redacted(record), "config": redacted_settings(record["config"]), **messages}
+
+
 def _names(file: Path) -> list[str]:
     """The artifacts that a file of ``Results.begun`` names; none where there is no such file, or no list in it."""
     try:
@@ -227,42 +229,3 @@ def _names(file: Path) -> list[str]:
     except (OSError, ValueError):
         return []
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-
-
-def frame(records: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row for each metric of each record, and one for each record without metrics (failed, skipped)."""
-    import pandas as pd  # only reports need it, and it doubles the time that run.py takes to start
-
-    rows = []
-    for record in records:
-        sizes = record.get("sizes", {})
-        stages = record["stages"]
-        row = {
-            "model": record["model"],
-            "dataset": record["dataset"],
-            "method": record["method"],
-            "ratio": record["ratio"],
-            "status": record["status"],
-            "reason": record.get("reason"),
-            "ratio_reached": sizes.get("ratio_reached"),
-            "parameters": sizes.get("parameters"),
-            "bytes": sizes.get("bytes"),
-            # As if this cell ran alone: artifacts shared with other cells count with what making them took.
-            "compression_seconds": _seconds(s for s in stages if _compresses(s["stage"])),
-            "key": record["key"],
-        }
-        for name, metric in record["metrics"].items() or [(None, {})]:
-            facts = {column: metric.get(column) for column in ("metric", "value", "protocol")}
-            its_own = (s for s in stages if s["stage"].split(".")[:2] == ["eval", name])
-            rows.append({**row, "evaluator": name, "evaluation_seconds": _seconds(its_own), **facts})
-    return pd.DataFrame(rows)
-
-
-def _compresses(stage: str) -> bool:
-    return stage not in NOT_COMPRESSION and not stage.startswith("eval.")
-
-
-def _seconds(stages: Iterable[dict[str, Any]]) -> float:
-    """The seconds of ``stages``, an artifact's once, however many of them read it."""
-    once = {stage.get("artifact", number): stage for number, stage in enumerate(stages)}
-    return sum(stage.get("made_in", stage["seconds"]) for stage in once.values())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,9 @@ from lowrank_lab.lowrank import spectra
 from lowrank_lab.metric.identity import Identity
 from lowrank_lab.models.arch import spec_for
 from lowrank_lab.models.load import load_model
+from lowrank_lab.out_of_memory import ran_out
 from lowrank_lab.reporting import tables
+from lowrank_lab.reporting.frame import frame
 from lowrank_lab.results import Results
 
 from .conftest import Lab
@@ -192,7 +195,7 @@ def test_results_that_are_read_only_can_be_reported(undisturbed, disk, tmp_path,
     for name in ("records", "grids"):
         shutil.copytree(undisturbed.root / name, disk.folder / name)
     disk.mount("ro")
-    assert "done     svdllm ratio=0.8" in run_report(disk.folder, "status").text
+    assert re.search(r"done +svdllm ratio=0\.8", run_report(disk.folder, "status").text)
     assert run_report(disk.folder, "check").error is None
     here = run_report(disk.folder)
     assert "| svdllm" in here.text
@@ -263,7 +266,7 @@ def test_records_of_older_schemas_are_read(folder, tmp_path, run_report):
     records = Results(tmp_path / "results").records()
     assert [f"schema{record['schema']}" for record in records] == [folder.name] * 2
     assert "outdated (made by other component versions; run it again)" in tables.markdown(records)
-    assert len(results.frame(records)) == 2
+    assert len(frame(records)) == 2
     for what, shown in (
         ("all", "outdated"),
         ("status", "2 outdated"),
@@ -279,6 +282,19 @@ def test_records_of_older_schemas_are_read(folder, tmp_path, run_report):
 
 # Memory
 
+ON_A_GPU = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines of it."),
+    torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later."),
+    RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+def test_other_errors_of_a_gpu_are_not_out_of_memory():
+    assert not ran_out(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
+    assert not ran_out(RuntimeError("cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED"))
+    assert not ran_out(ValueError("CUDA error: out of memory"))
+
 
 def out_of_memory(*_: Any, **__: Any) -> Any:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines of it.")
@@ -292,17 +308,17 @@ def test_a_site_that_does_not_fit_is_decomposed_on_the_cpu(checkpoints, tmp_path
         (tmp_path / name).mkdir()
     arguments = (model, spec, sites, Identity(), None, None)
     spectra.make_spectra(tmp_path / "whole", *arguments, torch.device("cpu"))
-    of_site = spectra._spectrum
+    of_site, errors = spectra._spectrum, iter(ON_A_GPU)
 
     def small_gpu(*given: Any) -> Any:
         *others, device = given
-        if device.type == "cuda" and others[0].endswith("gate_proj"):
-            out_of_memory()
+        if device.type == "cuda" and (error := next(errors, None)):
+            raise error
         return of_site(*others, torch.device("cpu"))
 
     monkeypatch.setattr(spectra, "_spectrum", small_gpu)
     spectra.make_spectra(tmp_path / "without", *arguments, torch.device("cuda"))
-    assert caplog.text.count("out of memory on cuda; it is decomposed on the CPU") == 3  # blocks
+    assert caplog.text.count("out of memory on cuda; it is decomposed on the CPU") == len(ON_A_GPU)
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "without" / file.name).read_bytes()
     monkeypatch.setattr(spectra, "_spectrum", out_of_memory)
@@ -310,7 +326,7 @@ def test_a_site_that_does_not_fit_is_decomposed_on_the_cpu(checkpoints, tmp_path
         spectra.make_spectra(tmp_path / "without", *arguments, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB."), MemoryError()])
+@pytest.mark.parametrize("error", [ON_A_GPU[1], MemoryError()], ids=["GPU", "RAM"])
 def test_a_cell_that_needs_too_much_memory_fails_with_advice_and_lets_go(lab, monkeypatch, error):
     held = []
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import socket
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import huggingface_hub
 import pytest
@@ -99,17 +101,41 @@ def test_a_revision_that_the_cache_has_not_is_not_taken_for_another(
         lab.cells("model.path=me/tiny", f"model.revision={COMMIT[::-1]}", "method=dense")
 
 
-def test_an_answer_of_the_hub_does_not_end_the_asking(monkeypatch):
-    import httpx
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
+@pytest.mark.parametrize(
+    ("status", "headers", "answer"),
+    [
+        (404, {}, True),
+        (401, {}, True),
+        (403, {"x-error-code": "GatedRepo"}, True),
+        (403, {"x-request-id": "Root=1-2"}, True),
+        (403, {}, False),
+        (407, {}, False),
+        (500, {}, False),
+        (503, {"x-request-id": "Root=1-2"}, False),
+    ],
+)
+def test_only_an_answer_of_the_hub_does_not_end_the_asking(monkeypatch, status, headers, answer):
+    """Through the client itself; the next name is not asked where a proxy stands in the way."""
+    asked = []
 
-    request = httpx.Request("GET", "http://hub")
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.extend(path for path in [self.path] if path.startswith("/api/models/"))
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": "0"}.items():
+                self.send_header(name, value)
+            self.end_headers()
 
-    def answers(*_: object, **__: object) -> None:
-        raise RepositoryNotFoundError("404", response=httpx.Response(404, request=request))
+        def log_message(self, *_: object) -> None:
+            pass
 
-    monkeypatch.setattr(HfApi, "repo_info", answers)
-    with pytest.raises(UserError, match="no such model or revision on the hub"):
-        source.resolve("me/none", None, None)  # type: ignore[arg-type]
-    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(hub, "TIMEOUT", 10.0)
+        for name in ("me/none", "me/other"):
+            with pytest.raises(UserError):
+                source.resolve(name, None, None)  # type: ignore[arg-type]
+        server.shutdown()
+    assert len(asked) == (2 if answer else 1)
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is not answer

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from lowrank_lab.errors import UserError
-from lowrank_lab.redaction import HIDDEN, Formatter, redacted, refuse
+from lowrank_lab.redaction import (
+    HIDDEN,
+    Formatter,
+    redacted,
+    redacted_message,
+    redacted_settings,
+    refuse,
+    refuse_in,
+)
+from lowrank_lab.results import _without_secrets
 
 from .conftest import REPOSITORY
 
@@ -35,34 +44,97 @@ def test_what_is_a_secret(secrets):
     for secret in secrets[:-1]:
         assert redacted(f"before {secret}, after") == f"before {HIDDEN}, after"
     assert redacted("https://me:hunter22@host/path") == f"https://{HIDDEN}@host/path"
-    for text in (
+    assert redacted({"a": [{HUB: (OWN,)}]}) == {"a": [{HIDDEN: [HIDDEN]}]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "password=hunter22",
+        "password: hunter22",
         "'api_key': 'hunter22'",
         "Authorization: Bearer hunter22",
         "hub_token=hunter22",
-    ):
-        assert "hunter22" not in redacted(text) and HIDDEN in redacted(text)
-    nested = {"a": [{"password": "hunter22", "token": "hunter22"}], HUB: (OWN,), "password": 12345678}
-    assert redacted(nested) == {
-        "a": [{"password": HIDDEN, "token": HIDDEN}],
-        HIDDEN: [HIDDEN],
-        "password": HIDDEN,
-    }
+        "https://host/path?token=hunter22&x=1",
+    ],
+)
+def test_what_a_message_says_is_one(secrets, text):
+    assert "hunter22" not in redacted_message(text) and HIDDEN in redacted_message(text)
+
+
+def test_settings_are_ones_by_their_names(secrets):
+    settings = {"a": [{"password": "hunter22", "token": "hunter22", "other": f"of {OWN}"}], "secret": 12345678}
+    expected = {"a": [{"password": HIDDEN, "token": HIDDEN, "other": f"of {HIDDEN}"}], "secret": 12345678}
+    assert redacted_settings(settings) == expected
+
+
+INNOCENT = [
+    "method.name=svd",
+    "++eval.generation.eos_token=im_end12345",
+    "pad_token=eot_id_128009",
+    "eos_token=<|endoftext1|>",
+    "model.path=/data/hf_llama27bchatweights/x",
+    "model.path=/scratch/token=abc12345/x",
+    "x.token=12345678",
+    "x.password=${oc.env:DEPLOY_SECRET}",
+    "x.secret_file=/home/me/secret1",
+]
+
+
+@pytest.mark.parametrize("word", INNOCENT)
+def test_settings_that_are_none(secrets, word):
+    refuse([word])
+    name, _, value = word.partition("=")
+    name = name.lstrip("+").split(".")[-1]
+    refuse_in({"x": {name: [value]}})
+    assert redacted_settings({name: value, "x": word}) == {name: value, "x": word}
+    assert redacted_message(word) == word
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "secret"),
+    [
+        ("HF_TOKEN", "abcd1234", True),
+        ("token", "abcd1234", True),
+        ("OPENAI_APIKEY", "abcd1234", True),
+        ("AWS_ACCESS_KEY_ID", "ABCDEFGHIJ12", True),
+        ("DB_PASSWD", "tiny-llama", True),
+        ("TOKENIZER_MODEL", "tiny:llama", False),
+        ("TOKENIZER_TYPE", "wikipedia", False),
+        ("TOKENIZERS_PARALLELISM", "false-or-true1", False),
+        ("MAX_TOKENS", "tiny:llama2", False),
+        ("SUBTOKEN", "tiny:llama2", False),
+        ("PASSWORDLESS", "tiny:llama2", False),
+        ("EOS_TOKEN", "<|im_end|>", False),
+        ("HF_TOKEN_PATH", "token-of-mine-1", False),
+        ("HF_TOKEN", "1234567890", False),
+        ("HF_TOKEN", "/home/me/token1", False),
+        ("HF_TOKEN", "wikipedia", False),
+        ("HF_TOKEN", "abc123", False),
+    ],
+)
+def test_variables_are_ones_by_their_whole_names(monkeypatch, name, value, secret):
+    monkeypatch.setenv(name, value)
+    assert redacted(f"of {value} x") == (f"of {HIDDEN} x" if secret else f"of {value} x")
 
 
 def test_what_is_none(monkeypatch):
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    monkeypatch.setenv("HF_TOKEN_PATH", "/home/me/.cache/huggingface/token")
     innocent = {
         "commit": OLD_WANDB,
         "path": "/home/me/.cache/huggingface/token false",
         "sizes": {"kv_cache_bytes_per_token": 12345678, "macs_per_token": 87654321, "value": 1.5, "none": None},
-        "reason": "12 calibration tokens are fewer; first token: 80, token position 31",
-        "traceback": "logits = model(eos_token=tokenizer.eos_token, token=token)",
+        "reason": "12 calibration tokens are fewer; first token: 80, token position 31; it has no secret: it is 1",
+        "traceback": "eos_token=a.eos_token, token=token\nunexpected token: '<|fim_suffix_1|>', token: im_end12",
         "address": "https://huggingface.co/facebook/opt-125m@main file:///home/me@work/x",
-        "hf": "hf_internal_testing",
+        "hf": "hf_internal_testing hf_meetsallthethingsthatonecouldsayofit",
+        "config": {"password": 12345678, "macs_per_token": 87654321},
+        "metrics": {
+            "password": "hunter22",
+            "answer": "The secret: remember to breathe. My password: abcd1234.",
+            "token": 1,
+        },
     }
-    assert redacted(innocent) == innocent
+    assert _without_secrets(innocent) == redacted(innocent) == innocent
 
 
 FAILING = """
@@ -99,7 +171,7 @@ def test_nothing_that_is_written_or_printed_holds_one(lab, secrets, monkeypatch,
 
 
 def test_a_checkpoint_is_not_named_by_one(lab, secrets):
-    record = lab.run("method=svd", f"method.name=of_{OWN}", "save=true")
+    record = lab.run("method=svd", "method.name=of_${oc.env:DEPLOY_SECRET}", "save=true")
     assert OWN not in record["checkpoint"]
     assert (lab.root / record["checkpoint"]).is_dir()
     assert OWN not in "".join(f.read_text() for f in (lab.root / record["checkpoint"]).glob("*.json"))
@@ -123,16 +195,18 @@ def test_the_command_stops_before_anything_is_written(lab, secrets):
     assert not lab.root.exists()
 
 
-def test_nor_is_a_file_of_ones_own(lab, secrets, tmp_path):
-    """But it may name the variable that has it."""
+@pytest.mark.parametrize("methods", ["mine", "mine,svd", "svd,mine"])
+def test_nor_is_a_file_of_ones_own(lab, secrets, tmp_path, methods):
+    """Wherever in a sweep it is chosen. But it may name the variable that has it."""
     (tmp_path / "conf" / "method").mkdir(parents=True)
+    file = tmp_path / "conf" / "method" / "mine.yaml"
     lines = ["# @package _global_", "defaults: [svd]", "method: {name: mine, api_key: hunter22}"]
-    (tmp_path / "conf" / "method" / "mine.yaml").write_text("\n".join(lines))
-    done = lab.cli("--config-dir", str(tmp_path / "conf"), "method=mine", check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: api_key: a key or password has no place")
-    assert not (lab.root / "logs").exists()
-    refuse(["method:", "  api_key: ${oc.env:DEPLOY_SECRET}"])
+    words = (f"method={methods}", f"hydra.searchpath=[file://{tmp_path}/conf]")
+    file.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"^method\.api_key: a key or password has no place"):
+        lab.cells(*words, multirun="," in methods)
+    file.write_text("\n".join(lines).replace("hunter22", "'${oc.env:DEPLOY_SECRET}'"))
+    assert lab.cells(*words, multirun="," in methods)
 
 
 def test_log_lines_and_their_tracebacks(secrets):

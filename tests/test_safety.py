@@ -154,10 +154,27 @@ def test_reading_a_record_runs_nothing_that_it_names(settings, executed):
     """Neither itself nor within an answer of ours."""
     settings = json.loads(json.dumps(settings).replace("{file}", str(executed)))
     within = {"_target_": "lowrank_lab.quantization.base.Quantization", "method": [settings]}
-    for one in (settings, within):
+    for one in (settings, within, json.dumps(settings)):
         with pytest.raises(UserError, match="a record names what is no class of lowrank_lab; it is not run"):
             config.build_recorded(one)
     assert tables.quantized({"quantization": settings}, "name") == settings["_target_"].split(".")[-1]
+    assert not executed.exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "${oc.create:{_target_: lowrank_lab.store.write_json, file: {file}, value: 1}}",
+        {"_target_": "lowrank_lab.quantization.base.Quantization", "method": ["${oc.env:HOME}"]},
+        {"${oc.env:HOME}": 1},
+    ],
+    ids=["class", "value", "name"],
+)
+def test_nor_does_it_resolve_what_it_says(settings, executed):
+    """An interpolation could name a class once the classes were looked at."""
+    settings = json.loads(json.dumps({"a": settings}).replace("{file}", str(executed)))
+    with pytest.raises(UserError, match="it is not run"):
+        config.build_recorded(settings)
     assert not executed.exists()
 
 

@@ -15,9 +15,9 @@ from hydra import compose, initialize_config_dir
 from lowrank_lab import versions
 from lowrank_lab.config import build_recorded, plain
 from lowrank_lab.errors import UserError
+from lowrank_lab.reporting.frame import frame
 from lowrank_lab.reporting.section import Section
 from lowrank_lab.reporting.sections import PERPLEXITY, SECTIONS
-from lowrank_lab.results import frame
 from lowrank_lab.store import fingerprint
 
 ANSWERS = ("metric", "grouping", "targets", "allocation", "refinement", "storage")
