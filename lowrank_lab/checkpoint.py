@@ -154,7 +154,7 @@ def save(folder: Path, model: Any, tokenizer: Any, use_cache: bool, saved: Saved
     model.save_pretrained(folder, save_original_format=saved is None)
     tokenizer.save_pretrained(folder)
     file = folder / "config.json"
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text(encoding="utf-8"))
     config["use_cache"] = use_cache
     if saved is not None:
         config["quantization_config"] = saved.to_dict()

@@ -174,7 +174,7 @@ def _one_line(error: Exception, config_dir: Path) -> str:
                 f"{key}: nothing to set it in; choose an option of {axis} as well ({axis}=...; --help lists them)"
             )
         axes = [folder.name for folder in config_dir.iterdir() if folder.is_dir()]
-        text = (config_dir / "config.yaml").read_text()
+        text = (config_dir / "config.yaml").read_text(encoding="utf-8")
         settings = [line.split(":")[0] for line in text.splitlines() if line[:1].isalpha()]
         near = difflib.get_close_matches(key, axes + settings, n=1)
         hint = f"did you mean {near[0]}?" if near else "python run.py --help lists the axes"

@@ -225,7 +225,7 @@ def _without_secrets(record: dict[str, Any]) -> dict[str, Any]:
 def _names(file: Path) -> list[str]:
     """The artifacts that a file of ``Results.begun`` names; none where there is no such file, or no list in it."""
     try:
-        names = json.loads(file.read_text())
+        names = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []

@@ -30,7 +30,7 @@ def read(file: Path, entries: set[str]) -> dict[str, Any] | None:
 def examine(file: Path, entries: set[str]) -> tuple[dict[str, Any] | None, str]:
     """A record or grid with these ``entries`` as it was written; else None, and what is wrong with the file."""
     try:
-        value = json.loads(file.read_text())
+        value = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError):
         return None, "cannot be read"
     without_number = isinstance(value, dict) and value.get("status") in ("failed", "skipped")

@@ -125,7 +125,7 @@ class Store:
         identity = {"file": str(file), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         memo = self.root / "hashes" / f"{fingerprint(str(file))}.json"
         try:
-            known = json.loads(memo.read_text())
+            known = json.loads(memo.read_text(encoding="utf-8"))
             if {k: known[k] for k in identity} == identity:
                 return known["sha256"]
         except (OSError, ValueError, KeyError):
@@ -141,7 +141,7 @@ def examine(folder: Path, thorough: bool = False) -> tuple[dict[str, Any] | None
     A file's content is compared with its SHA-256 where its time has changed since; ``thorough`` compares all.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, facts in manifest["files"].items():
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 return None, f"its manifest names {name}, which is elsewhere"
@@ -165,7 +165,7 @@ def disk_full(error: BaseException) -> bool:
 
 def _spent(work: Path) -> float:
     try:
-        return float(json.loads((work / SPENT).read_text()))
+        return float(json.loads((work / SPENT).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return 0.0  # the first run, or one that was killed: its time is not known
 
@@ -202,7 +202,7 @@ def write_json(file: str | Path, value: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     work = file.parent / f".{file.name}.tmp-{uuid.uuid4().hex[:8]}"
     try:
-        work.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        work.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(work, file)
     finally:
         work.unlink(missing_ok=True)

@@ -109,7 +109,7 @@ def _run(root: Path, mode: str, **named: Any) -> Any:
 
 def upload(file: Path, project: str, entity: str | None, mode: str) -> None:
     """Copy one record to W&B: its config, its numbers as summary, and its stages' seconds."""
-    record = json.loads(file.read_text())
+    record = json.loads(file.read_text(encoding="utf-8"))
     run = _run(
         file.parent.parent,
         mode,

@@ -167,3 +167,11 @@ def test_a_resumable_artifact_goes_on_in_its_folder_and_counts_all_its_time(tmp_
     assert made.seconds >= 0.2
     assert sorted(file.name for file in made.path.iterdir()) == [MANIFEST, "first", "second"]
     assert store.get("kind", "key") is not None, "what was made is found damaged"
+
+
+def test_json_is_the_same_in_every_locale(tmp_path):
+    """A cluster's nodes may have none set, and a model's folder any name."""
+    code = "import sys; from lowrank_lab.store import write_json; write_json(sys.argv[1], '\\u00e9 \\u2265')"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "it.json")], check=True, env=environment)
+    assert json.loads((tmp_path / "it.json").read_text(encoding="utf-8")) == "é ≥"

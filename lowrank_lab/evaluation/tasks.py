@@ -77,7 +77,7 @@ def named_task(name: str, store: Store) -> NamedTask:
     def make(folder: Path) -> None:
         _write(folder / "task.json", _describe(name, store))
 
-    told = json.loads((store.get_or_make("tasks", key, make).path / "task.json").read_text())
+    told = json.loads((store.get_or_make("tasks", key, make).path / "task.json").read_text(encoding="utf-8"))
     leaves = {leaf: Leaf(**facts) for leaf, facts in told["leaves"].items()}
     return NamedTask(leaves, told["metrics"], told["lower_is_better"])
 
@@ -123,7 +123,7 @@ def _index(store: Store) -> dict[str, tuple[str, str | None, list[str]]]:
         _write(folder / "index.json", entries)
 
     key = fingerprint({"index": harness_version(), "version": versions.HARNESS})
-    return json.loads((store.get_or_make("tasks", key, make).path / "index.json").read_text())
+    return json.loads((store.get_or_make("tasks", key, make).path / "index.json").read_text(encoding="utf-8"))
 
 
 def _describe(name: str, store: Store) -> dict[str, Any]:
@@ -238,4 +238,4 @@ def _lower_is_better(metric: Mapping[str, Any]) -> bool:
 
 
 def _write(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, ensure_ascii=False))
+    file.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")

@@ -99,7 +99,7 @@ def _folder(folder: Path, store: Store) -> ModelSource:
     if not config.is_file():
         raise UserError(f"model.path={folder}: the folder has no config.json; is it a saved model?")
     try:
-        settings = json.loads(config.read_text())
+        settings = json.loads(config.read_text(encoding="utf-8"))
         model_type = settings["model_type"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"model.path={folder}: its config.json is not one of a model (no model_type)") from None
@@ -117,7 +117,7 @@ def _folder(folder: Path, store: Store) -> ModelSource:
 def _check_index(folder: Path, index: Path) -> None:
     """Raises UserError where the index of a model in several files leads out of its folder."""
     try:
-        names = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return  # none of weights; if it should be, loading the model will tell
     for name in sorted(names):
@@ -156,6 +156,6 @@ def _hub(name: str, revision: str | None) -> ModelSource:
             "check the network, or give a local folder"
         ) from None
     content = fingerprint({"hub": name, "commit": commit})
-    settings = json.loads(file.read_text())
+    settings = json.loads(file.read_text(encoding="utf-8"))
     found = {"model_type": settings.get("model_type"), "saved": _saved(name, settings)}
     return ModelSource("hub", name.split("/")[-1], name, content, revision=commit, **found)

@@ -45,14 +45,14 @@ class Published:
 @cache
 def catalogue() -> dict[str, Any]:
     """references/catalogue.yaml: by source its protocol, tables and figures."""
-    found: dict[str, Any] = _yaml((REFERENCES / "catalogue.yaml").read_text())
+    found: dict[str, Any] = _yaml((REFERENCES / "catalogue.yaml").read_text(encoding="utf-8"))
     return found
 
 
 @cache
 def method_names() -> dict[str, str]:
     """By our name of a method, the printed one."""
-    names: dict[str, str] = _yaml((REFERENCES / "methods.yaml").read_text())
+    names: dict[str, str] = _yaml((REFERENCES / "methods.yaml").read_text(encoding="utf-8"))
     return names
 
 

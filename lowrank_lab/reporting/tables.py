@@ -213,7 +213,7 @@ def write(records: list[dict[str, Any]], folder: Path) -> list[Path]:
     files = []
     for name, text in texts.items():
         if text:
-            (folder / name).write_text(text)
+            (folder / name).write_text(text, encoding="utf-8")
             files.append(folder / name)
     return files
 
