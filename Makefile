@@ -36,7 +36,7 @@ test-slow: setup ## the slow tests too: the real model end to end, memory benchm
 
 SLURM := slurmctld slurmd slurm-client slurmdbd slurm-wlm-mysql-plugin munge mariadb-server-core mariadb-client-core
 
-# Where nothing can be installed, the tests are skipped and say why.
+# Where nothing can be installed, the tests are skipped and say why; with LOWRANK_LAB_SLURM=required they fail.
 test-slurm: setup ## a grid through a real SLURM, which it installs (Debian, as root) and runs in a temporary folder
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! dpkg -s $(SLURM) >/dev/null 2>&1; then \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
@@ -51,7 +51,7 @@ test-libraries: $(VENV)/.libraries ## our quantization against bitsandbytes and 
 	$(PYTEST) tests/test_against_libraries.py tests/test_quantization_presets.py
 
 BENCHMARKS := startup factorized_forward solver_speed statistics_time grid_overhead
-bench: setup     ## the ratios of the README's section on performance (ten minutes with one idle core)
+bench: setup     ## the ratios of the README's section on performance (a quarter of an hour on one idle core)
 	@for name in $(BENCHMARKS); do echo "$$name:"; OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 check: setup     ## lint, format and types

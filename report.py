@@ -40,6 +40,8 @@ def main() -> None:
 
     redaction.guard_streams()
     results = Results(arguments.results)
+    if not arguments.results.is_dir():
+        sys.exit(f"error: --results={arguments.results}: no such folder; run something first: python run.py")
     out = arguments.out or arguments.results / "report"
     index = (arguments.out or arguments.results) / "index.html"
     try:

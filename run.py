@@ -34,7 +34,8 @@ _postponed: list[DictConfig] = []  # cells of this process's grid that another p
 def job(cfg: DictConfig) -> None:
     redaction.guard_streams()  # also where a launcher has started this in a process of its own
     hydra_cfg = HydraConfig.get()
-    one_by_one = hydra_cfg.mode == RunMode.MULTIRUN and hydra_cfg.launcher._target_.endswith("BasicLauncher")
+    is_basic = hydra_cfg.launcher._target_.endswith("BasicLauncher") or runner.LAUNCH in os.environ
+    one_by_one = hydra_cfg.mode == RunMode.MULTIRUN and is_basic
     postponed = False
     try:
         runner.run(cfg, os.environ.get(grid.NAME), wait=not one_by_one)
@@ -107,9 +108,10 @@ def _plan(arguments: argparse.Namespace) -> list[Cell]:
         from lowrank_lab.planning.dry_run import tell
 
         sys.exit(0 if tell(cells) else 1)
-    results = Results(cells[0].cfg.results)
     if grid.NAME not in os.environ:  # else a launcher has noted the grid that this process works on
-        os.environ[grid.NAME] = results.note_grid(arguments.overrides, cells)
+        for root in dict.fromkeys(cell.cfg.results for cell in cells):
+            here = [cell for cell in cells if cell.cfg.results == root]
+            os.environ[grid.NAME] = Results(root).note_grid(arguments.overrides, here)
     finished = {cell.key: (cell.label, record) for cell in cells if (record := runner.finished(cell)) is not None}
     count = sum(cell.key in finished for cell in cells)  # a label does not tell all settings
     print(f"{len(cells)} cells, {count} finished already", file=sys.stderr)
@@ -118,7 +120,7 @@ def _plan(arguments: argparse.Namespace) -> list[Cell]:
     for label, record in finished.values():
         print(f"{label}: {record['status']} ({runner.summary(record)})", file=sys.stderr)
     for cell in cells:
-        config.build(cell.cfg.tracker).again(finished[cell.key][1], results.path(cell.key))
+        config.build(cell.cfg.tracker).again(finished[cell.key][1], Results(cell.cfg.results).path(cell.key))
     print("nothing to do; python report.py makes the table", file=sys.stderr)
     return []
 

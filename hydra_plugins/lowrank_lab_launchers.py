@@ -5,34 +5,39 @@ It imports this module at every start; what the launchers do is imported when th
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.utils import JobReturn
 from hydra.errors import CompactHydraException
-from hydra.plugins.launcher import Launcher
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 if TYPE_CHECKING:
     from lowrank_lab.launching import Grid
 
 
-class _Elsewhere(Launcher):
-    """A launcher whose jobs are other processes: what came of them is in their records, and nothing is returned."""
+class _Elsewhere(BasicLauncher):
+    """A launcher whose jobs are other processes: what came of them is in their records, and nothing is returned.
+
+    Each has the same command, its launcher included, and there runs its cells itself as Hydra's own launcher does.
+    """
 
     def __init__(self, **settings: Any) -> None:
+        super().__init__()
         self.settings: Any = OmegaConf.to_container(OmegaConf.create(settings), resolve=True)
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.loader, self.config = hydra_context.config_loader, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from lowrank_lab.errors import UserError
         from lowrank_lab.launching import Grid
+        from lowrank_lab.runner import LAUNCH
 
-        configs = [self.loader.load_sweep_config(self.config, list(overrides)) for overrides in job_overrides]
+        if LAUNCH in os.environ:
+            return super().launch(job_overrides, initial_job_idx)
+        loader = self.hydra_context.config_loader
+        configs = [loader.load_sweep_config(self.config, list(overrides)) for overrides in job_overrides]
         try:
             self.run(Grid.of(configs, self.config.hydra))
         except UserError as error:
@@ -45,9 +50,9 @@ class _Elsewhere(Launcher):
 
 class Slurm(_Elsewhere):
     def run(self, grid: Grid) -> None:
-        from lowrank_lab.launching import slurm
+        from lowrank_lab.launching import slurm_jobs
 
-        slurm(grid, self.settings)
+        slurm_jobs(grid, self.settings)
 
 
 class SlurmArray(_Elsewhere):

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from lowrank_lab import checkpoint, config, versions
 from lowrank_lab.calibration.gradients import make_gradients
@@ -24,7 +23,7 @@ from lowrank_lab.lowrank.ranks import Site
 from lowrank_lab.lowrank.sites import sites_of
 from lowrank_lab.lowrank.spectra import linear_shapes, load_tails, make_spectra
 from lowrank_lab.models.arch import ArchSpec, spec_for
-from lowrank_lab.models.load import convert, load_config, load_model, load_tokenizer
+from lowrank_lab.models.load import convert, load_config, load_model, load_tokenizer, skeleton
 from lowrank_lab.models.walk import walk
 from lowrank_lab.results import Record
 from lowrank_lab.store import fingerprint
@@ -98,12 +97,7 @@ class Bench:
         """What is factored, by full name, in the order of the model. Raises UserError where there is nothing."""
         if self.cell.source.saved is not None:
             return self.cell.source.saved.sites
-        cfg = self.cell.cfg
-        shapes = linear_shapes(self.skeleton(), self.spec)
-        answers = (config.build(node) for node in (cfg.grouping, cfg.targets, cfg.storage))
-        if found := sites_of(self.spec, shapes, *answers):
-            return found
-        raise UserError(f"model {self.cell.source.name} has no compressible layer")
+        return sites_of_cell(self.cell, self.spec, linear_shapes(self.skeleton(), self.spec))
 
     @cached_property
     def calibration_ids(self) -> torch.Tensor:
@@ -236,10 +230,7 @@ class Bench:
 
     def skeleton(self) -> nn.Module:
         """The model without weights, for shapes: ranks are settled before any weight is read."""
-        trust = self.cell.cfg.model.trust_remote_code
-        model_config = self.model_config  # not in the context below: a tiny model may have to be made for it
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust)
+        return skeleton(self.model_config, self.cell.cfg.model.trust_remote_code)
 
     def make_text_tokens(self) -> Path:
         """The artifact of the evaluation text's tokens."""
@@ -260,6 +251,14 @@ class Bench:
         if self.tokenizer.bos_token_id is None:
             raise SkippedCell(f"{self.cell.source.name} has no BOS token for bos=window; use bos=text")
         return self.tokenizer.bos_token_id
+
+
+def sites_of_cell(cell: Cell, spec: ArchSpec, shapes: list[dict[str, tuple[int, int]]]) -> dict[str, Site]:
+    """What the cell's answers choose of linears of ``shapes``. Raises UserError where there is nothing."""
+    answers = (config.build(node) for node in (cell.cfg.grouping, cell.cfg.targets, cell.cfg.storage))
+    if found := sites_of(spec, shapes, *answers):
+        return found
+    raise UserError(f"model {cell.source.name} has no compressible layer")
 
 
 def pick_device(name: str) -> torch.device:

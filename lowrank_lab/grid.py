@@ -42,7 +42,7 @@ def plan(config_dir: Path, config_name: str, overrides: list[str], multirun: boo
             redaction.refuse(swept)
             parsed = OverridesParser.create().parse_overrides(swept)
             [combinations] = BasicSweeper.split_arguments(parsed, None)
-            return [Cell.from_config(cfg) for cfg in _composed(config_name, combinations)]
+            return [Cell.from_config(cfg) for cfg in _composed(config_name, combinations, base)]
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_one_line(error, config_dir)) from None
     finally:
@@ -86,25 +86,31 @@ def cell_of(cfg: DictConfig) -> Cell:
     return Cell.from_config(OmegaConf.create(_without_hydra(cfg)))
 
 
-def _composed(config_name: str, combinations: list[list[str]]) -> Iterator[DictConfig]:
-    """The configuration of each combination of words.
+def _composed(config_name: str, combinations: list[list[str]], base: DictConfig) -> Iterator[DictConfig]:
+    """The configuration of each combination of words; ``base`` is that of one of them, Hydra's part included.
 
     Hydra needs a tenth of a second to put the chosen options together, so it does that once for each choice of
-    them; values, which make up most of a large grid, are then set in copies.
+    them; values, which make up most of a large grid, are then set in copies. Where a word is neither, its place
+    among the others counts, and Hydra composes them all.
     """
-    chosen: dict[tuple[str, ...], Any] = {}
-    axes = GlobalHydra.instance().config_loader().list_groups("")
+    chosen: dict[tuple[str, ...], DictConfig] = {}
+    plain: dict[tuple[str, ...], Any] = {}
     parser = OverridesParser.create()
     for words in combinations:
         overrides = parser.parse_overrides(words)
-        values = [override for override in overrides if _sets_value(override, axes)]
-        if any(override.type is not OverrideType.CHANGE for override in overrides):
-            values = []  # what + and ~ do depends on the values before and after them
-        choices = tuple(word for word, override in zip(words, overrides, strict=True) if override not in values)
+        values = [override for override in overrides if _sets_value(override, base)]
+        if all(override in values or _chooses_option(override, base) for override in overrides):
+            choices = tuple(word for word, override in zip(words, overrides, strict=True) if override not in values)
+        else:
+            values, choices = [], tuple(words)
         if choices not in chosen:
-            chosen[choices] = _without_hydra(compose(config_name, list(choices), True))
-            redaction.refuse_in(chosen[choices])  # a YAML file of the user's own may hold a secret
-        cfg = OmegaConf.create(chosen[choices])
+            chosen[choices] = compose(config_name, list(choices), True)
+            plain[choices] = _without_hydra(chosen[choices])
+            redaction.refuse_in(plain[choices])  # a YAML file of the user's own may hold a secret
+        if not all(_sets_value(override, chosen[choices]) for override in values):  # as they did in ``base``
+            yield OmegaConf.create(_without_hydra(compose(config_name, words, True)))
+            continue
+        cfg = OmegaConf.create(plain[choices])
         OmegaConf.set_struct(cfg, True)
         try:
             for override in values:
@@ -116,10 +122,24 @@ def _composed(config_name: str, combinations: list[list[str]]) -> Iterator[DictC
         yield cfg
 
 
-def _sets_value(override: Override, axes: list[str]) -> bool:
-    """Whether an override sets a value of the cell, and chooses no option and nothing of hydra's own."""
-    axis = override.key_or_group
-    return axis not in axes and "/" not in axis and override.package is None and not override.is_hydra_override()
+def _sets_value(override: Override, cfg: DictConfig) -> bool:
+    """Whether an override sets an entry of the cell, and is no option of any group that went into ``cfg``."""
+    key, value = override.key_or_group, override.value()
+    if override.type is not OverrideType.CHANGE or override.package is not None or override.is_hydra_override():
+        return False
+    if "/" in key or key in cfg.hydra.runtime.choices or isinstance(value, dict):
+        return False
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return False
+    return "." in key or (key in cfg and not OmegaConf.is_dict(cfg._get_node(key)))
+
+
+def _chooses_option(override: Override, cfg: DictConfig) -> bool:
+    """Whether an override chooses an option of a group, or is of Hydra's own part: no entry of the cell."""
+    if override.is_hydra_override():
+        return True
+    is_choice = override.key_or_group in cfg.hydra.runtime.choices and not isinstance(override.value(), dict)
+    return is_choice and override.type is OverrideType.CHANGE
 
 
 def _without_hydra(cfg: DictConfig) -> Any:

@@ -14,7 +14,8 @@ from lowrank_lab.results import Results
 from lowrank_lab.seal import read
 from lowrank_lab.store import write_json
 
-BY_ITSELF = ("FAILED", "OUT_OF_MEMORY", "TIMEOUT", "DEADLINE")  # how a job ends that nobody has stopped
+# How a job ends that nobody has stopped. One that loses its node is queued again, unless that is switched off.
+NOBODY_STOPPED = ("FAILED", "OUT_OF_MEMORY", "TIMEOUT", "DEADLINE", "NODE_FAIL", "BOOT_FAIL")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def at_work(results: Results, keys: Iterable[str]) -> dict[str, tuple[str, str]]
         else:
             end = ends.get(jobs[-1].id, "ended")
             found[key] = (
-                "failed" if end in BY_ITSELF else "preempted",
+                "failed" if end in NOBODY_STOPPED else "preempted",
                 f"job {jobs[-1].id}: {end.lower()}; {jobs[-1].log}",
             )
     return found

@@ -53,15 +53,20 @@ def holder(file: Path) -> str | None:
     """Who has the lock ``file``, as "process 123 on n1"; None where nobody does, or a process that is gone.
 
     One on another machine is taken for gone when it has long not renewed the lock by this machine's clock: good
-    enough to tell a person, while to take the lock over ``held`` trusts no clock but its own.
+    enough to tell a person, while to take the lock over ``held`` trusts no clock but its own. Here another process
+    that now has a dead holder's number is taken for it: filelock compares when they started, for ``held``, but has
+    no public way to ask.
     """
-    owner = SoftFileLease(file, lease_duration=LEASE).owner if file.exists() else None
+    owner = SoftFileLease(file, lease_duration=LEASE).owner
     if owner is None:
         return None
     if owner.hostname == socket.gethostname():
         gone = not _is_alive(owner.pid)
     else:
-        gone = not file.exists() or time.time() - file.stat().st_mtime > LONG * LEASE
+        try:
+            gone = time.time() - file.stat().st_mtime > LONG * LEASE
+        except FileNotFoundError:  # it has just let go
+            gone = True
     return None if gone else f"process {owner.pid} on {owner.hostname}"
 
 

@@ -25,7 +25,7 @@ from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.locks import Busy
 from lowrank_lab.redaction import redacted, redacted_message, redacted_settings
 from lowrank_lab.seal import read, sealed
-from lowrank_lab.store import Artifact, fingerprint, write_json
+from lowrank_lab.store import Artifact, disk_full, fingerprint, write_json
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class Results:
         """Run the body of a cell and write its record: done, skipped, or failed with the traceback.
 
         A failure is raised again once it is written. An interrupted cell leaves no record, nor does one that
-        the user can mend (UserError) or that another process holds up (Busy).
+        the user can mend (UserError, a full disk) or that another process holds up (Busy).
         """
         environment.reset_peak_memory()
         start = time.perf_counter()
@@ -172,6 +172,8 @@ class Results:
         except SkippedCell as why:
             record.data.update(status="skipped", reason=str(why))
         except Exception as error:
+            if disk_full(error):
+                raise
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             if out_of_memory.ran_out(error):
                 reason = f"{reason}; {out_of_memory.ADVICE}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 from collections import Counter, deque
@@ -17,13 +16,11 @@ from lowrank_lab.locks import Busy, held
 from lowrank_lab.out_of_memory import without_frames
 from lowrank_lab.results import CHECKPOINT_NAMES, CHECKPOINTS, Record, Results
 from lowrank_lab.seal import SEAL
-from lowrank_lab.store import Store
+from lowrank_lab.store import Store, disk_full
 
 log = logging.getLogger(__name__)
 
-SINCE = (
-    "LOWRANK_LAB_SINCE"  # in the environment of processes that share a grid: when it was launched, as in records
-)
+LAUNCH = "LOWRANK_LAB_LAUNCH"  # in the environment of a launcher's workers, and their records: which launch it was
 
 
 def run(cfg: DictConfig, grid: str | None = None, wait: bool = True) -> dict[str, Any]:
@@ -47,7 +44,7 @@ def run(cfg: DictConfig, grid: str | None = None, wait: bool = True) -> dict[str
                     cell.store.waits = wait
                     return _computed(cell, results, grid)
         except Exception as error:
-            if not _disk_full(error):
+            if not disk_full(error):
                 raise
             raise UserError(
                 f"no space left for results={cfg.results} or artifacts={cfg.artifacts}; what was finished is kept"
@@ -63,6 +60,8 @@ def _computed(cell: Cell, results: Results, grid: str | None) -> dict[str, Any]:
     if cell.left_out and cell.evaluators:
         log.info("%s", cell.why_left_out)
     recording = Record(cell, grid, results.begun(cell.key))
+    if launch := os.environ.get(LAUNCH):
+        recording.data["launch"] = launch
     previous = results.find(cell.key) or {}
     recording.data.update({what: previous[what] for what in CHECKPOINT_NAMES if what in previous})
     try:
@@ -122,20 +121,12 @@ def finished(cell: Cell) -> dict[str, Any] | None:
 
 
 def _settled(cell: Cell, results: Results) -> dict[str, Any] | None:
-    """The record of a cell that is finished, or has failed since the launcher began: its workers try it once."""
-    if (record := finished(cell)) is None and (since := os.environ.get(SINCE)):
+    """The record of a cell that is finished, or has failed in this very launch, whose workers try it once."""
+    if (record := finished(cell)) is None and (launch := os.environ.get(LAUNCH)):
         record = results.find(cell.key)
-        if record is not None and (record["status"] != "failed" or record["started"] < since):
+        if record is not None and (record["status"] != "failed" or record.get("launch") != launch):
             return None
     return record
-
-
-def _disk_full(error: BaseException) -> bool:
-    """Whether a disk or a quota is full. safetensors and torch tell so in their texts alone."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    texts = (f"os error {errno.ENOSPC}", f"os error {errno.EDQUOT}", "PytorchStreamWriter failed writing")
-    return any(text in str(error) for text in texts)
 
 
 def _shown(measured: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ make it while others wait and then read it, or do something else. This module im
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -152,6 +153,14 @@ def examine(folder: Path, thorough: bool = False) -> tuple[dict[str, Any] | None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None, f"its {MANIFEST} cannot be read"
     return manifest, ""
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether an error says that a disk or a quota is full. safetensors and torch tell so in their texts alone."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    texts = (f"os error {errno.ENOSPC}", f"os error {errno.EDQUOT}", "PytorchStreamWriter failed writing")
+    return any(text in str(error) for text in texts)
 
 
 def _spent(work: Path) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from lowrank_lab import config
+from lowrank_lab import config, grid
+from lowrank_lab.cell import Cell
 from lowrank_lab.errors import UserError
 
 from .conftest import REPOSITORY
@@ -130,6 +132,58 @@ def test_the_cells_of_a_grid_are_those_of_its_jobs_alone(lab, swept, others):
     alone = [cell for job in jobs for cell in lab.cells(*others, *(f"{name}={value}" for name, value in job))]
     assert [cell.key for cell in cells] == [cell.key for cell in alone]
     assert [config.plain(cell.cfg) for cell in cells] == [config.plain(cell.cfg) for cell in alone]
+
+
+OWN = {
+    "experiment/mine.yaml": "# @package _global_\ndefaults: [/mygroup: a]\n",
+    "experiment/both.yaml": "# @package _global_\ndefaults: [/scheme: a]\n",
+    "mygroup/a.yaml": "size: 1\n",
+    "mygroup/b.yaml": "size: 2\nmore: [3]\n",
+    "scheme/a.yaml": "# @package _global_\nscheme: a\nseed: 4\n",  # its group's name is an entry as well
+    "scheme/b.yaml": "# @package _global_\nscheme: b\nseed: 5\n",
+}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "experiment=mine mygroup=b mygroup.size=7",
+        "experiment=mine mygroup.size=7 mygroup=b ratio=0.4",
+        "experiment=mine mygroup={size: 5}",
+        "experiment=both seed=9 scheme=b",
+        "+mygroup@other=b other.size=3",
+        "method=asvd metric.alpha=0.25 metric={alpha: 0.1}",
+        "method=asvd metric.alpha=0.25 metric=abs_max",
+        "calibration.samples=6 calibration={samples: 5}",
+        "calibration.samples=${seed} seed=7",
+        "eval=[ppl,generation] eval.ppl.seqlen=16",
+        "eval.ppl={max_windows: 2} eval.ppl.max_windows=3",
+        "+mine={a: 1} mine.a=2 mine={a: 3}",
+        "ratio=0.4 ~dry_run",
+        "tracker=none tracker={_target_: x}",
+        "method=dense quantization=rtn quantization/method=gptq",
+        "targets.blocks=[0,1] grouping.joint=[{a: 1}]",
+    ],
+)
+def test_a_planned_cell_has_the_configuration_that_hydra_will_compose(words, tmp_path, monkeypatch):
+    """One that is swept beside it included, whose options come first: it leaves nothing behind."""
+    for name, text in OWN.items():
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    words = [f"hydra.searchpath=[file://{tmp_path}]", *re.split(r" (?=[+~]?[\w/.@]+(?:=|$))", words)]
+    jobs = [[*words, f"save.checkpoint={swept}"] for swept in ("true", "false")]
+    monkeypatch.setattr(Cell, "from_config", lambda cfg: cfg)  # not all of them are cells
+    planned = grid.plan(CONF, "config", [*words, "save.checkpoint=true,false"], multirun=True)
+    for found, job in zip(planned, jobs, strict=True):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            assert OmegaConf.to_container(found) == OmegaConf.to_container(compose("config", job))
+
+
+@pytest.mark.parametrize("words", ["mygroup=a", "ratio.x=1", "calibration=1"])
+def test_what_hydra_refuses_is_refused_before_a_grid_starts(lab, words):
+    with pytest.raises(UserError):
+        lab.cells(*words.split(), "seed=1,2", multirun=True)
 
 
 def test_a_setting_that_one_cell_lacks_stops_the_grid(lab):

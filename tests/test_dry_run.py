@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from lowrank_lab import bench, runner
 from lowrank_lab.calibration.gradients import make_gradients
 from lowrank_lab.calibration.statistics import make_statistics
 from lowrank_lab.cell import Cell
+from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation.perplexity import perplexity
 from lowrank_lab.evaluation.timing import _counter
 from lowrank_lab.models.arch import ARCHITECTURES
@@ -152,6 +154,14 @@ def test_only_the_configuration_of_a_model_is_read_and_the_exit_status_tells(lab
     assert not (lab.root / "records").exists()
 
 
+def test_a_model_without_linears_to_compress_is_told_as_the_run_would(lab, medium, monkeypatch):
+    monkeypatch.setattr(bench, "sites_of", lambda *_: {})
+    [cell] = lab.cells(f"model.path={medium}")
+    for compute in (tell, lambda cells: runner.run(cells[0].cfg)):
+        with pytest.raises(UserError, match=f"model {medium.name} has no compressible layer"):
+            compute([cell])
+
+
 def test_offloading_takes_the_hidden_states_out_of_what_must_fit_and_a_mapped_dtype_the_weights(lab, medium):
     held = {}
     for words in ((), ("calibration.offload=true",), ("dtype=bfloat16",)):
@@ -163,6 +173,41 @@ def test_offloading_takes_the_hidden_states_out_of_what_must_fit_and_a_mapped_dt
     states = 4096 * 32 * 96 * 4
     assert held[()] - held[("calibration.offload=true",)] == states
     assert held[("dtype=bfloat16",)] > held[()] - states / 2 + weights / 2 - 10**6
+
+
+def test_hidden_states_in_files_must_fit_on_the_disk_while_they_are_there(lab, medium, monkeypatch, capsys):
+    [cell] = lab.cells(f"model.path={medium}", "calibration.offload=true", "calibration.samples=4096")
+    told = steps(cell)
+    states, batch = 4096 * 32 * 96 * 4, 4 * 32 * 96 * 4
+    assert told["calibration"].scratch == states + batch
+    assert {step.scratch for name, step in told.items() if name != "calibration"} == {0}
+    kept = sum(step.disk for step in told.values())
+    assert kept < states / 2
+    needed = told["calibration tokens"].disk + told["calibration"].disk + states + batch  # more than is kept
+    for free, fits in ((needed, True), (needed - 1, False)):
+        machine = Machine(PLENTY, 0, {lab.data_root.stat().st_dev: free})
+        monkeypatch.setattr(Machine, "here", lambda _, machine=machine: machine)
+        assert tell([cell]) is fits
+    assert "does not fit: " in (printed := capsys.readouterr().out) and "the disk of artifacts=" in printed
+
+
+def test_decompositions_count_what_the_solver_does_for_their_metric(lab, medium):
+    """A vector needs no root and no product with C; a matrix a root by Cholesky, or, singular, by eigenvectors."""
+    count = {
+        words: steps(lab.cells(f"model.path={medium}", *words)[0])["decomposition"].flops
+        for words in (
+            ("method=svd",),
+            ("method=asvd",),
+            ("method=svdllm",),
+            ("method=svdllm", "calibration.samples=2"),
+        )
+    }
+    svd, asvd, regular, singular = count.values()
+    wide = 2 * 2  # up and gate of two layers
+    assert asvd == svd
+    products = 2 * 2 * (2 * 96 * 96 * 96 + 2 * 48 * 96 * 96 + 2 * 208 * 96 * 96 + 96 * 208 * 208)
+    assert regular == svd + products + wide * 96**3
+    assert singular == regular + wide * 8 * 96**3
 
 
 @pytest.mark.slow

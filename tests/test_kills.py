@@ -6,6 +6,7 @@ A few of the stages are quick to test, the others are marked slow.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,9 @@ def at(overrides: str | list[str], where: str, call: int = 1, after: bool = True
 
 
 QUICK = {
+    "hidden states in files": at(
+        "method=svdllm calibration.offload=true", "lowrank_lab.models.walk:mmap.mmap", call=3, after=False
+    ),
     "decomposition": at("method=svdllm", "lowrank_lab.lowrank.spectra:save_file", call=2),
     "allocation training": at(TRAINED, "torch:save", call=2),
     "refinement": at("method=svdllm_u", "lowrank_lab.lowrank.spectra:save_factors", call=2),
@@ -119,9 +123,8 @@ def goes_on(lab: Lab, overrides: list[str], undisturbed: Any) -> None:
     assert record["status"] == "done"
     for what in ("key", "metrics", "sizes", "compression", "refinement", "checkpoint", "merged_checkpoint"):
         assert record.get(what) == expected.get(what), what
-    left = [
-        file for file in lab.root.rglob("*") if ".tmp" in file.name or file.name.endswith((".partial", ".state"))
-    ]
+    unfinished = re.compile(r".*\.tmp.*|.*\.partial|.*\.state|\.hidden-states.*")
+    left = [file for file in lab.root.rglob("*") if unfinished.fullmatch(file.name)]
     assert [file for file in left if "/factors/" not in str(file) and "/ranks/" not in str(file)] == []
     assert list((lab.root / "running").iterdir()) == []
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_lab import jobs, launching, slurm
+from lowrank_lab import jobs, launching, runner, slurm
 from lowrank_lab.errors import UserError
 from lowrank_lab.launching import Grid
 from lowrank_lab.reporting.status import asked, status
@@ -36,6 +36,32 @@ def test_two_workers_share_a_grid_and_try_a_cell_that_fails_once(lab, tmp_path):
     assert len({record["grid"] for record in lab.results.records()}) == 1
 
 
+def test_workers_understand_settings_of_their_launcher_from_anywhere(lab, tmp_path):
+    experiment = tmp_path / "conf" / "experiment" / "mine.yaml"
+    experiment.parent.mkdir(parents=True)
+    experiment.write_text(
+        "# @package _global_\ndefaults: [{override /hydra/launcher: local}]\nhydra: {launcher: {workers: 1}}\n"
+    )
+    words = ("experiment=mine", "method=svd", "++hydra.launcher.workers=1", "+hydra.launcher.note=new")
+    lab.cli("--config-dir", str(tmp_path / "conf"), "-m", *words)
+    assert [record["status"] for record in lab.results.records()] == ["done"]
+    assert len(list(lab.root.glob("logs/*/worker-?.log"))) == 1
+
+
+def test_a_cell_that_failed_is_tried_again_by_the_next_launch_whatever_the_clocks_say(lab, tmp_path, monkeypatch):
+    failing = ("method=svd", f"model.path={broken_checkpoint(tmp_path / 'broken')}")
+    monkeypatch.setenv(runner.LAUNCH, "one")
+    with pytest.raises(FloatingPointError):
+        lab.run(*failing)
+    assert lab.run(*failing)["launch"] == "one"  # as it was found
+    [record] = lab.results.records()
+    lab.results.write({**record, "started": "2999"})
+    monkeypatch.setenv(runner.LAUNCH, "two")
+    with pytest.raises(FloatingPointError):
+        lab.run(*failing)
+    assert lab.run(*failing)["launch"] == "two"
+
+
 def test_workers_stop_with_their_launcher(lab):
     command = lab.command("-m", "method=svd,svdllm", "ratio=0.8,0.6", *LOCAL)
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
@@ -55,6 +81,57 @@ class Words(Grid):
 
     def command(self, overrides: list[str], name: str) -> list[str]:
         return [sys.executable, "-c", "import os; print(os.environ['OMP_NUM_THREADS'])"]
+
+
+class NoSecond(Grid):
+    """A grid whose first worker would go on for long, and whose second one cannot be started."""
+
+    def command(self, overrides: list[str], name: str) -> list[str]:
+        if name == "worker-1":
+            return ["/no/such/command"]
+        return [sys.executable, "-c", "import time; time.sleep(280)"]
+
+
+def test_where_a_worker_cannot_be_started_those_before_it_are_stopped(tmp_path, monkeypatch):
+    started = []
+    popen = subprocess.Popen
+
+    def recorded(*words, **settings):
+        started.append(popen(*words, **settings))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", recorded)
+    with pytest.raises(FileNotFoundError, match="/no/such/command"):
+        launching.local(NoSecond(Results(tmp_path), {}, {}, [], [], tmp_path, 0), {"workers": 2})
+    [first] = started
+    try:
+        assert first.returncode == -signal.SIGTERM
+    finally:
+        first.kill()
+
+
+class Breaks(Grid):
+    """A grid whose second worker breaks at its start."""
+
+    def command(self, overrides: list[str], name: str) -> list[str]:
+        return [sys.executable, "-c", f"import sys; sys.exit({name == 'worker-1'})"]
+
+
+def test_of_a_worker_that_breaks_the_log_is_named(tmp_path):
+    grid = Breaks(Results(tmp_path), {"key": None}, {}, [], [], tmp_path, 0)
+    with pytest.raises(
+        UserError, match=f"1 not finished; python report.py status or {tmp_path}/worker-1.log says why"
+    ):
+        launching.local(grid, {"workers": 2})
+
+
+def test_a_damaged_record_is_told_of_once_and_not_at_every_look(tmp_path, caplog):
+    results = Results(tmp_path)
+    results.path("key").parent.mkdir()
+    results.path("key").write_text("{")
+    with pytest.raises(UserError, match="1 not finished"):
+        launching.local(Words(results, {"key": None}, {}, [], [], tmp_path, 0), {"workers": 1})
+    assert caplog.text.count("cannot be read") == 1
 
 
 @pytest.mark.parametrize(("chosen", "threads"), [(None, "2"), ("7", "7")])
@@ -122,13 +199,25 @@ def test_no_answer_is_not_taken_for_an_end(tmp_path, monkeypatch, squeue, answer
     assert slurm.unfinished(["7"]) == answer
 
 
+def test_where_squeue_does_not_answer_nothing_is_submitted_again(tmp_path, monkeypatch):
+    broken = "echo Unable to contact slurm controller >&2; exit 1"
+    monkeypatch.setenv("PATH", commands(tmp_path / "bin", squeue=broken, sbatch=f"touch {tmp_path}/submitted"))
+    jobs.note(Results(tmp_path), {"7": ["key"]}, "/logs")
+    grid = Grid(Results(tmp_path), {"key": None}, {"key": []}, [], [], tmp_path, 0)
+    for launch in (launching.slurm_jobs, launching.slurm_array):
+        with pytest.raises(UserError, match="squeue does not answer, so jobs of an earlier command may still be"):
+            launch(grid, {"workers": 1})
+    assert not (tmp_path / "submitted").exists()
+
+
 def test_status_tells_who_works_on_a_cell_or_why_nobody_does(lab, tmp_path, monkeypatch):
-    cells = lab.cells("method=svd", "ratio=0.9,0.8,0.7,0.6,0.5", multirun=True)
+    cells = lab.cells("method=svd", "ratio=0.9,0.8,0.7,0.6,0.5,0.4,0.3", multirun=True)
     lab.results.note_grid(["a grid"], cells)
     keys = [cell.key for cell in cells]
     jobs.note(lab.results, {f"7_{number}": [key] for number, key in enumerate(keys[1:])}, "/logs")
     (lab.root / "jobs" / "1.json").write_text('{"jobs": ')  # of a disk that was full
     squeue, sacct = 'echo "7_1|PENDING"', 'echo "7_2|OUT_OF_MEMORY"; echo "7_3|CANCELLED by 0"'
+    sacct += '; echo "7_4|NODE_FAIL"; echo "7_5|BOOT_FAIL"'
     with another_process_holds(lab.results.lock(keys[0])) as process:
         with monkeypatch.context() as patch:
             patch.setenv("PATH", commands(tmp_path / "bin", squeue=squeue, sacct=sacct))
@@ -142,9 +231,11 @@ def test_status_tells_who_works_on_a_cell_or_why_nobody_does(lab, tmp_path, monk
         ("queued", "job 7_1: pending"),
         ("failed", "job 7_2: out_of_memory; /logs/7_2_0_log.out"),
         ("preempted", "job 7_3: cancelled; /logs/7_3_0_log.out"),
+        ("failed", "job 7_4: node_fail; /logs/7_4_0_log.out"),
+        ("failed", "job 7_5: boot_fail; /logs/7_5_0_log.out"),
     ]
-    assert lines[-1] == "0 done, 1 failed, 0 skipped, 1 running, 1 queued, 2 preempted, 0 missing"
-    assert [without[key] for key in keys] == ["running"] + ["missing"] * 4
+    assert lines[-1] == "0 done, 3 failed, 0 skipped, 1 running, 1 queued, 2 preempted, 0 missing"
+    assert [without[key] for key in keys] == ["running"] + ["missing"] * 6
 
 
 def test_a_cell_with_a_record_is_what_the_record_says_once_its_job_has_ended(lab, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ import torch
 from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank import spectra
 from lowrank_lab.reporting import tables
+from lowrank_lab.results import Results
 
 from .conftest import REPOSITORY, Lab, broken_checkpoint
 
@@ -314,3 +315,11 @@ def test_device_that_is_not_there(lab):
 def test_records_are_json_without_nan(grid_lab):
     for file in (grid_lab.root / "records").glob("*.json"):
         json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in a record"))
+
+
+def test_a_grid_over_results_folders_is_noted_in_each(tmp_path, data_root):
+    lab = Lab(tmp_path / "one", data_root)
+    lab.cli("-m", "method=svd,dense", f"results={tmp_path}/one,{tmp_path}/other")
+    for folder in ("one", "other"):
+        [noted] = Results(tmp_path / folder).grids()
+        assert set(noted["cells"]) == {record["key"] for record in Results(tmp_path / folder).records()}

@@ -15,6 +15,7 @@ import report
 from lowrank_lab import config, training
 from lowrank_lab.errors import UserError
 from lowrank_lab.models.load import load_model
+from lowrank_lab.planning.dry_run import tell
 from lowrank_lab.reporting import tables
 from lowrank_lab.store import MANIFEST, Store
 
@@ -106,6 +107,9 @@ def test_code_of_a_model_is_not_run_unasked(lab, model, executed, what):
     with pytest.raises(UserError, match=r"is not run unless you say model\.trust_remote_code=true") as error:
         lab.run(f"model.path={model}", "method=dense")
     assert "\n" not in str(error.value)
+    if what == "config.json":
+        with pytest.raises(UserError, match="is not run unless"):
+            tell(lab.cells(f"model.path={model}", "method=dense"))
     assert not executed.exists()
 
 

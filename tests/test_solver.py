@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
+from lowrank_lab.lowrank import solver
 from lowrank_lab.lowrank.solver import decompose, decompose_by_cholesky
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]
@@ -164,6 +166,28 @@ def test_badly_scaled_inputs_keep_the_left_factor_orthonormal(shape, condition):
     left, right, _ = spectrum.factors(w, min(out, inp))
     torch.testing.assert_close(left.T @ left, torch.eye(left.shape[1], dtype=torch.float64), rtol=0, atol=1e-7)
     torch.testing.assert_close(left @ right, w, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_the_root_by_cholesky_gives_what_that_of_the_eigenvectors_does(rotated, monkeypatch):
+    """To rounding, at every condition: what the one takes for noise the other does not keep."""
+    out, inp = 60, 40
+    w, conditions, taken = weight(out, inp), [10.0**power for power in range(19)], []
+    for condition in conditions:
+        values = torch.logspace(0, -math.log10(condition), inp, dtype=torch.float64)
+        vectors = torch.linalg.qr(weight(inp, inp, 1))[0] if rotated else torch.eye(inp, dtype=torch.float64)
+        c = (vectors * values) @ vectors.T
+        c = (c + c.T) / 2
+        found = decompose(w, c, None)
+        with monkeypatch.context() as patch:
+            patch.setattr(solver, "_root", lambda metric: solver._roots(metric)[0])
+            expected = decompose(w, c, None)
+        taken.append(not torch.equal(found.basis, expected.basis))
+        rounding = 1e-12 + 1e-15 * min(condition, solver.WELL_CONDITIONED)
+        for rank in range(1, inp + 1):
+            (left, right, _), (left2, right2, _) = found.factors(w, rank), expected.factors(w, rank)
+            torch.testing.assert_close(left @ right, left2 @ right2, rtol=0, atol=rounding)
+    assert any(taken[:7]) and not any(taken[11:])
 
 
 @pytest.mark.parametrize("shape", SHAPES)

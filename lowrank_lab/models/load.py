@@ -39,10 +39,19 @@ def convert(source: ModelSource, folder: Path) -> None:
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
 
 
-def load_config(location: str, revision: str | None, trust_remote_code: bool) -> Any:
-    """The config.json of a model as transformers knows it. Raises UserError for one that needs its own code."""
+def load_config(location: str, revision: str | None, trust_remote_code: bool, **where: Any) -> Any:
+    """The config.json of a model as transformers knows it; ``where`` is passed on to it.
+
+    Raises UserError for one that needs its own code.
+    """
     with _no_code_unasked(location):
-        return AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code, **where)
+
+
+def skeleton(model_config: Any, trust_remote_code: bool) -> Any:
+    """The model of ``load_config`` without weights, for shapes."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
 
 
 def load_model(location: str, revision: str | None, dtype: str, trust_remote_code: bool) -> nn.Module:

@@ -6,17 +6,16 @@ sequences (in files, if asked), and whatever the caller keeps of the current blo
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowrank_lab import progress
@@ -92,13 +91,14 @@ def on_device(block: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def offloaded(states: Tensor, folder: Path) -> Tensor:
-    """The same states, mapped from a file in ``folder`` that has no name any more: it goes with the tensor, also
-    where the process is killed."""
+    """The same states, mapped from a file in ``folder`` that has no name: it goes with the tensor, also where the
+    process is killed."""
     folder.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile(dir=folder, prefix=".hidden-states-") as file:
-        save_file({"states": states.contiguous()}, file.name)
-        with safe_open(file.name, framework="pt") as mapped:
-            return mapped.get_tensor("states")
+    with TemporaryFile(dir=folder, prefix=".hidden-states-") as file:
+        file.write(states.contiguous().view(torch.uint8).numpy().data)
+        file.flush()
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # so that who writes into it changes no file
+    return torch.frombuffer(mapped, dtype=states.dtype).view(states.shape)
 
 
 @contextmanager

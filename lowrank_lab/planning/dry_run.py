@@ -124,8 +124,13 @@ def _lacking(cell: Cell, steps: Sequence[Step], machine: Machine) -> Iterator[st
         yield _short("GPU memory", largest, largest.device, machine.gpu, ["smaller batches", "device=cpu"])
     for setting in ("artifacts", "results"):
         root = Path(cell.cfg[setting])
-        written = sum(step.disk for step in steps if step.artifact is not None and step.artifact[0].root == root)
-        if (left := machine.left_after(written, root)) < 0 and written:
+        left, wanted = 0, 0
+        for step in steps:
+            written = step.disk if step.artifact is not None and step.artifact[0].root == root else 0
+            scratch = step.scratch if setting == "artifacts" else 0
+            left = min(left, machine.left_after(written, root) - scratch)
+            wanted += written + scratch
+        if left < 0 and wanted:
             yield f"the disk of {setting}={root} lacks {size(-left)}; free some, or use {setting}=FOLDER on another"
 
 

@@ -1,7 +1,7 @@
 """Floating point operations of the stages of a cell, two for a multiply-accumulate, from shapes.
 
 Products of matrices are counted, the rest (norms, activations, losses) is not. torch's counter gives the same for
-the passes; it does not know decompositions, which are EIGH · n³.
+the passes; it does not know decompositions, which are EIGH · n³, nor roots by Cholesky.
 """
 
 from __future__ import annotations
@@ -38,14 +38,19 @@ def gradients(shapes: Shapes, sequences: int, length: int, outer: bool) -> int:
     return 2 * forward(shapes, sequences, length) + round(1.5 * attention) + 2 * sequences * length * more
 
 
-def decomposition(site: Site, full_metric: bool) -> int:
-    """Of one site, where C is a matrix (``full_metric``) or not (solver.py)."""
+def decomposition(site: Site, full_metric: bool, tokens: int) -> int:
+    """Of one site, where C is a matrix (``full_metric``), the mean over ``tokens`` inputs, or not (solver.py).
+
+    Where out > in, C has a root: by Cholesky, which takes n³ / 3 and the bound on its condition 2 n³ / 3, or by its
+    eigenvectors where it is singular, as it is of fewer tokens than channels. (One that is ill-conditioned takes
+    its eigenvectors too, which shapes do not tell.)
+    """
     p, large = site.full, site.out * site.inp
     products = 2 * large * p + (2 * large * site.inp if full_metric else 0)
     if site.out <= site.inp:
         return products + EIGH * p**3
-    roots = EIGH * p**3 if full_metric else 0
-    return products + roots + EIGH * p**3 + 4 * large * p + 5 * p**3
+    root = 0 if not full_metric else p**3 if tokens >= site.inp else EIGH * p**3
+    return products + root + EIGH * p**3 + 4 * large * p + 5 * p**3
 
 
 def factorization(site: Site, rank: int) -> int:

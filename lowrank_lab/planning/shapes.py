@@ -7,18 +7,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_lab import config
+from lowrank_lab.bench import sites_of_cell
 from lowrank_lab.cell import Cell
 from lowrank_lab.lowrank.ranks import Ranks, Site, rank_within
-from lowrank_lab.lowrank.sites import sites_of
 from lowrank_lab.lowrank.sizes import macs_per_token
 from lowrank_lab.lowrank.spectra import linear_shapes
 from lowrank_lab.models.arch import ARCHITECTURES, kv_cache_shape, spec_for
+from lowrank_lab.models.load import load_config, skeleton
 from lowrank_lab.models.tiny import CONFIGS
 from lowrank_lab.models.walk import blocks_of
 
@@ -65,16 +64,14 @@ def with_sites(shapes: Shapes, cell: Cell) -> Shapes:
         return replace(shapes, sites=cell.source.saved.sites)
     if not cell.compresses:
         return shapes
-    cfg, spec = cell.cfg, spec_for(config_of(cell).model_type)
-    answers = (config.build(node) for node in (cfg.grouping, cfg.targets, cfg.storage))
-    return replace(shapes, sites=sites_of(spec, shapes.linears, *answers))
+    spec = spec_for(config_of(cell).model_type)
+    return replace(shapes, sites=sites_of_cell(cell, spec, shapes.linears))
 
 
 def shapes_of(cell: Cell) -> Shapes:
-    """Of the cell's dense model."""
-    model_config, trust = config_of(cell), cell.cfg.model.trust_remote_code
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust)
+    """Of the cell's dense model. Raises UserError for one that needs its own code."""
+    model_config = config_of(cell)
+    model = skeleton(model_config, cell.cfg.model.trust_remote_code)
     spec = ARCHITECTURES.get(model_config.model_type)
     shapes = linear_shapes(model, spec) if spec is not None else []
     inputs = [[of_block[group[0]][1] for group in spec.inputs] for of_block in shapes] if spec is not None else []
@@ -104,9 +101,8 @@ def config_of(cell: Cell) -> Any:
     if source.kind == "tiny":  # made of this very configuration
         return AutoConfig.for_model(source.location, **CONFIGS[source.location])
     if source.kind != "gguf":
-        trust = cell.cfg.model.trust_remote_code
-        return AutoConfig.from_pretrained(source.location, revision=source.revision, trust_remote_code=trust)
+        return load_config(source.location, source.revision, cell.cfg.model.trust_remote_code)
     if (converted := cell.store.get("model", cell.model_key)) is not None:
-        return AutoConfig.from_pretrained(converted.path)
+        return load_config(str(converted.path), None, False)
     file = Path(source.location)
-    return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
+    return load_config(str(file.parent), None, False, gguf_file=file.name)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from lowrank_lab.calibration.tokens import load_tokens
 from lowrank_lab.cell import Cell
 from lowrank_lab.evaluation.ppl import Perplexity
 from lowrank_lab.lowrank.ranks import Ranks
+from lowrank_lab.metric.base import InputStatistics, Metric, OutputStatistics
 from lowrank_lab.planning import flops, memory
 from lowrank_lab.planning.shapes import Shapes
 from lowrank_lab.results import CHECKPOINTS
@@ -27,6 +30,7 @@ class Step:
     host      bytes of memory of the whole process, ``mapped`` of which are files, which the system can take back
     device    bytes of GPU memory; 0 without one
     disk      bytes that it writes
+    scratch   bytes of the artifacts' disk that it needs beside these while it runs
     flops     floating point operations
     known     whether it is estimated at all; if not, these are what is needed at least
     """
@@ -37,6 +41,7 @@ class Step:
     mapped: int = 0
     device: int = 0
     disk: int = 0
+    scratch: int = 0
     flops: int = 0
     known: bool = True
 
@@ -98,13 +103,15 @@ class Planner:
             outputs = "matrix" if cell.metric.needs_outer else "vector"
         of_blocks = memory.spectra_file(shapes, outputs)
         largest = max(memory.decomposition(site) for site in shapes.sites.values())
+        tokens = self.samples * self.length
+        weighs_fully = _has_full_input_metric(cell.metric)
         yield self._step(
             "decomposition",
             self._kept("spectra", cell.spectra_key),
             work=largest,
             results=max(of_blocks),
             disk=sum(of_blocks),
-            flops=sum(flops.decomposition(site, cell.metric.needs_inputs) for site in shapes.sites.values()),
+            flops=sum(flops.decomposition(site, weighs_fully, tokens) for site in shapes.sites.values()),
         )
         if type(cell.allocation).__name__ not in WITHOUT_TRAINING:
             yield self._step("allocation", whole=True, work=largest, known=False)
@@ -197,11 +204,20 @@ class Planner:
 
         ``hidden``: it walks over the calibration text. ``whole``: it wants the whole model on the GPU.
         """
-        in_memory = hidden and not self.cell.cfg.calibration.offload
-        states = self.samples * self.length * self.shapes.hidden * self.value if in_memory else 0
+        state = self.shapes.hidden * self.value if hidden else 0
+        states, scratch = self.samples * self.length * state, 0
+        if self.cell.cfg.calibration.offload:  # beside a batch that is written before the one it replaces goes
+            states, scratch = 0, states + self.tokens * state
         host = BASE + self.weights + states + results
         mapped = self.weights if self.is_mapped else 0
         if not self.on_gpu:
-            return Step(name, artifact, host + work, mapped, 0, disk, flops, known)
+            return Step(name, artifact, host + work, mapped, 0, disk, scratch, flops, known)
         there = self.weights if whole else self.shapes.block * self.value
-        return Step(name, artifact, host, mapped, GPU_BASE + there + work, disk, flops, known)
+        return Step(name, artifact, host, mapped, GPU_BASE + there + work, disk, scratch, flops, known)
+
+
+def _has_full_input_metric(metric: Metric) -> bool:
+    """Whether its C is a matrix, by what it makes of statistics of one channel."""
+    one, square = torch.ones(1), torch.ones(1, 1)
+    c, _ = metric(InputStatistics(1, square, one, one), OutputStatistics(1, one, one, square))
+    return c is not None and c.ndim == 2

@@ -265,6 +265,9 @@ FIGURES: dict[str, Callable[[pd.DataFrame, str], plt.Figure | None]] = {
 }
 
 
+LONGEST_NAME = 100  # characters of a model's in the name of a file, of which file systems allow 255
+
+
 def drawn(records: list[dict[str, Any]]) -> Iterator[tuple[str, str, plt.Figure]]:
     """Name, caption and figure of each comparable set that can be drawn; each is closed when the next is asked."""
     for section, caption, group in all_groups(records):
@@ -274,7 +277,12 @@ def drawn(records: list[dict[str, Any]]) -> Iterator[tuple[str, str, plt.Figure]
         if figure is None:
             continue
         first = group.iloc[0]
-        what = [section.metric, first["model"], first["protocol_text"].split(",")[0], first["identity"][:6]]
+        what = [
+            section.metric,
+            first["model"][:LONGEST_NAME],
+            first["protocol_text"].split(",")[0],
+            first["identity"][:6],
+        ]
         yield re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(what)), caption, figure
         plt.close(figure)
 

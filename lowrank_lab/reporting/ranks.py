@@ -62,28 +62,22 @@ def sites(record: dict[str, Any], results: Results) -> dict[str, Site]:
     Raises UserError where the config.json is not on this machine: neither among the artifacts nor in model.path nor
     in the hub's cache.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     from lowrank_lab.lowrank.sites import sites_of
     from lowrank_lab.lowrank.spectra import linear_shapes
+    from lowrank_lab.models.load import load_config, skeleton
 
     model = record["config"]["model"]
     converted = artifact(record, "model conversion", results)
     location = model["path"] if converted is None else str(converted.path)
-    # A report runs no code of a model's authors, whatever a record says.
-    remote = {"revision": record["content"]["revision"], "trust_remote_code": False}
-    try:
-        config = AutoConfig.from_pretrained(location, local_files_only=True, **remote)
-    except (OSError, ValueError):
+    try:  # a report runs no code of a model's authors, whatever a record says
+        config = load_config(location, record["content"]["revision"], False, local_files_only=True)
+    except (OSError, ValueError, UserError):
         raise UserError(
             f"the shapes of {record['model']} are not on this machine; to have them, {again(record, results)}"
         ) from None
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     spec = spec_for(config.model_type)
     answers = (build_recorded(record["config"][name]) for name in ("grouping", "targets", "storage"))
-    return sites_of(spec, linear_shapes(skeleton, spec), *answers)
+    return sites_of(spec, linear_shapes(skeleton(config, False), spec), *answers)
 
 
 def artifact(record: dict[str, Any], stage: str, results: Results) -> Artifact | None:

@@ -145,7 +145,8 @@ def test_workers_share_a_grid_and_one_that_runs_out_of_time_comes_back(
     cluster: Cluster, local: Lab, tmp_path: Path, data_root: Path
 ) -> None:
     lab = Lab(tmp_path / "results", data_root)
-    with launched(lab, "slurm_array", "hydra.launcher.workers=2") as launcher:
+    settings = ("hydra.launcher.workers=2", "+hydra.launcher.additional_parameters.comment=shared")
+    with launched(lab, "slurm_array", *settings) as launcher:
         cluster.wait_for("a cell in both", lambda: sum(": starting" in log for log in logs(lab)) == 2, MINUTES)
         [array] = submissions(lab)
         # What SLURM sends to a job whose time is nearly over, or that is preempted with time to stop.
