@@ -28,21 +28,21 @@ def at(overrides: str | list[str], where: str, call: int = 1, after: bool = True
 
 
 QUICK = {
-    "model conversion": at("method=svd", "lowrank_lab.models.tiny:byte_tokenizer"),
-    "statistics": at("method=svdllm", "lowrank_lab.calibration.statistics:save_file", call=2),
     "hidden states in files": at(
         "method=svdllm calibration.offload=true", "lowrank_lab.models.walk:mmap.mmap", call=3, after=False
     ),
     "decomposition": at("method=svdllm", "lowrank_lab.lowrank.spectra:save_file", call=2),
     "allocation training": at(TRAINED, "torch:save", call=2),
     "refinement": at("method=svdllm_u", "lowrank_lab.lowrank.spectra:save_factors", call=2),
-    "evaluation": at(
-        "method=svdllm eval.ppl.batch_size=2", "lowrank_lab.evaluation.perplexity:check_output", call=2
-    ),
     "a checkpoint": at("method=svdllm save=true", "lowrank_lab.checkpoint:save"),
     "a record": at("method=svdllm", "os:replace", after=False, of="/records/"),
 }
 SLOW = {
+    "evaluation": at(
+        "method=svdllm eval.ppl.batch_size=2", "lowrank_lab.evaluation.perplexity:check_output", call=2
+    ),
+    "statistics": at("method=svdllm", "lowrank_lab.calibration.statistics:save_file", call=2),
+    "model conversion": at("method=svd", "lowrank_lab.models.tiny:byte_tokenizer"),
     "calibration tokens": at("method=svdllm", "lowrank_lab.calibration.tokens:save_file"),
     "gradients": at("method=fwsvd", "lowrank_lab.calibration.gradients:save_file", call=2),
     "renaming an artifact": at("method=svdllm", "os:replace", after=False, of="/spectra/"),

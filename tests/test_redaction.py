@@ -149,7 +149,7 @@ runpy.run_path("run.py", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("multirun", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("multirun", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_nothing_that_is_written_or_printed_holds_one(lab, secrets, monkeypatch, multirun):
     """Given in the environment and in the text of an exception: records, grids, logs, W&B's copies, the screen."""
     monkeypatch.setenv("SAYS", ", ".join(secrets[:-1]))
