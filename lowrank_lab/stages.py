@@ -18,9 +18,10 @@ from lowrank_lab import checkpoint, config, environment
 from lowrank_lab.bench import Bench, pick_device
 from lowrank_lab.cell import Cell
 from lowrank_lab.errors import SkippedCell
+from lowrank_lab.lowrank.factors import install_factors
 from lowrank_lab.lowrank.ranks import Ranks, Site
 from lowrank_lab.lowrank.sizes import sizes
-from lowrank_lab.lowrank.spectra import compress, install_factors
+from lowrank_lab.lowrank.spectra import compress
 from lowrank_lab.results import CHECKPOINTS, Record
 from lowrank_lab.saved import Saved
 from lowrank_lab.store import Store

@@ -33,7 +33,7 @@ QUICK = {
     ),
     "decomposition": at("method=svdllm", "lowrank_lab.lowrank.spectra:save_file", call=2),
     "allocation training": at(TRAINED, "torch:save", call=2),
-    "refinement": at("method=svdllm_u", "lowrank_lab.lowrank.spectra:save_factors", call=2),
+    "refinement": at("method=svdllm_u", "lowrank_lab.lowrank.factors:save_factors", call=2),
     "a checkpoint": at("method=svdllm save=true", "lowrank_lab.checkpoint:save"),
     "a record": at("method=svdllm", "os:replace", after=False, of="/records/"),
 }
@@ -54,9 +54,9 @@ SLOW = {
     "a metric": at("method=svdllm", "os:replace", after=False, of="/metric/"),
     "LoRA": at(LORA, "torch:save", call=2),
     "renaming the factors": at(LORA, "os:replace", after=False, of="/factors/"),
-    "weighted descent": at("method=wsvd", "lowrank_lab.lowrank.spectra:save_factors", call=2),
+    "weighted descent": at("method=wsvd", "lowrank_lab.lowrank.factors:save_factors", call=2),
     "incremental PCA": at(
-        "method=dobi_ipca allocation.steps=4", "lowrank_lab.lowrank.spectra:save_factors", call=2
+        "method=dobi_ipca allocation.steps=4", "lowrank_lab.lowrank.factors:save_factors", call=2
     ),
     "weight gradients": at("method=wsvd", "lowrank_lab.calibration.gradients:save_file", call=3),
     "learned rotation": at("method=dense quantization=spinquant", "torch:save", call=2),

@@ -15,7 +15,8 @@ from lowrank_lab import config, training
 from lowrank_lab.bench import Bench
 from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.factorized import factors_of, site_weight
-from lowrank_lab.lowrank.spectra import compress, load_factors
+from lowrank_lab.lowrank.factors import load_factors
+from lowrank_lab.lowrank.spectra import compress
 from lowrank_lab.models.arch import ARCHITECTURES
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.refinement import lora_training, weighted_error

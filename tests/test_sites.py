@@ -11,10 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.lowrank.factorized import FactorizedLinear, SharedLatent, factors_of, site_weight
+from lowrank_lab.lowrank.factors import orthogonal_factors
 from lowrank_lab.lowrank.mixed import MixedLinear
 from lowrank_lab.lowrank.ranks import rank_for_ratio, total_cost
 from lowrank_lab.lowrank.sizes import sizes
-from lowrank_lab.lowrank.spectra import compress, make_spectra, orthogonal_factors
+from lowrank_lab.lowrank.spectra import compress, make_spectra
 from lowrank_lab.metric.identity import Identity
 from lowrank_lab.models import tiny
 from lowrank_lab.models.arch import ARCHITECTURES

@@ -11,11 +11,12 @@ import torch
 
 from lowrank_lab.calibration.statistics import make_statistics
 from lowrank_lab.errors import UserError
-from lowrank_lab.lowrank import spectra
+from lowrank_lab.lowrank import factors
 from lowrank_lab.lowrank.factorized import dense_weight, factorize, site_weight
+from lowrank_lab.lowrank.factors import load_factors
 from lowrank_lab.lowrank.ranks import rank_for_ratio
 from lowrank_lab.lowrank.solver import decompose
-from lowrank_lab.lowrank.spectra import by_block, load_factors, load_spectrum, make_spectra
+from lowrank_lab.lowrank.spectra import by_block, load_spectrum, make_spectra
 from lowrank_lab.metric.second_moment import SecondMoment
 from lowrank_lab.models.arch import ARCHITECTURES
 from lowrank_lab.models.load import load_model
@@ -86,7 +87,7 @@ def made(tmp_path: Path, name: str = "factors") -> Path:
 
 
 def interrupted_after_a_block(refinement: Any, bench: Any, ranks: Any, folder: Path, monkeypatch: Any) -> None:
-    with stopped_at_block_one(monkeypatch, spectra):
+    with stopped_at_block_one(monkeypatch, factors):
         refinement(bench, ranks, folder)
     assert [file.name for file in folder.iterdir()] == [block_file(0)]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -185,58 +184,8 @@ def compress(
     """
     return sum(
         compress_block(block, here, ranks, spectra, storage, device)
-        for block, here in _blocks_with_sites(model, spec, sites)
+        for block, here in blocks_with_sites(model, spec, sites)
     )
-
-
-def save_factors(folder: Path, index: int, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Write the ``left`` and ``right`` of the sites of a block, by their keys, in float32.
-
-    The file is whole or absent whenever the process ends: it is written aside and renamed.
-    """
-    tensors = {}
-    for key, (left, right) in factors.items():
-        tensors[f"{key}.left"] = left.float().cpu().contiguous()
-        tensors[f"{key}.right"] = right.float().cpu().contiguous()
-    work = folder / f".{block_file(index)}.tmp"
-    save_file(tensors, work)
-    os.replace(work, folder / block_file(index))
-
-
-def load_factors(folder: Path, site: Site) -> tuple[Tensor, Tensor]:
-    """``left`` (out, k) and ``right`` (k, in) as ``save_factors`` wrote them."""
-    with safe_open(folder / block_file(site.block), framework="pt") as file:
-        return file.get_tensor(f"{site.key}.left"), file.get_tensor(f"{site.key}.right")
-
-
-def install_factors(
-    model: nn.Module,
-    spec: ArchSpec,
-    sites: Sites,
-    ranks: Mapping[str, int | None],
-    factors: Path,
-    storage: Storage,
-    device: torch.device,
-) -> None:
-    """Replace every site that ``ranks`` gives a rank by refined factors, in place.
-
-    They have no singular values of a metric any more; ``storage`` is given those of the product itself.
-    """
-    for block, here in _blocks_with_sites(model, spec, sites):
-        for name, site in here.items():
-            if ranks[name] is None:
-                continue
-            left, right = (factor.to(device, torch.float64) for factor in load_factors(factors, site))
-            check_finite(name, left, right)
-            storage.install(block, site, *orthogonal_factors(left, right))
-
-
-def orthogonal_factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same product as U (out, k) and Σ Vᵀ (k, in) of its singular value decomposition, and its σ (k,)."""
-    q_left, r_left = torch.linalg.qr(left)
-    q_right, r_right = torch.linalg.qr(right.T)
-    u, sigma, vt = torch.linalg.svd(r_left @ r_right.T)
-    return q_left @ u, sigma.unsqueeze(-1) * (vt @ q_right.T), sigma
 
 
 def check_finite(name: str, *tensors: Tensor) -> None:
@@ -245,9 +194,10 @@ def check_finite(name: str, *tensors: Tensor) -> None:
         raise FloatingPointError(f"{name}: a factor is not finite")
 
 
-def _blocks_with_sites(
+def blocks_with_sites(
     model: nn.Module, spec: ArchSpec, sites: Sites
 ) -> Iterator[tuple[nn.Module, dict[str, Site]]]:
+    """Each block with its sites, shown as progress of the factorization."""
     blocks = blocks_of(model, spec)
     pairs = list(zip(blocks, by_block(sites, len(blocks)), strict=True))
     yield from progress.track(pairs, "factorization", "block")

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from lowrank_lab.lowrank.spectra import orthogonal_factors
+from lowrank_lab.lowrank.factors import orthogonal_factors
 from lowrank_lab.quantization.formats import Format
 from lowrank_lab.quantization.scales import output_error, rounded
 from lowrank_lab.quantization.steps import Round

@@ -26,7 +26,7 @@ class Refinement(Protocol):
         ...
 
     def __call__(self, bench: Bench, ranks: Ranks, folder: Path) -> None:
-        """Write the factors of every site that ``ranks`` gives a rank, with ``spectra.save_factors``.
+        """Write the factors of every site that ``ranks`` gives a rank, with ``factors.save_factors``.
 
         ``folder`` survives an interruption, and the next call is given what this one wrote: a file must be whole or
         absent, and what only serves to go on must be gone at the end. ``facts.json``, if it is written, goes into

@@ -39,7 +39,8 @@ class Ipca:
         """Raises FloatingPointError, naming the site, where an activation is not finite."""
         from lowrank_lab import progress
         from lowrank_lab.lowrank.factorized import site_weight
-        from lowrank_lab.lowrank.spectra import by_block, save_factors
+        from lowrank_lab.lowrank.factors import save_factors
+        from lowrank_lab.lowrank.spectra import by_block
         from lowrank_lab.models.walk import block_file, blocks_of
 
         spec, device, length = bench.spec, bench.device, bench.calibration_ids.shape[1]

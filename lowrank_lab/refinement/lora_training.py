@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lowrank_lab.lowrank.factorized import FactorizedLinear, SharedLatent, factors_of
+from lowrank_lab.lowrank.factors import save_factors
 from lowrank_lab.lowrank.ranks import Ranks, Sites
-from lowrank_lab.lowrank.spectra import by_block, check_finite, compress, save_factors
+from lowrank_lab.lowrank.spectra import by_block, check_finite, compress
 from lowrank_lab.models.arch import ArchSpec
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.storage.absorb import Absorb

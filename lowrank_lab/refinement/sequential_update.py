@@ -38,7 +38,8 @@ class SequentialUpdate:
         from lowrank_lab import progress
         from lowrank_lab.calibration.statistics import gather
         from lowrank_lab.lowrank.factorized import factorize, site_weight
-        from lowrank_lab.lowrank.spectra import by_block, check_finite, load_factors, load_spectrum, save_factors
+        from lowrank_lab.lowrank.factors import load_factors, save_factors
+        from lowrank_lab.lowrank.spectra import by_block, check_finite, load_spectrum
         from lowrank_lab.models.walk import block_file, blocks_of
 
         spec, device, spectra = bench.spec, bench.device, bench.spectra

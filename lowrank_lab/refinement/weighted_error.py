@@ -23,8 +23,9 @@ from torch import Tensor
 from lowrank_lab import progress
 from lowrank_lab.calibration.gradients import load_weight_fisher
 from lowrank_lab.lowrank.factorized import site_weight
+from lowrank_lab.lowrank.factors import orthogonal_factors, save_factors
 from lowrank_lab.lowrank.ranks import Ranks, Site
-from lowrank_lab.lowrank.spectra import by_block, check_finite, load_spectrum, orthogonal_factors, save_factors
+from lowrank_lab.lowrank.spectra import by_block, check_finite, load_spectrum
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.store import write_json
 

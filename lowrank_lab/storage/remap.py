@@ -25,8 +25,8 @@ class Remap:
 
     def install(self, block: nn.Module, site: Site, left: Tensor, right: Tensor, singular_values: Tensor) -> None:
         from lowrank_lab.lowrank.factorized import dense_weight, install
+        from lowrank_lab.lowrank.factors import orthogonal_factors
         from lowrank_lab.lowrank.mixed import MixedLinear, rows_in_8_bit
-        from lowrank_lab.lowrank.spectra import orthogonal_factors
 
         u, sigma_vt, sigma = orthogonal_factors(left, right)  # Algorithm 3, line 1
         u_sigma = u * sigma

@@ -1,0 +1,68 @@
+"""Refined factors as an artifact, and how they are put into a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lowrank_lab.lowrank.ranks import Site, Sites
+from lowrank_lab.lowrank.spectra import blocks_with_sites, check_finite
+from lowrank_lab.models.arch import ArchSpec
+from lowrank_lab.models.walk import block_file
+from lowrank_lab.storage.base import Storage
+
+
+def save_factors(folder: Path, index: int, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Write the ``left`` and ``right`` of the sites of a block, by their keys, in float32.
+
+    The file is whole or absent whenever the process ends: it is written aside and renamed.
+    """
+    tensors = {}
+    for key, (left, right) in factors.items():
+        tensors[f"{key}.left"] = left.float().cpu().contiguous()
+        tensors[f"{key}.right"] = right.float().cpu().contiguous()
+    work = folder / f".{block_file(index)}.tmp"
+    save_file(tensors, work)
+    os.replace(work, folder / block_file(index))
+
+
+def load_factors(folder: Path, site: Site) -> tuple[Tensor, Tensor]:
+    """``left`` (out, k) and ``right`` (k, in) as ``save_factors`` wrote them."""
+    with safe_open(folder / block_file(site.block), framework="pt") as file:
+        return file.get_tensor(f"{site.key}.left"), file.get_tensor(f"{site.key}.right")
+
+
+def install_factors(
+    model: nn.Module,
+    spec: ArchSpec,
+    sites: Sites,
+    ranks: Mapping[str, int | None],
+    factors: Path,
+    storage: Storage,
+    device: torch.device,
+) -> None:
+    """Replace every site that ``ranks`` gives a rank by refined factors, in place.
+
+    They have no singular values of a metric any more; ``storage`` is given those of the product itself.
+    """
+    for block, here in blocks_with_sites(model, spec, sites):
+        for name, site in here.items():
+            if ranks[name] is None:
+                continue
+            left, right = (factor.to(device, torch.float64) for factor in load_factors(factors, site))
+            check_finite(name, left, right)
+            storage.install(block, site, *orthogonal_factors(left, right))
+
+
+def orthogonal_factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same product as U (out, k) and Σ Vᵀ (k, in) of its singular value decomposition, and its σ (k,)."""
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.T)
+    u, sigma, vt = torch.linalg.svd(r_left @ r_right.T)
+    return q_left @ u, sigma.unsqueeze(-1) * (vt @ q_right.T), sigma
