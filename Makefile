@@ -36,7 +36,7 @@ test-slow: setup ## the slow tests too: the real model end to end, memory benchm
 
 SLURM := slurmctld slurmd slurm-client slurmdbd slurm-wlm-mysql-plugin munge mariadb-server-core mariadb-client-core
 
-# Where nothing can be installed, the tests are skipped and say why; with LOWRANK_LAB_SLURM=required they fail.
+# Where nothing can be installed, the tests are skipped and say why.
 test-slurm: setup ## a grid through a real SLURM, which it installs (Debian, as root) and runs in a temporary folder
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! dpkg -s $(SLURM) >/dev/null 2>&1; then \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
