@@ -52,11 +52,19 @@ class Grid:
 
     @classmethod
     def of(cls, configs: Sequence[DictConfig], hydra: DictConfig) -> Grid:
-        """The grid of one composed configuration for each cell; ``hydra`` is the launcher's own."""
+        """The grid of one composed configuration for each cell; ``hydra`` is the launcher's own.
+
+        Raises UserError for cells that only the process which measures them knows by their keys.
+        """
         cells, asked = {}, {}
         for cfg in configs:
             words = list(cfg.hydra.overrides.task)
             cell = grid.cell_of(cfg)
+            if timed := [name for name, evaluator in cell.evaluators.items() if evaluator.of_this_machine]:
+                raise UserError(
+                    f"eval={timed[0]} is of the machine and the process that it runs in; run it without "
+                    "hydra/launcher (on a cluster: srun python run.py ...)"
+                )
             if runner.finished(cell) is None:
                 cells[cell.key], asked[cell.key] = cell, words
         results = Results(cell.cfg.results)

@@ -150,6 +150,10 @@ def test_workers_divide_the_cores_unless_told_otherwise(tmp_path, monkeypatch, c
         (("hydra/launcher=local",), "error: hydra/launcher is for grids; add -m"),
         (("-m", *LOCAL[:1], "hydra.launcher.workers=0"), "error: hydra.launcher.workers=0 is not valid"),
         (("-m", "hydra/launcher=slurm"), "error: this machine has no sbatch"),
+        (
+            ("-m", *LOCAL[:1], "eval=ppl,speed"),
+            "error: eval=speed is of the machine and the process that it runs in",
+        ),
     ],
 )
 def test_a_launcher_that_cannot_work_is_one_line(lab, monkeypatch, overrides, error):

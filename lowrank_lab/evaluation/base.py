@@ -24,6 +24,7 @@ class Evaluator:
     component           the name of that version in versions.py, for those that are there
     reads_text          whether it reads a text: that of its own ``dataset`` node, else that of the cell
     add_special_tokens  whether the text's tokens begin with the tokenizer's special ones
+    of_this_machine     whether its number, and so its key, is of the machine and the process that ask for it
     no_influence        settings that change its speed but no number
     models              the kinds of model on which it measures anything (cell.py); cells of other kinds go without
     """
@@ -32,6 +33,7 @@ class Evaluator:
     component = ""
     reads_text = False
     add_special_tokens = True
+    of_this_machine = False
     no_influence: tuple[str, ...] = ("batch_size",)
     models: tuple[str, ...] = ("dense", "quantized", "compressed", "checkpoint")
 

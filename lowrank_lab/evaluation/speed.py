@@ -30,6 +30,7 @@ class Speed(Evaluator):
 
     version = versions.SPEED
     component = "SPEED"
+    of_this_machine = True
     no_influence = ()
 
     def __init__(
