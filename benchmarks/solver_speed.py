@@ -12,18 +12,15 @@ and in float32 as the papers' code. A line a shape, and last the sums over the s
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 
 import torch
+from llama7b import RATIOS, options, rank, scaled
 from timing import fastest, rounded
 from torch import Tensor
 
 from lowrank_lab.lowrank.solver import decompose
-
-SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))  # (out, in) of q k v o, of gate and up, of down
-RATIOS = (0.8, 0.6, 0.4)
 
 
 def problem(out: int, inp: int) -> tuple[Tensor, Tensor]:
@@ -35,9 +32,8 @@ def problem(out: int, inp: int) -> tuple[Tensor, Tensor]:
 
 def ours(weight: Tensor, metric: Tensor) -> None:
     spectrum = decompose(weight, metric, None)
-    out, inp = weight.shape
     for ratio in RATIOS:
-        spectrum.factors(weight, int(ratio * out * inp / (out + inp)))
+        spectrum.factors(weight, rank(ratio, *weight.shape))
 
 
 def measure(out: int, inp: int, repeats: int) -> dict[str, float]:
@@ -59,15 +55,11 @@ def ratios(took: dict[str, float]) -> dict[str, object]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--scale", type=float, default=0.25, help="of the widths")
-    parser.add_argument("--repeats", type=int, default=1)
-    options = parser.parse_args(arguments)
+    asked = options(arguments, repeats=1)
     torch.manual_seed(0)
     total: dict[str, float] = {}
-    for shape in SHAPES:
-        out, inp = (round(width * options.scale) for width in shape)
-        took = measure(out, inp, options.repeats)
+    for out, inp in scaled(asked.scale):
+        took = measure(out, inp, asked.repeats)
         total = {name: total.get(name, 0.0) + value for name, value in took.items()}
         print(json.dumps({"out": out, "in": inp, **ratios(took)}), flush=True)
     print(json.dumps({"shapes": "all", **ratios(total)}))

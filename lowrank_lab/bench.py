@@ -178,8 +178,8 @@ class Bench:
         key = self.cell.gradients_key
         if key is None:
             return None
-        if getattr(self.cell.refinement, "needs_weight_fisher", False) and not self.cell.metric.needs_outer:
-            return self.weight_fisher  # holds all of the others as well: one backward pass serves both
+        if self.cell.one_backward_pass:
+            return self.weight_fisher  # holds all of the others as well
         ids, outer = self.calibration_ids, self.cell.metric.needs_outer
         make = lambda folder: make_gradients(folder, self.float32_model(), self.spec, ids, self.device, outer)
         return self.made("gradients", "gradients", key, make)

@@ -133,6 +133,16 @@ class Keys:
         )
 
     @property
+    def needs_weight_fisher(self) -> bool:
+        """Whether the refinement reads the mean (dL/dW)²."""
+        return getattr(self.refinement, "needs_weight_fisher", False)
+
+    @property
+    def one_backward_pass(self) -> bool:
+        """Whether the pass for the mean (dL/dW)² gives all that the metric asks for as well."""
+        return self.needs_weight_fisher and not self.metric.needs_outer
+
+    @property
     def weight_fisher_key(self) -> str:
         """Identifies the mean (dL/dW)² of every compressible linear (always in float32)."""
         content = {"model": self.model_key, "tokens": self.calibration_tokens_key, "weight": True}

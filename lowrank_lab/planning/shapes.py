@@ -26,6 +26,7 @@ from lowrank_lab.models.walk import blocks_of
 class Shapes:
     """A dense model in numbers, and what a cell compresses of it.
 
+    model_type     as in config.json
     parameters     of the whole model, tied ones once; ``block`` those of its largest block
     stored         the dtype of the weights on disk
     attention      heads times the size of a head
@@ -36,6 +37,7 @@ class Shapes:
     sites          what is factored, by name; nothing where nothing is compressed
     """
 
+    model_type: str
     parameters: int
     block: int
     stored: str
@@ -64,8 +66,7 @@ def with_sites(shapes: Shapes, cell: Cell) -> Shapes:
         return replace(shapes, sites=cell.source.saved.sites)
     if not cell.compresses:
         return shapes
-    spec = spec_for(config_of(cell).model_type)
-    return replace(shapes, sites=sites_of_cell(cell, spec, shapes.linears))
+    return replace(shapes, sites=sites_of_cell(cell, spec_for(shapes.model_type), shapes.linears))
 
 
 def shapes_of(cell: Cell) -> Shapes:
@@ -80,6 +81,7 @@ def shapes_of(cell: Cell) -> Shapes:
     layers, _, head_size = kv_cache_shape(model_config)
     linears = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
     return Shapes(
+        model_type=model_config.model_type,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         block=max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0),
         stored=str(getattr(model_config, "dtype", None) or "float32").removeprefix("torch."),

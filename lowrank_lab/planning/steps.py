@@ -131,9 +131,8 @@ class Planner:
     def _gradients(self) -> Iterator[Step]:
         """The passes of ``Bench.gradients`` and ``Bench.weight_fisher``."""
         cell, shapes = self.cell, self.shapes
-        weight = getattr(cell.refinement, "needs_weight_fisher", False)
-        wanted = {cell.weight_fisher_key: (False, True)} if weight else {}
-        if (key := cell.gradients_key) is not None and not (weight and not cell.metric.needs_outer):
+        wanted = {cell.weight_fisher_key: (False, True)} if cell.needs_weight_fisher else {}
+        if (key := cell.gradients_key) is not None and not cell.one_backward_pass:
             wanted[key] = (cell.metric.needs_outer, False)
         again = 0 if self.value == 4 else 4 * shapes.parameters  # the float32 model beside that of the cell
         for key, (outer, weight) in wanted.items():
