@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lowrank_lab.results import Results
+    from lowrank_lab.records.results import Results
 
 
 def main() -> None:
@@ -34,9 +34,10 @@ def main() -> None:
     parser.add_argument("--wandb", metavar="PROJECT", help="log what is written to this W&B project as well")
     arguments = parser.parse_args()
 
-    from lowrank_lab import redaction, tracking
+    from lowrank_lab import redaction
     from lowrank_lab.errors import UserError
-    from lowrank_lab.results import Results
+    from lowrank_lab.records import tracking
+    from lowrank_lab.records.results import Results
 
     redaction.guard_streams()
     results = Results(arguments.results)

@@ -17,11 +17,13 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from lowrank_lab import config, grid, progress, redaction, runner
-from lowrank_lab.cell import Cell
+from lowrank_lab import progress, redaction
+from lowrank_lab.artifacts.locks import Busy
+from lowrank_lab.cells import config, grid
+from lowrank_lab.cells.cell import Cell
 from lowrank_lab.errors import UserError
-from lowrank_lab.locks import Busy
-from lowrank_lab.results import Results
+from lowrank_lab.records.results import Results
+from lowrank_lab.running import runner
 
 log = logging.getLogger(__name__)
 

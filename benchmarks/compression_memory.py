@@ -70,7 +70,7 @@ def build(layers: int, folder: Path) -> None:
 
 
 def cell_of(model: str, root: Path, offload: bool) -> Any:
-    from lowrank_lab import grid
+    from lowrank_lab.cells import grid
 
     words = [
         f"model.path={model}",
@@ -90,9 +90,9 @@ def cell_of(model: str, root: Path, offload: bool) -> Any:
 
 def measure(model: str, offload: bool) -> dict[str, float]:
     """In this process, MiB."""
-    from lowrank_lab import runner
     from lowrank_lab.planning.shapes import shapes_of, with_sites
     from lowrank_lab.planning.steps import BASE, Planner
+    from lowrank_lab.running import runner
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

@@ -16,7 +16,7 @@ import torch
 from llama7b import RATIOS, options, rank, scaled
 from timing import fastest, rounded
 
-from lowrank_lab.lowrank.factorized import FactorizedLinear, plain_linear
+from lowrank_lab.modules.factorized import FactorizedLinear, plain_linear
 
 SMOLLM2 = ((576, 576), (1536, 576), (576, 1536))  # (out, in)
 TOKENS = {"prefill": 512, "decode": 1}

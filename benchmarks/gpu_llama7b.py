@@ -22,8 +22,9 @@ import torch
 from timing import rounded
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lowrank_lab import grid, runner
+from lowrank_lab.cells import grid
 from lowrank_lab.models.tiny import byte_tokenizer
+from lowrank_lab.running import runner
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 WORDS = (

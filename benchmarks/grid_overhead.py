@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from timing import rounded, seconds
 
-from lowrank_lab import grid, runner
-from lowrank_lab.bench import Bench
-from lowrank_lab.cell import Cell
-from lowrank_lab.lowrank.factorized import FactorizedLinear, plain_linear
-from lowrank_lab.results import Record
+from lowrank_lab.cells import grid
+from lowrank_lab.cells.cell import Cell
+from lowrank_lab.modules.factorized import FactorizedLinear, plain_linear
+from lowrank_lab.records.results import Record
+from lowrank_lab.running import runner
+from lowrank_lab.running.context import Bench
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 METHODS = ("svd", "asvd_uniform", "svdllm")

@@ -22,7 +22,8 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from timing import rounded, seconds
 
-from lowrank_lab import grid, runner
+from lowrank_lab.cells import grid
+from lowrank_lab.running import runner
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONF = REPOSITORY / "conf"

@@ -32,7 +32,7 @@ def measure(layers: int) -> float:
 
     from lowrank_lab import environment
     from lowrank_lab.calibration.statistics import make_statistics
-    from lowrank_lab.models.arch import LLAMA
+    from lowrank_lab.models.families import LLAMA
 
     torch.manual_seed(0)
     config = LlamaConfig(

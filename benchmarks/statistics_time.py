@@ -20,7 +20,7 @@ import torch
 from timing import fastest, rounded
 
 from lowrank_lab.calibration.statistics import make_statistics
-from lowrank_lab.models.arch import LLAMA
+from lowrank_lab.models.families import LLAMA
 
 
 def random_llama(hidden: int, intermediate: int, layers: int, vocabulary: int) -> torch.nn.Module:

@@ -14,9 +14,9 @@ import json
 import torch
 from timing import fastest
 
-from lowrank_lab.lowrank.quantized import QuantizedLinear
-from lowrank_lab.quantization.codec import Quantized, quantize, unpack
-from lowrank_lab.quantization.formats import Format
+from lowrank_lab.modules.codec import Quantized, quantize, unpack
+from lowrank_lab.modules.formats import Format
+from lowrank_lab.modules.quantized import QuantizedLinear
 from lowrank_lab.quantization.look_up import look_up_linear
 
 OUT, INP, TOKENS, REPEATS = 1536, 576, 512, 41

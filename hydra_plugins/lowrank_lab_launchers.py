@@ -16,7 +16,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
 
 if TYPE_CHECKING:
-    from lowrank_lab.launching import Grid
+    from lowrank_lab.launching.grids import Grid
 
 
 class _Elsewhere(BasicLauncher):
@@ -31,8 +31,8 @@ class _Elsewhere(BasicLauncher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from lowrank_lab.errors import UserError
-        from lowrank_lab.launching import Grid
-        from lowrank_lab.runner import LAUNCH
+        from lowrank_lab.launching.grids import Grid
+        from lowrank_lab.running.runner import LAUNCH
 
         if LAUNCH in os.environ:
             return super().launch(job_overrides, initial_job_idx)
@@ -50,20 +50,20 @@ class _Elsewhere(BasicLauncher):
 
 class Slurm(_Elsewhere):
     def run(self, grid: Grid) -> None:
-        from lowrank_lab.launching import slurm_jobs
+        from lowrank_lab.launching.grids import slurm_jobs
 
         slurm_jobs(grid, self.settings)
 
 
 class SlurmArray(_Elsewhere):
     def run(self, grid: Grid) -> None:
-        from lowrank_lab.launching import slurm_array
+        from lowrank_lab.launching.grids import slurm_array
 
         slurm_array(grid, self.settings)
 
 
 class Local(_Elsewhere):
     def run(self, grid: Grid) -> None:
-        from lowrank_lab.launching import local
+        from lowrank_lab.launching.grids import local
 
         local(grid, self.settings)

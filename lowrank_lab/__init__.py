@@ -16,7 +16,7 @@ _QUANTIZERS = "transformers.quantizers.auto"  # where transformers keeps the kin
 
 
 def _register() -> None:
-    importlib.import_module("lowrank_lab.checkpoint")
+    importlib.import_module("lowrank_lab.checkpoints.checkpoint")
 
 
 # Registering with transformers takes importing that module, and with it torch: seconds, which neither a finished

@@ -22,11 +22,12 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from lowrank_lab import grid, runner
-from lowrank_lab.cell import Cell
+from lowrank_lab.cells import grid
+from lowrank_lab.cells.cell import Cell
 from lowrank_lab.models import tiny
 from lowrank_lab.models.load import load_model
-from lowrank_lab.results import Results
+from lowrank_lab.records.results import Results
+from lowrank_lab.running import runner
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMALL = (

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-import lowrank_lab.stages
-from lowrank_lab import grid, runner, training
+import lowrank_lab.running.pipeline
+from lowrank_lab.cells import grid
+from lowrank_lab.running import runner, training
 
 from .conftest import REPOSITORY
 
@@ -60,7 +61,7 @@ def run_and_die(overrides: list[str], **when: Any) -> int:
 
 
 if __name__ == "__main__":
-    assert lowrank_lab.stages  # it and torch are imported before the first fork
+    assert lowrank_lab.running.pipeline  # it and torch are imported before the first fork
     torch.set_num_threads(1)
     training.SAVE_SECONDS = -1.0  # trainings keep their state after every step
     print(json.dumps([run_and_die(**case) for case in json.load(sys.stdin)]))

@@ -9,9 +9,9 @@ from torch import nn
 from lowrank_lab.lowrank.ranks import Site
 from lowrank_lab.lowrank.sites import Grouping, Targets, sites_of
 from lowrank_lab.lowrank.spectra import linear_shapes
-from lowrank_lab.models.arch import ArchSpec
-from lowrank_lab.storage.absorb import Absorb
-from lowrank_lab.storage.base import Storage
+from lowrank_lab.lowrank.storage.absorb import Absorb
+from lowrank_lab.lowrank.storage.base import Storage
+from lowrank_lab.models.families import ArchSpec
 
 
 def site(out: int, inp: int, name: str = "linear", per_rank: int | None = None) -> Site:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.errors import UserError
-from lowrank_lab.quantization.codec import quantize
+from lowrank_lab.modules.codec import quantize
+from lowrank_lab.modules.formats import Format
+from lowrank_lab.modules.steps import Round
 from lowrank_lab.quantization.descent import Descent, Rounded, adaquant
-from lowrank_lab.quantization.formats import Format
 from lowrank_lab.quantization.method.adaquant import AdaQuant
-from lowrank_lab.quantization.steps import Round
 
 WIDTH = 70  # no multiple of a group of 32
 SHORT = Descent(steps=40, batch_size=64, weight_rate=0.003, scale_rate=0.01, input_rate=0.03)

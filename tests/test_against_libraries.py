@@ -32,14 +32,14 @@ from llmcompressor.modifiers.gptq import GPTQModifier, gptq_quantize, helpers
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from torch.utils.data import DataLoader
 
-from lowrank_lab.bench import Bench, pick_device
-from lowrank_lab.lowrank.factorized import FactorizedLinear, dense_weight, plain_linear
 from lowrank_lab.models.load import load_model
+from lowrank_lab.modules.codec import grids, quantize
+from lowrank_lab.modules.factorized import FactorizedLinear, dense_weight, plain_linear
+from lowrank_lab.modules.formats import Format
 from lowrank_lab.quantization.bits_and_bytes import eight_bits, four_bits
-from lowrank_lab.quantization.codec import grids, quantize
-from lowrank_lab.quantization.formats import Format
 from lowrank_lab.quantization.optimal_brain import gptq
-from lowrank_lab.results import Record
+from lowrank_lab.records.results import Record
+from lowrank_lab.running.context import Bench, pick_device
 
 WIDTHS = [576, 1536, 500, 137, 1]
 

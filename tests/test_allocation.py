@@ -8,12 +8,12 @@ import math
 import numpy as np
 import pytest
 
-from lowrank_lab.allocation.global_tail import GlobalTail, buy_segments, water_fill
-from lowrank_lab.allocation.loss_based import loss_based
-from lowrank_lab.allocation.sensitivity import candidate_ranks
-from lowrank_lab.allocation.strs import Step, finish, index_within_budget, index_within_perplexity, plan
-from lowrank_lab.allocation.uniform import uniform
 from lowrank_lab.errors import SkippedCell, UserError
+from lowrank_lab.lowrank.allocation.global_tail import GlobalTail, buy_segments, water_fill
+from lowrank_lab.lowrank.allocation.loss_based import loss_based
+from lowrank_lab.lowrank.allocation.sensitivity import candidate_ranks
+from lowrank_lab.lowrank.allocation.strs import Step, finish, index_within_budget, index_within_perplexity, plan
+from lowrank_lab.lowrank.allocation.uniform import uniform
 from lowrank_lab.lowrank.ranks import Site, budget, fit, total_cost
 from tests.sites import sites
 

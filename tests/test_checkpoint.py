@@ -14,17 +14,17 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from lowrank_lab import checkpoint
+from lowrank_lab.checkpoints import checkpoint
+from lowrank_lab.checkpoints.description import VERSION, Saved
 from lowrank_lab.errors import UserError
-from lowrank_lab.lowrank.factorized import FactorizedLinear, SharedLatent, site_weight
-from lowrank_lab.lowrank.mixed import MixedLinear
+from lowrank_lab.lowrank.storage.absorb import Absorb
+from lowrank_lab.lowrank.storage.remap import Remap
 from lowrank_lab.models import tiny
-from lowrank_lab.models.arch import spec_for
+from lowrank_lab.models.families import spec_for
 from lowrank_lab.models.load import load_model, load_tokenizer
 from lowrank_lab.models.walk import blocks_of
-from lowrank_lab.saved import VERSION, Saved
-from lowrank_lab.storage.absorb import Absorb
-from lowrank_lab.storage.remap import Remap
+from lowrank_lab.modules.factorized import FactorizedLinear, SharedLatent, site_weight
+from lowrank_lab.modules.mixed import MixedLinear
 
 from .conftest import REPOSITORY, Lab
 from .sites import sites_in

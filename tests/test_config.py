@@ -11,8 +11,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from lowrank_lab import config, grid
-from lowrank_lab.cell import Cell
+from lowrank_lab.cells import config, grid
+from lowrank_lab.cells.cell import Cell
 from lowrank_lab.errors import UserError
 
 from .conftest import REPOSITORY
@@ -213,7 +213,7 @@ def test_options_of_ones_own_in_a_folder_of_ones_own(lab, tmp_path):
     conf = tmp_path / "conf"
     (conf / "metric").mkdir(parents=True)
     (conf / "metric" / "mine.yaml").write_text(
-        "_target_: lowrank_lab.metric.activation_scale.ActivationScale\nstatistic: abs_max\nalpha: 0.1\n"
+        "_target_: lowrank_lab.lowrank.metric.activation_scale.ActivationScale\nstatistic: abs_max\nalpha: 0.1\n"
     )
     [cell] = lab.cells("metric=mine", f"hydra.searchpath=[file://{conf}]")
     assert cell.metric.alpha == 0.1

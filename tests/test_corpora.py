@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 
+from lowrank_lab.artifacts.store import Store
 from lowrank_lab.calibration.corpora import EmbeddedWikipedia, HubCorpus, Part, text_of
 from lowrank_lab.calibration.tokens import (
     load_tokens,
@@ -18,7 +19,6 @@ from lowrank_lab.calibration.tokens import (
 )
 from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.models.tiny import byte_tokenizer
-from lowrank_lab.store import Store
 
 
 @pytest.fixture(scope="module")

@@ -15,19 +15,20 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lowrank_lab import bench, runner
 from lowrank_lab.calibration.gradients import make_gradients
 from lowrank_lab.calibration.statistics import make_statistics
-from lowrank_lab.cell import Cell
+from lowrank_lab.cells.cell import Cell
 from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation.perplexity import perplexity
 from lowrank_lab.evaluation.timing import _counter
-from lowrank_lab.models.arch import ARCHITECTURES
+from lowrank_lab.models.families import ARCHITECTURES
 from lowrank_lab.models.load import load_model
 from lowrank_lab.models.tiny import byte_tokenizer
 from lowrank_lab.planning.dry_run import Machine, tell
 from lowrank_lab.planning.shapes import shapes_of, with_sites
 from lowrank_lab.planning.steps import Planner
+from lowrank_lab.running import context as bench
+from lowrank_lab.running import runner
 from tests.conftest import REPOSITORY
 
 CPU = torch.device("cpu")

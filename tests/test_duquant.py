@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from lowrank_lab.errors import UserError
 from lowrank_lab.models import tiny
-from lowrank_lab.models.arch import spec_for
+from lowrank_lab.models.families import spec_for
 from lowrank_lab.models.walk import blocks_of
-from lowrank_lab.quantization.linears import prepared_in
+from lowrank_lab.modules.linears import prepared_in
 from lowrank_lab.quantization.outliers import (
     even_rotation,
     greedy_rotations,

@@ -23,17 +23,18 @@ import pytest
 import torch
 
 import report
-from lowrank_lab import bench, results
 from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation import perplexity
 from lowrank_lab.lowrank import spectra
-from lowrank_lab.metric.identity import Identity
-from lowrank_lab.models.arch import spec_for
+from lowrank_lab.lowrank.metric.identity import Identity
+from lowrank_lab.models.families import spec_for
 from lowrank_lab.models.load import load_model
 from lowrank_lab.out_of_memory import ran_out
+from lowrank_lab.records import results
+from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import tables
 from lowrank_lab.reporting.frame import frame
-from lowrank_lab.results import Results
+from lowrank_lab.running import context as bench
 
 from .conftest import Lab
 from .sites import sites_in

@@ -13,7 +13,7 @@ import yaml
 from markdown_it import MarkdownIt
 from transformers import GenerationConfig
 
-from lowrank_lab import config, runner
+from lowrank_lab.cells import config
 from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation import text
 from lowrank_lab.evaluation.generation import Prompt, repetition, summary
@@ -24,6 +24,7 @@ from lowrank_lab.models.tiny import byte_tokenizer
 from lowrank_lab.reporting import generation as report
 from lowrank_lab.reporting import tables
 from lowrank_lab.reporting.sections import REPETITION
+from lowrank_lab.running import runner
 
 from .conftest import REPOSITORY, Lab
 

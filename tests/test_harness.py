@@ -17,17 +17,18 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from lowrank_lab import grid, runner
-from lowrank_lab.cell import Cell
+from lowrank_lab.artifacts.store import Store
+from lowrank_lab.cells import grid
+from lowrank_lab.cells.cell import Cell
 from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation import task_data, tasks
 from lowrank_lab.evaluation.harness import Harness, _check_metric
 from lowrank_lab.models import tiny
 from lowrank_lab.models.load import load_model
+from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import tables
 from lowrank_lab.reporting.sections import ACCURACY
-from lowrank_lab.results import Results
-from lowrank_lab.store import Store
+from lowrank_lab.running import runner
 
 from .conftest import REPOSITORY
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lowrank_lab.artifacts.store import Store
 from lowrank_lab.evaluation import tasks
-from lowrank_lab.store import Store
 
 from .conftest import mirror, run_on_mirror
 

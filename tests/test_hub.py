@@ -11,12 +11,11 @@ from threading import Thread
 import huggingface_hub
 import pytest
 
-from lowrank_lab import hub
+from lowrank_lab.artifacts.store import Store
 from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation import task_data
 from lowrank_lab.evaluation.tasks import Leaf
-from lowrank_lab.models import source
-from lowrank_lab.store import Store
+from lowrank_lab.models import hub, source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

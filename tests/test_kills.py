@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lowrank_lab import training
+from lowrank_lab.running import training
 
 from .conftest import REPOSITORY, Lab
 
@@ -34,7 +34,7 @@ QUICK = {
     "decomposition": at("method=svdllm", "lowrank_lab.lowrank.spectra:save_file", call=2),
     "allocation training": at(TRAINED, "torch:save", call=2),
     "refinement": at("method=svdllm_u", "lowrank_lab.lowrank.factors:save_factors", call=2),
-    "a checkpoint": at("method=svdllm save=true", "lowrank_lab.checkpoint:save"),
+    "a checkpoint": at("method=svdllm save=true", "lowrank_lab.checkpoints.checkpoint:save"),
     "a record": at("method=svdllm", "os:replace", after=False, of="/records/"),
 }
 SLOW = {
@@ -46,8 +46,8 @@ SLOW = {
     "calibration tokens": at("method=svdllm", "lowrank_lab.calibration.tokens:save_file"),
     "gradients": at("method=fwsvd", "lowrank_lab.calibration.gradients:save_file", call=2),
     "renaming an artifact": at("method=svdllm", "os:replace", after=False, of="/spectra/"),
-    "sensitivities": at("method=asvd", "lowrank_lab.allocation.sensitivity:write_json", call=2),
-    "factorization": at("method=svdllm", "lowrank_lab.storage.absorb:Absorb.install", call=3),
+    "sensitivities": at("method=asvd", "lowrank_lab.lowrank.allocation.sensitivity:write_json", call=2),
+    "factorization": at("method=svdllm", "lowrank_lab.lowrank.storage.absorb:Absorb.install", call=3),
     "quantization": at(
         "method=svdllm quantization=gptq", "lowrank_lab.quantization.method.gptq:Gptq.quantize", call=3
     ),
@@ -61,7 +61,9 @@ SLOW = {
     "weight gradients": at("method=wsvd", "lowrank_lab.calibration.gradients:save_file", call=3),
     "learned rotation": at("method=dense quantization=spinquant", "torch:save", call=2),
     "generation": at("method=svd eval=generation,ppl", "lowrank_lab.evaluation.perplexity:check_output"),
-    "a merged checkpoint": at("method=svd save.merge=true save=true", "lowrank_lab.checkpoint:save", call=2),
+    "a merged checkpoint": at(
+        "method=svd save.merge=true save=true", "lowrank_lab.checkpoints.checkpoint:save", call=2
+    ),
 }
 
 

@@ -13,10 +13,10 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.models import tiny
-from lowrank_lab.models.arch import kv_cache_shape
-from lowrank_lab.quantization.attention import RoundedCache, cache_of, round_cache
+from lowrank_lab.models.families import kv_cache_shape
+from lowrank_lab.modules.attention import RoundedCache, cache_of, round_cache
+from lowrank_lab.modules.steps import Round
 from lowrank_lab.quantization.kv_cache import KvCache
-from lowrank_lab.quantization.steps import Round
 
 from .conftest import load_lively
 
@@ -226,7 +226,7 @@ def test_bytes_of_a_token_by_hand(cache, per_head):
 
 
 def test_bytes_of_a_token_are_those_of_packed_tensors(checkpoints):
-    from lowrank_lab.quantization.codec import pack, quantize
+    from lowrank_lab.modules.codec import pack, quantize
 
     model = load_lively(checkpoints["gemma2"], 1.0, 0.0)
     layers, heads, head_size = kv_cache_shape(model.config)

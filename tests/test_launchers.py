@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_lab import jobs, launching, runner, slurm
 from lowrank_lab.errors import UserError
-from lowrank_lab.launching import Grid
+from lowrank_lab.launching import grids as launching
+from lowrank_lab.launching import jobs, slurm
+from lowrank_lab.launching.grids import Grid
+from lowrank_lab.records.results import Results
 from lowrank_lab.reporting.status import asked, status
-from lowrank_lab.results import Results
+from lowrank_lab.running import runner
 
 from .conftest import REPOSITORY, broken_checkpoint
 from .test_locks import another_process_holds

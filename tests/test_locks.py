@@ -16,16 +16,17 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from lowrank_lab import locks, runner
-from lowrank_lab.locks import Busy, held, holder
-from lowrank_lab.results import Results
+from lowrank_lab.artifacts import locks
+from lowrank_lab.artifacts.locks import Busy, held, holder
+from lowrank_lab.records.results import Results
+from lowrank_lab.running import runner
 
 from .conftest import REPOSITORY, Lab
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from lowrank_lab.locks import held
+from lowrank_lab.artifacts.locks import held
 with held(Path(sys.argv[1]), "it"):
     print("held", flush=True)
     time.sleep(300)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lab.models import walk as walking
-from lowrank_lab.models.arch import ARCHITECTURES
+from lowrank_lab.models.families import ARCHITECTURES
 from lowrank_lab.models.load import load_model
 from lowrank_lab.models.walk import blocks_of, on_device, walk
 

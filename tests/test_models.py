@@ -10,20 +10,20 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from lowrank_lab import config
 from lowrank_lab.calibration.gradients import load_gradients, make_gradients
 from lowrank_lab.calibration.statistics import load_statistics, make_statistics
-from lowrank_lab.lowrank.factorized import FactorizedLinear, dense_weight, factorize
+from lowrank_lab.cells import config
+from lowrank_lab.lowrank.metric.fisher_kron import FisherKron
+from lowrank_lab.lowrank.metric.identity import Identity
 from lowrank_lab.lowrank.ranks import rank_for_ratio, total_cost
 from lowrank_lab.lowrank.solver import decompose
 from lowrank_lab.lowrank.spectra import compress, make_spectra
-from lowrank_lab.metric.fisher_kron import FisherKron
-from lowrank_lab.metric.identity import Identity
+from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.models import tiny
-from lowrank_lab.models.arch import ARCHITECTURES, kv_cache_values_per_token
+from lowrank_lab.models.families import ARCHITECTURES, kv_cache_values_per_token
 from lowrank_lab.models.load import load_model
 from lowrank_lab.models.walk import blocks_of, walk
-from lowrank_lab.storage.absorb import Absorb
+from lowrank_lab.modules.factorized import FactorizedLinear, dense_weight, factorize
 from tests.sites import site as plain_site
 from tests.sites import sites_in
 

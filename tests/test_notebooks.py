@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 import torch
 
+from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import ranks
-from lowrank_lab.results import Results
 
 from .conftest import REPOSITORY
 

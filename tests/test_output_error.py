@@ -10,22 +10,23 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank_lab import grid, runner
 from lowrank_lab.calibration.statistics import load_statistics, make_statistics
-from lowrank_lab.cell import Cell
+from lowrank_lab.cells import grid
+from lowrank_lab.cells.cell import Cell
 from lowrank_lab.evaluation.block_errors import RelativeError, output_errors, storage_errors
 from lowrank_lab.evaluation.output_error import OutputError
 from lowrank_lab.evaluation.robust import NotFiniteError
-from lowrank_lab.lowrank.factorized import dense_weight, site_weight
+from lowrank_lab.lowrank.metric.second_moment import SecondMoment
 from lowrank_lab.lowrank.ranks import Ranks
 from lowrank_lab.lowrank.spectra import compress, load_spectrum, load_tails, make_spectra
-from lowrank_lab.metric.second_moment import SecondMoment
-from lowrank_lab.models.arch import ARCHITECTURES
+from lowrank_lab.lowrank.storage.absorb import Absorb
+from lowrank_lab.lowrank.storage.remap import Remap
+from lowrank_lab.models.families import ARCHITECTURES
 from lowrank_lab.models.walk import blocks_of
+from lowrank_lab.modules.factorized import dense_weight, site_weight
 from lowrank_lab.reporting import figures, tables
 from lowrank_lab.reporting.sections import OUTPUT_ERROR
-from lowrank_lab.storage.absorb import Absorb
-from lowrank_lab.storage.remap import Remap
+from lowrank_lab.running import runner
 from tests.sites import sites_in
 
 from .conftest import REPOSITORY, load_lively

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank_lab.lowrank.quantized import QuantizedLinear
-from lowrank_lab.quantization.codec import Quantized, decode, pack, quantize, spread, unpack
-from lowrank_lab.quantization.formats import Format
+from lowrank_lab.modules.codec import Quantized, decode, pack, quantize, spread, unpack
+from lowrank_lab.modules.formats import Format
+from lowrank_lab.modules.quantized import QuantizedLinear
 
 RAGGED = 137  # a rank that no group size divides
 

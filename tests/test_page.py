@@ -15,12 +15,12 @@ from urllib.parse import parse_qs
 import pytest
 
 import report
-from lowrank_lab import config
+from lowrank_lab.cells import config
 from lowrank_lab.errors import UserError
+from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import page
 from lowrank_lab.reporting.page.papers import _colour, _relative
 from lowrank_lab.reporting.page.table import number_in
-from lowrank_lab.results import Results
 
 from .conftest import REPOSITORY, Lab
 

@@ -19,17 +19,17 @@ from matplotlib import pyplot as plt
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from lowrank_lab import runner
-from lowrank_lab.allocation.sensitivity import perplexity_of
-from lowrank_lab.bench import Bench, pick_device
-from lowrank_lab.cell import Cell
+from lowrank_lab.cells.cell import Cell
 from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.evaluation.factors import distribution
 from lowrank_lab.evaluation.held import peak_bytes
 from lowrank_lab.evaluation.ipca_memory import WAYS, directions
+from lowrank_lab.lowrank.allocation.sensitivity import perplexity_of
 from lowrank_lab.lowrank.ranks import Site, budget, fit
+from lowrank_lab.records.results import Record
 from lowrank_lab.reporting.paper_figures import PAPER_FIGURES
-from lowrank_lab.results import Record
+from lowrank_lab.running import runner
+from lowrank_lab.running.context import Bench, pick_device
 
 from .conftest import Lab
 

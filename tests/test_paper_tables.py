@@ -12,13 +12,13 @@ import sys
 import pandas as pd
 import pytest
 
-from lowrank_lab import versions
+from lowrank_lab.artifacts.store import write_json
+from lowrank_lab.cells import versions
+from lowrank_lab.records.results import Results
+from lowrank_lab.records.seal import sealed
 from lowrank_lab.reporting import coverage, paper_tables, published
 from lowrank_lab.reporting.joined import join
 from lowrank_lab.reporting.recipe_cells import experiment_of
-from lowrank_lab.results import Results
-from lowrank_lab.seal import sealed
-from lowrank_lab.store import write_json
 
 from .conftest import REPOSITORY, Lab
 

@@ -8,11 +8,11 @@ import random
 import pytest
 from omegaconf import OmegaConf
 
-from lowrank_lab import runner
 from lowrank_lab.evaluation import perplexity
 from lowrank_lab.reporting import tables
 from lowrank_lab.reporting.frame import frame
 from lowrank_lab.reporting.sections import PERPLEXITY
+from lowrank_lab.running import runner
 
 from .conftest import Lab
 

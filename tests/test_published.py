@@ -8,12 +8,12 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from lowrank_lab import cell, grid
+from lowrank_lab.cells import cell, grid
 from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation.harness import Harness
+from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import coverage, derived, paper_tables, published
 from lowrank_lab.reporting.paper_figures import PAPER_FIGURES
-from lowrank_lab.results import Results
 
 from .conftest import REPOSITORY
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from lowrank_lab.errors import UserError
-from lowrank_lab.lowrank.quantized import QuantizedLinear
-from lowrank_lab.quantization.codec import NF4, encode, pack, quantize, spread, unpack
-from lowrank_lab.quantization.formats import Format
+from lowrank_lab.modules.codec import NF4, encode, pack, quantize, spread, unpack
+from lowrank_lab.modules.formats import Format
+from lowrank_lab.modules.quantized import QuantizedLinear
 from lowrank_lab.quantization.optimal_brain import gptq, obq
 
 RAGGED = 137  # a rank that no group size divides
@@ -170,8 +170,8 @@ def test_bytes_by_hand(lab):
     """INT4 by channel: half a byte a weight, a 16-bit scale and a 4-bit zero point a row."""
     plain, record = lab.run("method=dense"), lab.run("method=dense", "quantization=int4")
     [cell] = lab.cells("method=dense", "quantization=int4")
-    from lowrank_lab.bench import Bench, pick_device
-    from lowrank_lab.results import Record
+    from lowrank_lab.records.results import Record
+    from lowrank_lab.running.context import Bench, pick_device
 
     sites = Bench(cell, Record(cell, None), pick_device("cpu")).sites.values()
     dense = sum(site.out * site.inp * 4 for site in sites)
@@ -257,11 +257,11 @@ def test_inputs_are_rounded_and_saved_with_their_scales(lab, method, granularity
 
 def test_inputs_of_linears_in_front_of_one_another_are_rounded_once():
     """q, k and v share their rounding, and so do the left factors of a joint site."""
-    from lowrank_lab.lowrank.factorized import factorize
     from lowrank_lab.lowrank.ranks import Site
-    from lowrank_lab.models.arch import LLAMA
-    from lowrank_lab.quantization.linears import linears_in, prepared_in, set_steps, shared_inputs
-    from lowrank_lab.quantization.steps import Round
+    from lowrank_lab.models.families import LLAMA
+    from lowrank_lab.modules.factorized import factorize
+    from lowrank_lab.modules.linears import linears_in, prepared_in, set_steps, shared_inputs
+    from lowrank_lab.modules.steps import Round
 
     block = torch.nn.ModuleDict(
         {
@@ -288,7 +288,7 @@ def test_inputs_of_linears_in_front_of_one_another_are_rounded_once():
 
 
 def test_a_fixed_scale_covers_the_calibration_text_and_clips_beyond():
-    from lowrank_lab.quantization.steps import Round
+    from lowrank_lab.modules.steps import Round
 
     for symmetric in (True, False):
         step = Round({"bits": 8, "granularity": "tensor", "symmetric": symmetric, "scale_dtype": "float32"})
@@ -336,10 +336,10 @@ def test_mistakes_stop_before_work(lab, overrides, message):
 
 def test_fixed_scales_are_those_of_the_model_that_is_not_rounded(lab):
     """Small latents too: a step that has no scale yet must not round what comes to the next."""
-    from lowrank_lab.bench import Bench, pick_device
+    from lowrank_lab.modules.linears import linears_in
     from lowrank_lab.quantization.inputs import rounding_of
-    from lowrank_lab.quantization.linears import linears_in
-    from lowrank_lab.results import Record
+    from lowrank_lab.records.results import Record
+    from lowrank_lab.running.context import Bench, pick_device
 
     job = ["method=dense", "quantization=int8", "quantization/method=none", "quantization/activations=int8_static"]
     [cell] = lab.cells(*job)
@@ -418,9 +418,9 @@ def test_settings_without_influence_are_in_no_key(lab):
 
 def test_a_method_that_draws_has_its_seed_in_the_key(lab, monkeypatch):
     """And draws the same, whatever drew before it."""
-    from lowrank_lab.bench import Bench, pick_device
     from lowrank_lab.quantization.method.rtn import RoundToNearest
-    from lowrank_lab.results import Record
+    from lowrank_lab.records.results import Record
+    from lowrank_lab.running.context import Bench, pick_device
 
     one, other = (lab.cells("method=dense", "quantization=int4", f"seed={seed}")[0] for seed in (0, 1))
     assert one.key == other.key
@@ -438,7 +438,7 @@ def test_a_method_that_draws_has_its_seed_in_the_key(lab, monkeypatch):
 
 
 def test_a_number_that_is_not_finite_stays_so():
-    from lowrank_lab.quantization.steps import Round
+    from lowrank_lab.modules.steps import Round
 
     x = random(3, 8)
     x[1, 2] = math.inf

@@ -19,16 +19,17 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from lowrank_lab import checkpoint, config
-from lowrank_lab.bench import Bench, pick_device
-from lowrank_lab.cell import Cell
+from lowrank_lab.cells import config
+from lowrank_lab.cells.cell import Cell
+from lowrank_lab.checkpoints import checkpoint
 from lowrank_lab.errors import SkippedCell, UserError
-from lowrank_lab.lowrank.quantized import QuantizedLinear
 from lowrank_lab.lowrank.spectra import compress
 from lowrank_lab.models.load import load_model
 from lowrank_lab.models.tiny import CONFIGS
+from lowrank_lab.modules.quantized import QuantizedLinear
 from lowrank_lab.quantization.base import Quantization
-from lowrank_lab.results import Record
+from lowrank_lab.records.results import Record
+from lowrank_lab.running.context import Bench, pick_device
 
 from .conftest import REPOSITORY, Lab, load_lively
 

@@ -19,9 +19,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowrank_lab.quantization.codec import quantize
-from lowrank_lab.quantization.formats import Format
-from lowrank_lab.storage.absorb import Absorb
+from lowrank_lab.lowrank.storage.absorb import Absorb
+from lowrank_lab.modules.codec import quantize
+from lowrank_lab.modules.formats import Format
 
 OUT, INP, RANK = 96, 64, 24
 SHARES = {"uv": 0.5, "u": 1.0, "v": 0.0}

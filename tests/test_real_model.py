@@ -18,8 +18,8 @@ from torch.nn.functional import cross_entropy
 from lowrank_lab.calibration.tokens import load_tokens
 from lowrank_lab.lowrank.ranks import rank_for_ratio
 from lowrank_lab.models.load import load_model
+from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import tables
-from lowrank_lab.results import Results
 from tests.sites import site
 
 from .conftest import REPOSITORY, mirror, run_on_mirror

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lowrank_lab.errors import UserError
+from lowrank_lab.records.results import _without_secrets
 from lowrank_lab.redaction import (
     HIDDEN,
     Formatter,
@@ -20,7 +21,6 @@ from lowrank_lab.redaction import (
     refuse,
     refuse_in,
 )
-from lowrank_lab.results import _without_secrets
 
 from .conftest import REPOSITORY
 

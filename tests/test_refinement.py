@@ -11,18 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lowrank_lab import config, training
-from lowrank_lab.bench import Bench
+from lowrank_lab.cells import config
 from lowrank_lab.errors import UserError
-from lowrank_lab.lowrank.factorized import factors_of, site_weight
 from lowrank_lab.lowrank.factors import load_factors
+from lowrank_lab.lowrank.refinement import lora_training, weighted_error
+from lowrank_lab.lowrank.refinement.lora import Lora
 from lowrank_lab.lowrank.spectra import compress
-from lowrank_lab.models.arch import ARCHITECTURES
+from lowrank_lab.lowrank.storage.absorb import Absorb
+from lowrank_lab.models.families import ARCHITECTURES
 from lowrank_lab.models.walk import blocks_of
-from lowrank_lab.refinement import lora_training, weighted_error
-from lowrank_lab.refinement.lora import Lora
-from lowrank_lab.results import Record
-from lowrank_lab.storage.absorb import Absorb
+from lowrank_lab.modules.factorized import factors_of, site_weight
+from lowrank_lab.records.results import Record
+from lowrank_lab.running import training
+from lowrank_lab.running.context import Bench
 
 from .conftest import Lab, stopped_at_block_one
 

@@ -13,11 +13,12 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from lowrank_lab import config, grid, runner, versions
+from lowrank_lab.cells import config, grid, versions
+from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import figures, tables
 from lowrank_lab.reporting.sections import PERPLEXITY
 from lowrank_lab.reporting.status import status
-from lowrank_lab.results import Results
+from lowrank_lab.running import runner
 
 from .conftest import REPOSITORY
 

@@ -8,18 +8,19 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-from lowrank_lab.bench import Bench, pick_device
-from lowrank_lab.checkpoint import merge
+from lowrank_lab.checkpoints.checkpoint import merge
+from lowrank_lab.checkpoints.description import Saved
 from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation.timing import count_macs
-from lowrank_lab.lowrank.factorized import factorize
 from lowrank_lab.models.walk import blocks_of
-from lowrank_lab.quantization import hadamard, learned_rotation, rotation
+from lowrank_lab.modules import hadamard
+from lowrank_lab.modules.factorized import factorize
+from lowrank_lab.modules.steps import Hadamard
+from lowrank_lab.quantization import learned_rotation, rotation
 from lowrank_lab.quantization.cayley import CayleySgd
 from lowrank_lab.quantization.learned_rotation import attach, load
-from lowrank_lab.quantization.steps import Hadamard
-from lowrank_lab.results import Record
-from lowrank_lab.saved import Saved
+from lowrank_lab.records.results import Record
+from lowrank_lab.running.context import Bench, pick_device
 from tests.conftest import load_lively
 
 # Widths of models, of heads, and of the fields they lead to: prime (107), squares (25, 49) and cubes (27, 343).

@@ -16,8 +16,8 @@ import torch
 
 from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank import spectra
+from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import tables
-from lowrank_lab.results import Results
 
 from .conftest import REPOSITORY, Lab, broken_checkpoint
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 import report
-from lowrank_lab import config, training
+from lowrank_lab.artifacts.store import MANIFEST, Store
+from lowrank_lab.cells import config
 from lowrank_lab.errors import UserError
 from lowrank_lab.models.load import load_model
 from lowrank_lab.planning.dry_run import tell
 from lowrank_lab.reporting import tables
-from lowrank_lab.store import MANIFEST, Store
+from lowrank_lab.running import training
 
 from .conftest import REPOSITORY
 
@@ -145,7 +146,7 @@ TARGETS = [
     {"_target_": "os.system", "command": "touch {file}"},
     {"_target_": "subprocess.Popen", "args": ["touch", "{file}"]},
     {"_target_": "lowrank_lab.environment.subprocess.Popen", "args": ["touch", "{file}"]},
-    {"_target_": "lowrank_lab.store.write_json", "file": "{file}", "value": 1},
+    {"_target_": "lowrank_lab.artifacts.store.write_json", "file": "{file}", "value": 1},
 ]
 
 
@@ -164,7 +165,7 @@ def test_reading_a_record_runs_nothing_that_it_names(settings, executed):
 @pytest.mark.parametrize(
     "settings",
     [
-        "${oc.create:{_target_: lowrank_lab.store.write_json, file: {file}, value: 1}}",
+        "${oc.create:{_target_: lowrank_lab.artifacts.store.write_json, file: {file}, value: 1}}",
         {"_target_": "lowrank_lab.quantization.base.Quantization", "method": ["${oc.env:HOME}"]},
         {"${oc.env:HOME}": 1},
     ],
@@ -240,5 +241,5 @@ def test_every_reader_of_files_is_one_that_runs_nothing():
         for reader in readers
         if reader in line and ".eval(" not in line
     }
-    assert {file for file, _ in found} == {"lowrank_lab/training.py"}
+    assert {file for file, _ in found} == {"lowrank_lab/running/training.py"}
     assert all("weights_only=True" in line for _, line in found)

@@ -15,20 +15,20 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lowrank_lab.allocation.differentiable import Differentiable
-from lowrank_lab.allocation.rank_training import LearnedRank, train_ranks
-from lowrank_lab.allocation.sensitivity import candidate_ranks, measure
-from lowrank_lab.allocation.sigma_gradient import score_tails
-from lowrank_lab.allocation.sigma_statistics import load_sigma_gradients, make_sigma_gradients
-from lowrank_lab.lowrank.factorized import site_weight
+from lowrank_lab.lowrank.allocation.differentiable import Differentiable
+from lowrank_lab.lowrank.allocation.rank_training import LearnedRank, train_ranks
+from lowrank_lab.lowrank.allocation.sensitivity import candidate_ranks, measure
+from lowrank_lab.lowrank.allocation.sigma_gradient import score_tails
+from lowrank_lab.lowrank.allocation.sigma_statistics import load_sigma_gradients, make_sigma_gradients
 from lowrank_lab.lowrank.masked import mask_directions
+from lowrank_lab.lowrank.metric.identity import Identity
 from lowrank_lab.lowrank.ranks import Site, budget, fit, total_cost
 from lowrank_lab.lowrank.spectra import compress, load_spectrum, make_spectra
-from lowrank_lab.metric.identity import Identity
+from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.models import tiny
-from lowrank_lab.models.arch import ARCHITECTURES, ArchSpec
+from lowrank_lab.models.families import ARCHITECTURES, ArchSpec
 from lowrank_lab.models.walk import blocks_of
-from lowrank_lab.storage.absorb import Absorb
+from lowrank_lab.modules.factorized import site_weight
 from tests.sites import sites_in
 
 CPU = torch.device("cpu")
@@ -159,7 +159,7 @@ def test_sensitivities_go_on_after_an_interruption(small, tmp_path, monkeypatch)
     measure(whole, small.model(), *arguments)
     (cut / "block_000.json").write_text((whole / "block_000.json").read_text())
     (cut / "block_002.json").write_text((whole / "block_002.json").read_text())
-    from lowrank_lab.allocation import sensitivity
+    from lowrank_lab.lowrank.allocation import sensitivity
 
     measured = []
     of_site = sensitivity._of_site
@@ -269,7 +269,7 @@ def test_learned_ranks_lower_the_loss_at_the_same_budget(certain, tmp_path, rati
 
 
 def test_rank_training_resumes_to_the_same_numbers(small, tmp_path, monkeypatch):
-    from lowrank_lab import training
+    from lowrank_lab.running import training
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
@@ -320,7 +320,7 @@ def test_the_budget_of_learned_ranks_is_exact_after_rounding(lab):
         overrides = ["method=dobi_noremap", f"storage={storage}", "allocation.steps=3", "ratio=0.55"]
         record = lab.run(*overrides, "calibration.samples=4")
         [cell] = lab.cells(*overrides, "calibration.samples=4")
-        from lowrank_lab.bench import Bench
+        from lowrank_lab.running.context import Bench
 
         sites = Bench(cell, SimpleNamespace(artifact=lambda _n, made: made), CPU).sites
         ranks = record["compression"]["ranks"]

@@ -10,19 +10,19 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_lab.errors import SkippedCell, UserError
-from lowrank_lab.lowrank.factorized import FactorizedLinear, SharedLatent, factors_of, site_weight
 from lowrank_lab.lowrank.factors import orthogonal_factors
-from lowrank_lab.lowrank.mixed import MixedLinear
+from lowrank_lab.lowrank.metric.identity import Identity
 from lowrank_lab.lowrank.ranks import rank_for_ratio, total_cost
-from lowrank_lab.lowrank.sizes import sizes
 from lowrank_lab.lowrank.spectra import compress, make_spectra
-from lowrank_lab.metric.identity import Identity
+from lowrank_lab.lowrank.storage.absorb import Absorb
+from lowrank_lab.lowrank.storage.remap import Remap
 from lowrank_lab.models import tiny
-from lowrank_lab.models.arch import ARCHITECTURES
+from lowrank_lab.models.families import ARCHITECTURES
 from lowrank_lab.models.load import load_model
 from lowrank_lab.models.walk import blocks_of
-from lowrank_lab.storage.absorb import Absorb
-from lowrank_lab.storage.remap import Remap
+from lowrank_lab.modules.factorized import FactorizedLinear, SharedLatent, factors_of, site_weight
+from lowrank_lab.modules.mixed import MixedLinear
+from lowrank_lab.records.sizes import sizes
 from tests.sites import site as plain_site
 from tests.sites import sites_in
 

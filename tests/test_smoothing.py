@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_lab.bench import Bench, pick_device
 from lowrank_lab.errors import SkippedCell, UserError
-from lowrank_lab.lowrank.factorized import dense_weight, factorize, site_weight
 from lowrank_lab.models import tiny
 from lowrank_lab.models.walk import blocks_of
+from lowrank_lab.modules.codec import quantize
+from lowrank_lab.modules.factorized import dense_weight, factorize, site_weight
+from lowrank_lab.modules.formats import Format
+from lowrank_lab.modules.linears import input_side, linears_in, prepared_in, shared_inputs
 from lowrank_lab.quantization.apply import apply, format_of
-from lowrank_lab.quantization.codec import quantize
-from lowrank_lab.quantization.formats import Format
-from lowrank_lab.quantization.linears import input_side, linears_in, prepared_in, shared_inputs
 from lowrank_lab.quantization.scales import awq_candidates, awq_losses, largest, smoothing
 from lowrank_lab.quantization.splits import latent_loss, low_factors, splits, weight_loss
-from lowrank_lab.results import Record
+from lowrank_lab.records.results import Record
+from lowrank_lab.running.context import Bench, pick_device
 from tests.conftest import load_lively
 
 

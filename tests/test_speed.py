@@ -10,19 +10,19 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowrank_lab import environment
-from lowrank_lab.bench import Bench
 from lowrank_lab.evaluation import timing
 from lowrank_lab.evaluation.speed import Speed
-from lowrank_lab.lowrank.sizes import macs_per_token, sizes
+from lowrank_lab.lowrank.storage.absorb import Absorb
+from lowrank_lab.lowrank.storage.remap import Remap
 from lowrank_lab.models import tiny
-from lowrank_lab.models.arch import ARCHITECTURES
+from lowrank_lab.models.families import ARCHITECTURES
 from lowrank_lab.models.load import load_model
 from lowrank_lab.models.walk import blocks_of
+from lowrank_lab.records.sizes import macs_per_token, sizes
 from lowrank_lab.reporting import figures, tables
 from lowrank_lab.reporting.sections import SPEED
-from lowrank_lab.runner import summary
-from lowrank_lab.storage.absorb import Absorb
-from lowrank_lab.storage.remap import Remap
+from lowrank_lab.running.context import Bench
+from lowrank_lab.running.runner import summary
 
 from .sites import sites_in
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_lab.store import MANIFEST, Store, fingerprint, write_json
+from lowrank_lab.artifacts.store import MANIFEST, Store, fingerprint, write_json
 
 
 def fill(text: str):
@@ -61,7 +61,7 @@ def test_what_is_half_deleted_is_made_again(tmp_path):
 
 MAKER = """
 import sys, time
-from lowrank_lab.store import Store
+from lowrank_lab.artifacts.store import Store
 def make(folder):
     (folder / "data").write_text("half")
     print("making", flush=True)
@@ -171,7 +171,9 @@ def test_a_resumable_artifact_goes_on_in_its_folder_and_counts_all_its_time(tmp_
 
 def test_json_is_the_same_in_every_locale(tmp_path):
     """A cluster's nodes may have none set, and a model's folder any name."""
-    code = "import sys; from lowrank_lab.store import write_json; write_json(sys.argv[1], '\\u00e9 \\u2265')"
+    code = (
+        "import sys; from lowrank_lab.artifacts.store import write_json; write_json(sys.argv[1], '\\u00e9 \\u2265')"
+    )
     environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "it.json")], check=True, env=environment)
     assert json.loads((tmp_path / "it.json").read_text(encoding="utf-8")) == "é ≥"

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from lowrank_lab import tracking
-from lowrank_lab.tracking import WandbTracker, logged_in
+from lowrank_lab.records import tracking
+from lowrank_lab.records.tracking import WandbTracker, logged_in
 
 from .conftest import REPOSITORY, Lab
 

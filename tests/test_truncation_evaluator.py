@@ -14,9 +14,9 @@ from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.evaluation.one_truncated import chosen_sites, compare, first
 from lowrank_lab.evaluation.robust import NotFiniteError
 from lowrank_lab.evaluation.truncation import Truncation
-from lowrank_lab.lowrank.factorized import dense_weight
 from lowrank_lab.lowrank.masked import TruncatedActivation
-from lowrank_lab.models.arch import ARCHITECTURES
+from lowrank_lab.models.families import ARCHITECTURES
+from lowrank_lab.modules.factorized import dense_weight
 from lowrank_lab.reporting import figures, tables
 from lowrank_lab.reporting.sections import TRUNCATION
 

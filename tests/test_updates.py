@@ -12,17 +12,17 @@ import torch
 from lowrank_lab.calibration.statistics import make_statistics
 from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank import factors
-from lowrank_lab.lowrank.factorized import dense_weight, factorize, site_weight
 from lowrank_lab.lowrank.factors import load_factors
+from lowrank_lab.lowrank.metric.second_moment import SecondMoment
 from lowrank_lab.lowrank.ranks import rank_for_ratio
+from lowrank_lab.lowrank.refinement.ipca import Ipca, Update, complete, leading_directions, merge
+from lowrank_lab.lowrank.refinement.sequential_update import SequentialUpdate, refit_left
 from lowrank_lab.lowrank.solver import decompose
 from lowrank_lab.lowrank.spectra import by_block, load_spectrum, make_spectra
-from lowrank_lab.metric.second_moment import SecondMoment
-from lowrank_lab.models.arch import ARCHITECTURES
+from lowrank_lab.models.families import ARCHITECTURES
 from lowrank_lab.models.load import load_model
 from lowrank_lab.models.walk import block_file, blocks_of, walk
-from lowrank_lab.refinement.ipca import Ipca, Update, complete, leading_directions, merge
-from lowrank_lab.refinement.sequential_update import SequentialUpdate, refit_left
+from lowrank_lab.modules.factorized import dense_weight, factorize, site_weight
 from tests.sites import sites_in
 
 from .conftest import stopped_at_block_one

@@ -17,9 +17,9 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Protocol
 
+from lowrank_lab.artifacts.store import Store, fingerprint
 from lowrank_lab.errors import UserError
-from lowrank_lab.hub import hub_commit
-from lowrank_lab.store import Store, fingerprint
+from lowrank_lab.models.hub import hub_commit
 
 
 @dataclass(frozen=True)

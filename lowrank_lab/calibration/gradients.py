@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lowrank_lab import progress
-from lowrank_lab.lowrank.factorized import dense_weight
-from lowrank_lab.metric.base import OutputStatistics
-from lowrank_lab.models.arch import ArchSpec
+from lowrank_lab.lowrank.metric.base import OutputStatistics
+from lowrank_lab.models.families import ArchSpec
 from lowrank_lab.models.walk import block_file, blocks_of
+from lowrank_lab.modules.factorized import dense_weight
 
 
 class Accumulator:

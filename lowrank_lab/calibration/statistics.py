@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowrank_lab import progress
-from lowrank_lab.metric.base import InputStatistics
-from lowrank_lab.models.arch import ArchSpec
+from lowrank_lab.lowrank.metric.base import InputStatistics
+from lowrank_lab.models.families import ArchSpec
 from lowrank_lab.models.walk import block_file, blocks_of, walk
 
 STRIPS = 4  # of the upper triangle: 4 need 5/8 of the whole product, more save little
@@ -122,6 +122,6 @@ def load_statistics(folder: Path, index: int, group: tuple[str, ...], device: to
 
 
 def _input_width(linear: nn.Module) -> int:
-    from lowrank_lab.lowrank.factorized import dense_weight
+    from lowrank_lab.modules.factorized import dense_weight
 
     return dense_weight(linear).shape[1]

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from lowrank_lab.config import for_key
-from lowrank_lab.store import Store
+from lowrank_lab.artifacts.store import Store
+from lowrank_lab.cells.config import for_key
 
 if TYPE_CHECKING:
-    from lowrank_lab.bench import Bench
+    from lowrank_lab.running.context import Bench
 
 
 class Evaluator:

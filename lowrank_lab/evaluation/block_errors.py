@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from lowrank_lab import progress
 from lowrank_lab.evaluation.robust import NotFiniteError
-from lowrank_lab.lowrank.factorized import FactorizedLinear, factors_of, site_weight
 from lowrank_lab.lowrank.factors import load_factors
 from lowrank_lab.lowrank.ranks import Site
 from lowrank_lab.lowrank.spectra import by_block, load_spectrum
-from lowrank_lab.models.arch import ArchSpec
+from lowrank_lab.models.families import ArchSpec
 from lowrank_lab.models.walk import blocks_of, walk
+from lowrank_lab.modules.factorized import FactorizedLinear, factors_of, site_weight
 
 if TYPE_CHECKING:
-    from lowrank_lab.bench import Bench
+    from lowrank_lab.running.context import Bench
 
 
 class RelativeError:

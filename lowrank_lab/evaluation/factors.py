@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lowrank_lab import checks, versions
+from lowrank_lab import checks
+from lowrank_lab.cells import versions
 from lowrank_lab.errors import SkippedCell
 from lowrank_lab.evaluation.base import Evaluator
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowrank_lab.bench import Bench
+    from lowrank_lab.running.context import Bench
 
 
 class Factors(Evaluator):
@@ -44,8 +45,8 @@ class Factors(Evaluator):
 
     def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
         """Measure it: the value, and all of ``linears``. Raises SkippedCell where none of them has factors."""
-        from lowrank_lab.lowrank.factorized import FactorizedLinear, innermost
         from lowrank_lab.models.walk import blocks_of
+        from lowrank_lab.modules.factorized import FactorizedLinear, innermost
 
         blocks, found = blocks_of(bench.model, bench.spec), []
         for site in self._chosen(bench).values():

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lowrank_lab import checks, versions
+from lowrank_lab import checks
+from lowrank_lab.artifacts.store import fingerprint
+from lowrank_lab.cells import versions
 from lowrank_lab.errors import SkippedCell
 from lowrank_lab.evaluation.base import Evaluator
-from lowrank_lab.store import fingerprint
 
 if TYPE_CHECKING:
-    from lowrank_lab.bench import Bench
     from lowrank_lab.evaluation.text import Answer
+    from lowrank_lab.running.context import Bench
 
 NGRAM = 4
 KINDS = ("greedy", "sampled")

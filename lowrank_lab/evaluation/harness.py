@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import DictConfig
 
-from lowrank_lab import checks, versions
+from lowrank_lab import checks
+from lowrank_lab.artifacts.store import Store, fingerprint
+from lowrank_lab.cells import versions
 from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation.base import Evaluator
 from lowrank_lab.evaluation.task_data import TaskData, find
 from lowrank_lab.evaluation.tasks import Leaf, NamedTask, harness_version, named_task, task_manager
-from lowrank_lab.store import Store, fingerprint
 
 if TYPE_CHECKING:
-    from lowrank_lab.bench import Bench
+    from lowrank_lab.running.context import Bench
 
 
 class Harness(Evaluator):

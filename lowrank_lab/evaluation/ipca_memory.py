@@ -6,13 +6,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lowrank_lab import checks, progress, versions
+from lowrank_lab import checks, progress
+from lowrank_lab.cells import versions
 from lowrank_lab.evaluation.base import Evaluator
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowrank_lab.bench import Bench
+    from lowrank_lab.running.context import Bench
 
 
 class IpcaMemory(Evaluator):
@@ -78,7 +79,7 @@ def directions(width: int, rank: int, device: Any) -> Callable[[int], Tensor]:
 
 def pca(made: Callable[[int], Tensor], samples: int, rank: int) -> Tensor:
     """The first ``rank`` left singular vectors (n, rank) of [V_1, …, V_samples], kept as one matrix."""
-    from lowrank_lab.refinement.ipca import leading_directions
+    from lowrank_lab.lowrank.refinement.ipca import leading_directions
 
     first = made(0)
     together = first.new_empty(first.shape[0], samples * rank)
@@ -101,7 +102,7 @@ def pca_of_gram(made: Callable[[int], Tensor], samples: int, rank: int) -> Tenso
 
 def ipca(made: Callable[[int], Tensor], samples: int, rank: int) -> Tensor:
     """Algorithm 2's directions (n, rank), as refinement/ipca.py merges them."""
-    from lowrank_lab.refinement.ipca import merge
+    from lowrank_lab.lowrank.refinement.ipca import merge
 
     v = made(0)
     for number in range(1, samples):

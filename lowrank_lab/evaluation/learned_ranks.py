@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from lowrank_lab import checks, versions
-from lowrank_lab.allocation.differentiable import STATES, Differentiable
+from lowrank_lab import checks
+from lowrank_lab.cells import versions
 from lowrank_lab.errors import SkippedCell
 from lowrank_lab.evaluation.windows import WindowEvaluator
+from lowrank_lab.lowrank.allocation.differentiable import STATES, Differentiable
 from lowrank_lab.lowrank.ranks import budget, fit
 
 if TYPE_CHECKING:
-    from lowrank_lab.bench import Bench
+    from lowrank_lab.running.context import Bench
 
 
 class LearnedRanks(WindowEvaluator):

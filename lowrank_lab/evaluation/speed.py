@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from lowrank_lab import checks, environment, versions
+from lowrank_lab import checks, environment
+from lowrank_lab.artifacts.store import Store
+from lowrank_lab.cells import versions
 from lowrank_lab.errors import SkippedCell
 from lowrank_lab.evaluation.base import Evaluator
-from lowrank_lab.store import Store
 
 if TYPE_CHECKING:
-    from lowrank_lab.bench import Bench
+    from lowrank_lab.running.context import Bench
 
 
 class Speed(Evaluator):

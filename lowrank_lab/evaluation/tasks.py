@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowrank_lab import versions
+from lowrank_lab.artifacts.store import Store, fingerprint
+from lowrank_lab.cells import versions
 from lowrank_lab.errors import UserError
-from lowrank_lab.store import Store, fingerprint
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lowrank_lab import environment, progress
-from lowrank_lab.lowrank.sizes import linear_tensors, macs_per_token
+from lowrank_lab.modules.steps import Step
 from lowrank_lab.out_of_memory import unless_out_of_memory
-from lowrank_lab.quantization.steps import Step
+from lowrank_lab.records.sizes import linear_tensors, macs_per_token
 
 T = TypeVar("T")
 Models: TypeAlias = Mapping[str, nn.Module]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from lowrank_lab import checks, versions
+from lowrank_lab import checks
+from lowrank_lab.cells import versions
 from lowrank_lab.evaluation.windows import WindowEvaluator
 
 if TYPE_CHECKING:
-    from lowrank_lab.bench import Bench
+    from lowrank_lab.running.context import Bench
 
 
 class Truncation(WindowEvaluator):

@@ -11,7 +11,7 @@ from lowrank_lab.evaluation.base import Evaluator
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowrank_lab.bench import Bench
+    from lowrank_lab.running.context import Bench
 
 
 class WindowEvaluator(Evaluator):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lowrank_lab.lowrank.ranks import Site, Sites
 from lowrank_lab.lowrank.spectra import blocks_with_sites, check_finite
-from lowrank_lab.models.arch import ArchSpec
+from lowrank_lab.lowrank.storage.base import Storage
+from lowrank_lab.models.families import ArchSpec
 from lowrank_lab.models.walk import block_file
-from lowrank_lab.storage.base import Storage
 
 
 def save_factors(folder: Path, index: int, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:

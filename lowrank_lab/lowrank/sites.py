@@ -12,7 +12,7 @@ from typing import Any
 from lowrank_lab import checks
 from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.lowrank.ranks import Site
-from lowrank_lab.models.arch import ArchSpec
+from lowrank_lab.models.families import ArchSpec
 
 ROLES = ("all", "attention", "mlp", "qkv", "kv", "gate_up")
 RATIO_OF = ("parameters", "kv_cache")

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from lowrank_lab import progress
 from lowrank_lab.calibration.gradients import load_gradients
 from lowrank_lab.calibration.statistics import load_statistics
-from lowrank_lab.lowrank.factorized import dense_weight, site_weight
+from lowrank_lab.lowrank.metric.base import Metric, OutputStatistics
 from lowrank_lab.lowrank.ranks import Site, Sites
 from lowrank_lab.lowrank.solver import Spectrum, decompose, decompose_by_cholesky
-from lowrank_lab.metric.base import Metric, OutputStatistics
-from lowrank_lab.models.arch import ArchSpec
+from lowrank_lab.lowrank.storage.base import Storage
+from lowrank_lab.models.families import ArchSpec
 from lowrank_lab.models.walk import block_file, blocks_of
+from lowrank_lab.modules.factorized import dense_weight, site_weight
 from lowrank_lab.out_of_memory import unless_out_of_memory
-from lowrank_lab.storage.base import Storage
 
 log = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lowrank_lab.artifacts.store import MANIFEST, Store, fingerprint
+from lowrank_lab.checkpoints.description import Saved, saved_in
 from lowrank_lab.errors import UserError
-from lowrank_lab.hub import hub_commit
-from lowrank_lab.saved import Saved, saved_in
-from lowrank_lab.store import MANIFEST, Store, fingerprint
+from lowrank_lab.models.hub import hub_commit
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 CONTENT_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")

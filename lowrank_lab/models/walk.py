@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lab import progress
-from lowrank_lab.models.arch import ArchSpec
+from lowrank_lab.models.families import ArchSpec
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from lowrank_lab import environment, runner
-from lowrank_lab.bench import pick_device
-from lowrank_lab.cell import Cell
+from lowrank_lab import environment
+from lowrank_lab.cells.cell import Cell
 from lowrank_lab.errors import SkippedCell
 from lowrank_lab.planning.shapes import Shapes, shapes_of, with_sites
 from lowrank_lab.planning.steps import Planner, Step
+from lowrank_lab.running import runner
+from lowrank_lab.running.context import pick_device
 
 NOTE = (
     "Memory is the peak of the process, with weights that are mapped from their checkpoint; what cells share is "

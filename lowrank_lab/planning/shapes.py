@@ -11,15 +11,15 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_lab.bench import sites_of_cell
-from lowrank_lab.cell import Cell
+from lowrank_lab.cells.cell import Cell
 from lowrank_lab.lowrank.ranks import Ranks, Site, rank_within
-from lowrank_lab.lowrank.sizes import macs_per_token
 from lowrank_lab.lowrank.spectra import linear_shapes
-from lowrank_lab.models.arch import ARCHITECTURES, kv_cache_shape, spec_for
+from lowrank_lab.models.families import ARCHITECTURES, kv_cache_shape, spec_for
 from lowrank_lab.models.load import load_config, skeleton
 from lowrank_lab.models.tiny import CONFIGS
 from lowrank_lab.models.walk import blocks_of
+from lowrank_lab.records.sizes import macs_per_token
+from lowrank_lab.running.context import sites_of_cell
 
 
 @dataclass(frozen=True)

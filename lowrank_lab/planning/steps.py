@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
+from lowrank_lab.artifacts.store import Store
 from lowrank_lab.calibration.tokens import load_tokens
-from lowrank_lab.cell import Cell
+from lowrank_lab.cells.cell import Cell
 from lowrank_lab.evaluation.ppl import Perplexity
+from lowrank_lab.lowrank.metric.base import InputStatistics, Metric, OutputStatistics
 from lowrank_lab.lowrank.ranks import Ranks
-from lowrank_lab.metric.base import InputStatistics, Metric, OutputStatistics
 from lowrank_lab.planning import flops, memory
 from lowrank_lab.planning.shapes import Shapes
-from lowrank_lab.results import CHECKPOINTS
-from lowrank_lab.store import Store
+from lowrank_lab.records.results import CHECKPOINTS
 
 BASE = 10**9  # bytes of the interpreter with all libraries, and of the texts while they are tokenized
 GPU_BASE = 6 * 10**8  # bytes on a GPU that CUDA takes for itself

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from lowrank_lab import checks
-from lowrank_lab.quantization.formats import Format
+from lowrank_lab.modules.formats import Format
 
 
 class Activations:

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lab import progress
-from lowrank_lab.lowrank.factorized import dense_weight
-from lowrank_lab.lowrank.quantized import QuantizedLinear
 from lowrank_lab.lowrank.spectra import by_block
 from lowrank_lab.models.walk import blocks_of
-from lowrank_lab.quantization.formats import Format
+from lowrank_lab.modules.factorized import dense_weight
+from lowrank_lab.modules.formats import Format
+from lowrank_lab.modules.linears import linears_in, make_plain, set_steps, shared_inputs
+from lowrank_lab.modules.quantized import QuantizedLinear
+from lowrank_lab.modules.steps import Round
 from lowrank_lab.quantization.inputs import Inputs, fix_scales, gather_inputs
-from lowrank_lab.quantization.linears import linears_in, make_plain, set_steps, shared_inputs
-from lowrank_lab.quantization.steps import Round
 
 if TYPE_CHECKING:
-    from lowrank_lab.bench import Bench
     from lowrank_lab.quantization.base import Quantization
+    from lowrank_lab.running.context import Bench
 
 
 @torch.no_grad()

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_lab import checks
 from lowrank_lab.errors import UserError
-from lowrank_lab.quantization.formats import Format
+from lowrank_lab.modules.formats import Format
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowrank_lab.bench import Bench
-    from lowrank_lab.models.arch import ArchSpec
+    from lowrank_lab.models.families import ArchSpec
+    from lowrank_lab.modules.codec import Quantized
     from lowrank_lab.quantization.activations import Activations
-    from lowrank_lab.quantization.codec import Quantized
     from lowrank_lab.quantization.inputs import Inputs
     from lowrank_lab.quantization.kv_cache import KvCache
+    from lowrank_lab.running.context import Bench
 
 
 class Transform:

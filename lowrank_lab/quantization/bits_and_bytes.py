@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowrank_lab.quantization.codec import TABLES, Quantized, check_finite
-from lowrank_lab.quantization.formats import Format
+from lowrank_lab.modules.codec import TABLES, Quantized, check_finite
+from lowrank_lab.modules.formats import Format
 
 SMALLEST = 1e-30  # of a row's largest value: far below, 127 / value is infinite and what is rounded not a number
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lowrank_lab.quantization.codec import Quantized, by_group, check_finite, quantize, spread
-from lowrank_lab.quantization.formats import Format
+from lowrank_lab.modules.codec import Quantized, by_group, check_finite, quantize, spread
+from lowrank_lab.modules.formats import Format
 
 # What a column counts at least, in shares of the mean column: one whose input is always zero gets values as well.
 LEAST = 1e-6

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_lab.quantization.codec import Quantized, check_finite, encode, grids, spread
-from lowrank_lab.quantization.formats import Format
-from lowrank_lab.quantization.steps import Round
+from lowrank_lab.modules.codec import Quantized, check_finite, encode, grids, spread
+from lowrank_lab.modules.formats import Format
+from lowrank_lab.modules.steps import Round
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from lowrank_lab import progress
 from lowrank_lab.calibration.statistics import Accumulator, gather
-from lowrank_lab.lowrank.factorized import FactorizedLinear, dense_weight
-from lowrank_lab.models.arch import ArchSpec
+from lowrank_lab.models.families import ArchSpec
 from lowrank_lab.models.walk import blocks_of
-from lowrank_lab.quantization.apply import members_by_block
-from lowrank_lab.quantization.linears import (
+from lowrank_lab.modules.factorized import FactorizedLinear, dense_weight
+from lowrank_lab.modules.linears import (
     change_bias,
     change_weight,
     input_side,
@@ -28,10 +27,11 @@ from lowrank_lab.quantization.linears import (
     output_side,
     set_steps,
 )
-from lowrank_lab.quantization.steps import Scale
+from lowrank_lab.modules.steps import Scale
+from lowrank_lab.quantization.apply import members_by_block
 
 if TYPE_CHECKING:
-    from lowrank_lab.bench import Bench
+    from lowrank_lab.running.context import Bench
 
 Source = Literal["norm", "linear", "step", "latent"]
 SOURCES: dict[str, tuple[Source, ...]] = {  # what the setting ``where`` of a transform allows

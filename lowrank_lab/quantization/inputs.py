@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lab.calibration.statistics import gather
-from lowrank_lab.quantization.linears import steps_of
-from lowrank_lab.quantization.steps import Round
+from lowrank_lab.modules.linears import steps_of
+from lowrank_lab.modules.steps import Round
 
 ROWS = 1024  # tokens that a method sees as they are
 

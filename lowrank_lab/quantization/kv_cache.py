@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from lowrank_lab import checks
-from lowrank_lab.quantization.formats import Format, Granularity
+from lowrank_lab.modules.formats import Format, Granularity
 
 if TYPE_CHECKING:
-    from lowrank_lab.bench import Bench
+    from lowrank_lab.running.context import Bench
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,6 @@ class KvCache:
 
     def __call__(self, bench: Bench) -> None:
         """Have ``bench.model`` attend to rounded keys and values."""
-        from lowrank_lab.quantization.attention import round_cache
+        from lowrank_lab.modules.attention import round_cache
 
         round_cache(bench.model, self)

@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.parametrize import register_parametrization
 
+from lowrank_lab.artifacts.store import write_json
 from lowrank_lab.models.walk import blocks_of
+from lowrank_lab.modules.formats import Format
+from lowrank_lab.modules.linears import linears_in, set_steps, shared_inputs
 from lowrank_lab.quantization.apply import format_of, members_by_block
 from lowrank_lab.quantization.cayley import CayleySgd
-from lowrank_lab.quantization.formats import Format
-from lowrank_lab.quantization.linears import linears_in, set_steps, shared_inputs
 from lowrank_lab.quantization.rotation import Turn, start, turned, turned_rows, turns, values_width
 from lowrank_lab.quantization.scales import rounded
-from lowrank_lab.store import write_json
-from lowrank_lab.training import Recipe, train
+from lowrank_lab.running.training import Recipe, train
 
 if TYPE_CHECKING:
-    from lowrank_lab.bench import Bench
     from lowrank_lab.quantization.base import Quantization
     from lowrank_lab.quantization.transform.spinquant import SpinQuant
+    from lowrank_lab.running.context import Bench
 
 log = logging.getLogger(__name__)
 JUDGED = 4  # sequences whose loss is told before and after

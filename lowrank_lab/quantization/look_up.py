@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowrank_lab.quantization.codec import Quantized
+from lowrank_lab.modules.codec import Quantized
 
 FIXED = 2**24  # every float16 is a whole multiple of 1 / FIXED
 

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from lowrank_lab.quantization.codec import Quantized, check_finite, decode, encode, grids, spread
-from lowrank_lab.quantization.formats import Format
+from lowrank_lab.modules.codec import Quantized, check_finite, decode, encode, grids, spread
+from lowrank_lab.modules.formats import Format
 
 BLOCK = 128  # columns that are worked on before the others hear of their errors: speed alone
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lab.errors import SkippedCell
-from lowrank_lab.lowrank.factorized import FactorizedLinear
-from lowrank_lab.models.arch import ArchSpec
+from lowrank_lab.models.families import ArchSpec
 from lowrank_lab.models.walk import blocks_of
-from lowrank_lab.quantization.hadamard import randomized, transform
-from lowrank_lab.quantization.linears import (
+from lowrank_lab.modules.factorized import FactorizedLinear
+from lowrank_lab.modules.hadamard import randomized, transform
+from lowrank_lab.modules.linears import (
     Followed,
     change_bias,
     change_weight,
@@ -30,7 +30,7 @@ from lowrank_lab.quantization.linears import (
     output_side,
     set_steps,
 )
-from lowrank_lab.quantization.steps import Hadamard, Rotate, Step
+from lowrank_lab.modules.steps import Hadamard, Rotate, Step
 
 ROWS = 8192  # of an embedding that are in float64 at once
 

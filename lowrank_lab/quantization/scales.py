@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lowrank_lab.quantization.codec import quantize
-from lowrank_lab.quantization.formats import Format
+from lowrank_lab.modules.codec import quantize
+from lowrank_lab.modules.formats import Format
 
 LIMIT = 1e4  # scales lie between its inverse and it, so that no weight over- or underflows
 

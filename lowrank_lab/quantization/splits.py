@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.lowrank.factors import orthogonal_factors
-from lowrank_lab.quantization.formats import Format
+from lowrank_lab.modules.formats import Format
+from lowrank_lab.modules.steps import Round
 from lowrank_lab.quantization.scales import output_error, rounded
-from lowrank_lab.quantization.steps import Round
 
 Factors = tuple[Tensor, Tensor]
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from lowrank_lab.artifacts.store import fingerprint
 from lowrank_lab.reporting import models_of_papers
 from lowrank_lab.reporting.published import Published
 from lowrank_lab.reporting.tables import outdated, quantized
-from lowrank_lab.store import fingerprint
 
 T = TypeVar("T")
 

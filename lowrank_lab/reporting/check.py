@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lowrank_lab import seal, store
-from lowrank_lab.results import CHECKPOINTS, IN_GRID, IN_RECORD, Results
+from lowrank_lab.artifacts import store
+from lowrank_lab.records import seal
+from lowrank_lab.records.results import CHECKPOINTS, IN_GRID, IN_RECORD, Results
 
 
 def check(results: Results) -> tuple[str, bool]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 
+from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import paper_figures, published
 from lowrank_lab.reporting.joined import join
 from lowrank_lab.reporting.recipe_cells import recipe_cells
-from lowrank_lab.results import Results
 
 
 def ran(results: Results) -> dict[str, int]:

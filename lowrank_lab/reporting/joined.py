@@ -7,13 +7,13 @@ from typing import Any
 
 import pandas as pd
 
+from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import derived, measured, models_of_papers
 from lowrank_lab.reporting.beside import Ours, is_cell, latest, of_model, setting, settings_in, within
 from lowrank_lab.reporting.protocols import differs, marks
 from lowrank_lab.reporting.published import Published
 from lowrank_lab.reporting.recipe_cells import Cell, recipe_cells
 from lowrank_lab.reporting.tables import quantized
-from lowrank_lab.results import Results
 
 COLUMNS = [
     "model",

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import published
 from lowrank_lab.reporting.joined import join
 from lowrank_lab.reporting.published import Published
 from lowrank_lab.reporting.recipe_cells import recipe_cells
-from lowrank_lab.results import Results
 
 LINE = ["ratio", "method", "quantization", "variant"]  # what tells the lines of a table
 COLUMN = ["metric", "dataset", "setting"]  # what tells its columns

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lowrank_lab.config import build_recorded
+from lowrank_lab.artifacts.store import Artifact, Store
+from lowrank_lab.cells.config import build_recorded
 from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.ranks import Site
-from lowrank_lab.models.arch import spec_for
+from lowrank_lab.models.families import spec_for
+from lowrank_lab.records.results import Results
 from lowrank_lab.reporting.kinds.errors import linear_names
-from lowrank_lab.results import Results
-from lowrank_lab.store import Artifact, Store
 
 
 def ranks(record: dict[str, Any]) -> pd.DataFrame:

@@ -7,8 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from lowrank_lab.records.results import Results
 from lowrank_lab.reporting.status import state_of
-from lowrank_lab.results import Results
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from lowrank_lab import jobs
+from lowrank_lab.launching import jobs
+from lowrank_lab.records.results import FINISHED, Results
 from lowrank_lab.reporting.tables import outdated
-from lowrank_lab.results import FINISHED, Results
 
 STATES = ("done", "failed", "skipped", "running", "queued", "preempted", "missing", "outdated")
 AT_WORK = ("running", "queued")

@@ -12,13 +12,13 @@ from typing import Any
 import pandas as pd
 from hydra import compose, initialize_config_dir
 
-from lowrank_lab import versions
-from lowrank_lab.config import build_recorded, plain
+from lowrank_lab.artifacts.store import fingerprint
+from lowrank_lab.cells import versions
+from lowrank_lab.cells.config import build_recorded, plain
 from lowrank_lab.errors import UserError
 from lowrank_lab.reporting.frame import frame
 from lowrank_lab.reporting.section import Section
 from lowrank_lab.reporting.sections import PERPLEXITY, SECTIONS
-from lowrank_lab.store import fingerprint
 
 ANSWERS = ("metric", "grouping", "targets", "allocation", "refinement", "storage")
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"

@@ -13,9 +13,9 @@ from lowrank_lab.quantization.base import Quantization, Transform
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lowrank_lab.bench import Bench
-    from lowrank_lab.models.arch import ArchSpec
+    from lowrank_lab.models.families import ArchSpec
     from lowrank_lab.quantization.inputs import Inputs
+    from lowrank_lab.running.context import Bench
 
 
 class BetaSplit(Transform):
@@ -66,9 +66,9 @@ class BetaSplit(Transform):
         """Replace the factors at the paths ``right`` and ``lefts``, which read its latent, by the best split."""
         import torch
 
+        from lowrank_lab.modules.hadamard import transform
+        from lowrank_lab.modules.linears import change_weight
         from lowrank_lab.quantization.folding import weights_of
-        from lowrank_lab.quantization.hadamard import transform
-        from lowrank_lab.quantization.linears import change_weight
         from lowrank_lab.quantization.splits import latent_loss, low_factors, splits, weight_loss
 
         [of_right], of_lefts = weights_of(block, [right]), weights_of(block, lefts)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lowrank_lab.quantization.base import Quantization, Transform
 
 if TYPE_CHECKING:
-    from lowrank_lab.bench import Bench
+    from lowrank_lab.running.context import Bench
 
 
 class LatentHadamard(Transform):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lowrank_lab import checks
+from lowrank_lab.modules.formats import Format
 from lowrank_lab.quantization.base import WeightMethod
-from lowrank_lab.quantization.formats import Format
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowrank_lab.quantization.codec import Quantized
+    from lowrank_lab.modules.codec import Quantized
     from lowrank_lab.quantization.inputs import Inputs
 
 

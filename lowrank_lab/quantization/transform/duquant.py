@@ -10,8 +10,8 @@ from lowrank_lab.quantization.base import Quantization, Transform
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lowrank_lab.bench import Bench
     from lowrank_lab.quantization.outliers import Spreading
+    from lowrank_lab.running.context import Bench
 
 SAMPLE = 256  # tokens that the search looks at, evenly taken: with the largest ones, output errors are the same
 
@@ -41,9 +41,9 @@ class DuQuant(Transform):
     def __call__(self, bench: Bench, quantization: Quantization) -> None:
         """Raises FloatingPointError, naming the linear, where an activation is not finite."""
         from lowrank_lab import progress
+        from lowrank_lab.modules.linears import linears_in, shared_inputs
         from lowrank_lab.quantization.apply import members_by_block
         from lowrank_lab.quantization.inputs import look_at_inputs
-        from lowrank_lab.quantization.linears import linears_in, shared_inputs
 
         members, seed = members_by_block(bench), bench.cell.cfg.seed
         blocks = bench.walk(bench.model)
@@ -63,7 +63,7 @@ class DuQuant(Transform):
 
     def _made_for(self, block: nn.Module, group: list[str], rows: Tensor, abs_max: Tensor, seed: int) -> Spreading:
         """From a sample of tokens (n, width) and the largest |x| of each channel (width,)."""
-        from lowrank_lab.lowrank.factorized import dense_weight
+        from lowrank_lab.modules.factorized import dense_weight
         from lowrank_lab.quantization.outliers import spread_outliers
         from lowrank_lab.quantization.scales import largest
 
@@ -77,7 +77,7 @@ def _reads_latent(group: list[str]) -> bool:
 
 def _spread(block: nn.Module, group: list[str], targets: list[str], spreading: Spreading) -> None:
     """Put ``spreading`` between the linears of ``group`` and their input: into the right factor, or online."""
-    from lowrank_lab.quantization.linears import change_bias, change_weight, input_side, set_steps
+    from lowrank_lab.modules.linears import change_bias, change_weight, input_side, set_steps
 
     for path in group:
         change_weight(block, path, spreading.weight)
@@ -94,7 +94,7 @@ def _spread(block: nn.Module, group: list[str], targets: list[str], spreading: S
 
 
 def _steps(spreading: Spreading) -> list[nn.Module]:
-    from lowrank_lab.quantization.steps import Permute, Rotate
+    from lowrank_lab.modules.steps import Permute, Rotate
 
     width, size = len(spreading.order), spreading.first.shape[1]
     first, order, second = Rotate(width, size), Permute(width), Rotate(width, size)

@@ -8,8 +8,8 @@ from lowrank_lab import checks
 from lowrank_lab.quantization.base import Quantization, Transform
 
 if TYPE_CHECKING:
-    from lowrank_lab.bench import Bench
-    from lowrank_lab.models.arch import ArchSpec
+    from lowrank_lab.models.families import ArchSpec
+    from lowrank_lab.running.context import Bench
 
 
 class QuaRot(Transform):

@@ -8,7 +8,7 @@ from lowrank_lab import checks
 from lowrank_lab.quantization.base import Quantization, Transform
 
 if TYPE_CHECKING:
-    from lowrank_lab.bench import Bench
+    from lowrank_lab.running.context import Bench
 
 
 class SmoothQuant(Transform):

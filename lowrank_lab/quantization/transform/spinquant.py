@@ -5,13 +5,14 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lowrank_lab import checks, config, versions
+from lowrank_lab import checks
+from lowrank_lab.cells import config, versions
 from lowrank_lab.errors import SkippedCell
 from lowrank_lab.quantization.base import Quantization, Transform
 
 if TYPE_CHECKING:
-    from lowrank_lab.bench import Bench
-    from lowrank_lab.models.arch import ArchSpec
+    from lowrank_lab.models.families import ArchSpec
+    from lowrank_lab.running.context import Bench
 
 
 class SpinQuant(Transform):

@@ -13,12 +13,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import pyplot as plt
 
 from lowrank_lab.errors import UserError
+from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import figures, paper_figures, published
 from lowrank_lab.reporting.page import own, papers
 from lowrank_lab.reporting.page.facts import facts
 from lowrank_lab.reporting.page.table import Table
 from lowrank_lab.reporting.status import STATES, asked, count
-from lowrank_lab.results import Results
 
 FOLDER = Path(__file__).parent
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pandas as pd
 
+from lowrank_lab.records.results import Results
 from lowrank_lab.reporting.page.table import Cell, Column, Row, Table, number_in, ratio_tag
 from lowrank_lab.reporting.status import asked, count
 from lowrank_lab.reporting.tables import all_groups, outdated, presentable
-from lowrank_lab.results import Results
 
 NAMES = ("method", "variant", "counts")  # columns of a table that are no numbers
 LABEL = r"(\S+)(?: ratio=([\d.e-]+))?(?: (.+))? (\S+) (\S+)"  # method, ratio, quantization, model, data set

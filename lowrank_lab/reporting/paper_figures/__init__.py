@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 
 from lowrank_lab.errors import UserError
+from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import published
 from lowrank_lab.reporting.figures import save
 from lowrank_lab.reporting.paper_figures.asvd import ASVD
@@ -20,7 +21,6 @@ from lowrank_lab.reporting.paper_figures.dobi import DOBI
 from lowrank_lab.reporting.paper_figures.dobi_figure3 import DOBI_FIGURE3
 from lowrank_lab.reporting.paper_figures.dobi_training import DOBI_TRAINING
 from lowrank_lab.reporting.recipe_cells import recipe_cells
-from lowrank_lab.results import Results
 
 PAPER_FIGURES: dict[str, PaperFigure] = {
     **{f"asvd/{name}": figure for name, figure in ASVD.items()},

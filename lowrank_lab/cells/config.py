@@ -1,0 +1,199 @@
+"""Hydra configs: building objects from them, checking them, and the plain data that keys are made of."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from lowrank_lab.cells.moved import first_place, present_place
+from lowrank_lab.checks import is_count, is_number
+from lowrank_lab.errors import UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
+SAMPLING = ("samples", "seqlen", "seed", "sampling", "bos")  # how windows are drawn from a text
+
+
+def build(node: Any) -> Any:
+    """The object that a config node with a ``_target_`` describes. The only instantiate of the project."""
+    return instantiate(node, _convert_="all")
+
+
+def build_recorded(settings: dict[str, Any]) -> Any:
+    """The object that settings of a record describe.
+
+    A record may be somebody else's: reading it must not run what it names. Raises UserError for a class that is not
+    of this package, and for an interpolation, which could put one in once the classes were looked at; records are
+    resolved when they are written.
+    """
+    if not isinstance(settings, dict):  # OmegaConf would read a text as YAML
+        raise UserError(f"{settings!r}: a record names what is no class of lowrank_lab; it is not run")
+    if "${" in json.dumps(settings):
+        raise UserError("a record's settings hold ${...}, which none has that was written here; it is not run")
+    for target in _targets(settings):
+        if not _is_our_class(present_place(target)):
+            raise UserError(f"{target}: a record names what is no class of lowrank_lab; it is not run")
+    return build(OmegaConf.create(_at_present_places(settings)))
+
+
+def _at_present_places(settings: Any) -> Any:
+    """Plain data with every ``_target_`` where it is found today."""
+    if isinstance(settings, dict):
+        return {
+            name: present_place(str(value)) if name == "_target_" else _at_present_places(value)
+            for name, value in settings.items()
+        }
+    return [_at_present_places(value) for value in settings] if isinstance(settings, list) else settings
+
+
+def _is_our_class(target: str) -> bool:
+    """A module of ours may have imported it, as in lowrank_lab.artifacts.store.shutil.rmtree."""
+    try:
+        return target.startswith("lowrank_lab.") and get_class(target).__module__.startswith("lowrank_lab.")
+    except Exception:  # Hydra raises many kinds for what is not there or no class
+        return False
+
+
+def _targets(settings: Any) -> Iterator[str]:
+    """Every ``_target_`` within plain data."""
+    if isinstance(settings, dict):
+        yield from (str(value) for name, value in settings.items() if name == "_target_")
+    for value in (
+        settings.values() if isinstance(settings, dict) else settings if isinstance(settings, list) else ()
+    ):
+        yield from _targets(value)
+
+
+def plain(node: Any) -> Any:
+    """A config node as plain data with everything resolved."""
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def for_key(node: Any, without: tuple[str, ...] = ()) -> Any:
+    """A config node as the data a key is made of: plain, whole numbers as floats (1 and 1.0 are one value).
+
+    ``without`` names entries of the node itself that change its speed but no number.
+    """
+    node = plain(node)
+    if isinstance(node, dict):
+        kept = {name: for_key(value) for name, value in node.items() if name not in without}
+        return {**kept, "_target_": first_place(kept["_target_"])} if "_target_" in kept else kept
+    if isinstance(node, list):
+        return [for_key(value) for value in node]
+    return float(node) if is_number(node) else node
+
+
+def with_save(cfg: DictConfig) -> DictConfig:
+    """``cfg`` with ``save: true`` spelled out as ``save.checkpoint: true``; an experiment's YAML may say either."""
+    if isinstance(cfg.save, bool):
+        cfg = cfg.copy()
+        cfg.save = {"checkpoint": cfg.save, "merge": False}
+    return cfg
+
+
+def with_asked_evaluators(cfg: DictConfig) -> DictConfig:
+    """``cfg`` without what an experiment sets of evaluators that ``eval=`` on the command line has left out."""
+    if not OmegaConf.is_dict(cfg.get("eval")):
+        return cfg
+    unasked = [name for name, node in cfg.eval.items() if OmegaConf.is_dict(node) and "_target_" not in node]
+    if unasked:
+        cfg = cfg.copy()
+        for name in unasked:
+            del cfg.eval[name]
+    return cfg
+
+
+def validated(cfg: DictConfig) -> dict[str, Any]:
+    """Check values that YAML cannot; returns the object that each node describes, by the node's name.
+
+    Raises UserError with one line that says what would be right.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UserError(f"{missing[0]} must be given, for example {missing[0]}=...")
+    groups = ["model", "method", "dataset", "calibration", "tracker", "eval"]
+    answers = ["metric", "grouping", "targets", "storage"]
+    for group in [*groups, *answers] if cfg.get("allocation") is not None else groups:
+        _check(group, cfg.get(group), bool(cfg.get(group)), "one of its options; see python run.py --help")
+    ratio = cfg.ratio
+    _check("ratio", ratio, is_number(ratio) and 0 < ratio <= 1, "a number in (0, 1]: the fraction kept")
+    _one_of("dtype", cfg.dtype, DTYPES)
+    _check("seed", cfg.seed, is_count(cfg.seed, 0), "a whole number from 0")
+    known_device = isinstance(cfg.device, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device)
+    _check("device", cfg.device, bool(known_device), "auto, cpu, cuda or cuda:N")
+    _check("dry_run", cfg.dry_run, isinstance(cfg.dry_run, bool), "true or false")
+    _check("save", cfg.save, OmegaConf.is_dict(cfg.save), "true or false")
+    for name in ("checkpoint", "merge"):
+        good = isinstance(cfg.save.get(name), bool)
+        _check("save" if name == "checkpoint" else f"save.{name}", cfg.save.get(name), good, "true or false")
+    for name in ("results", "artifacts"):
+        good = isinstance(cfg[name], str) and cfg[name].strip() != "" and "\0" not in cfg[name]
+        _check(name, cfg[name], good, "a folder")
+        _check_writable(name, Path(cfg[name]))
+    _check("model.path", cfg.model.path, isinstance(cfg.model.path, str), "a hub name, a folder or package:NAME")
+    _check("data_root", cfg.data_root, isinstance(cfg.data_root, str | None), "a folder, or null for the hub")
+    _check_windows("calibration", cfg.calibration)
+    calibration_samples = cfg.calibration.samples
+    batch_size = cfg.calibration.batch_size
+    _check("calibration.batch_size", batch_size, is_count(batch_size, 1), "a whole number from 1")
+    offload = cfg.calibration.offload
+    _check("calibration.offload", offload, isinstance(offload, bool), "true or false")
+    _check_part("dataset", cfg.dataset, "eval")
+    for name, node in cfg.eval.items():
+        if node.get("dataset") is not None:
+            _check_part(f"eval.{name}.dataset", node.dataset, "eval")
+    _check_part("calibration.dataset", cfg.calibration.dataset, "calibration")
+    if cfg.get("refinement") is not None and "dataset" in cfg.refinement:
+        _check_windows("refinement", cfg.refinement)
+        _check_part("refinement.dataset", cfg.refinement.dataset, "calibration")
+    for name in ("allocation", "refinement"):
+        node = cfg.get(name)
+        few = node is not None and "dataset" not in node and is_count(node.get("samples"), calibration_samples + 1)
+        _check(f"{name}.samples", node.get("samples") if node else None, not few, "at most calibration.samples")
+    nodes = {name: cfg[name] for name in (*answers, "allocation", "refinement", "quantization", "tracker")}
+    built = {}
+    for name, node in {**nodes, **{f"eval.{name}": node for name, node in cfg.eval.items()}}.items():
+        try:
+            built[name] = build(node) if node is not None else None
+        except Exception as error:  # instantiate wraps whatever the class raised for a bad value
+            raise UserError(f"{name}: {error.__cause__ or error}".splitlines()[0]) from None
+    return built
+
+
+def _check_writable(name: str, folder: Path) -> None:
+    """Raises UserError where nothing can be written below ``folder``, which need not be there yet."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{name}={folder}: {there} cannot be written to; choose another folder with {name}=...")
+
+
+def _check_windows(name: str, sampling: DictConfig) -> None:
+    for setting, smallest in (("samples", 1), ("seqlen", 2), ("seed", 0)):
+        good = is_count(sampling[setting], smallest)
+        _check(f"{name}.{setting}", sampling[setting], good, f"a whole number from {smallest}")
+    _one_of(f"{name}.sampling", sampling.sampling, ("random", "disjoint"))
+    _one_of(f"{name}.bos", sampling.bos, ("text", "window"))
+    _check(f"{name}.dataset", sampling.dataset, sampling.dataset is not None, "a data set")
+
+
+def _check_part(name: str, dataset: DictConfig, part: str) -> None:
+    if dataset[part] is None:
+        raise UserError(f"{name}={dataset.name} is not valid; this data set has no {part} part, choose another")
+    limit = dataset[part].max_documents
+    good = limit is None or is_count(limit, 1)
+    _check(f"{name}.{part}.max_documents", limit, good, "null or a whole number from 1")
+
+
+def _check(name: str, value: Any, good: bool, wanted: str) -> None:
+    if not good:
+        raise UserError(f"{name}={value} is not valid; it must be {wanted}")
+
+
+def _one_of(name: str, value: Any, options: tuple[str, ...]) -> None:
+    _check(name, value, value in options, " or ".join(options))

@@ -1,0 +1,186 @@
+"""The cells that a command line asks for, all composed and checked before the first one runs. No torch."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lowrank_lab import redaction
+from lowrank_lab.cells.cell import Cell
+from lowrank_lab.errors import UserError
+
+NAME = "LOWRANK_LAB_GRID"  # in the environment of a grid's processes: what the grid is called in their records
+
+
+def plan(config_dir: Path, config_name: str, overrides: list[str], multirun: bool) -> list[Cell]:
+    """One validated cell for each combination of the swept values (one without ``multirun``).
+
+    Raises UserError with one line for anything a user can mend: an unknown option or key, a value out of
+    range, a model or data that is not there.
+    """
+    overrides = spelled_out(overrides)
+    try:
+        with initialize_config_dir(str(config_dir), version_base="1.3"):
+            base = compose(config_name, _without_sweeps(overrides) if multirun else overrides, True)
+            if not multirun:
+                redaction.refuse_in(_without_hydra(base))
+                return [cell_of(base)]
+            params: DictConfig = base.hydra.sweeper.get("params") or OmegaConf.create({})
+            swept = [f"{key!s}={value}" for key, value in params.items()] + overrides
+            redaction.refuse(swept)
+            parsed = OverridesParser.create().parse_overrides(swept)
+            [combinations] = BasicSweeper.split_arguments(parsed, None)
+            return [Cell.from_config(cfg) for cfg in _composed(config_name, combinations, base)]
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise UserError(_one_line(error, config_dir)) from None
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def spelled_out(words: list[str]) -> list[str]:
+    """A command line with ``save=true`` as ``save.checkpoint=true``, and ``eval=a,b`` as ``eval=[a,b]``.
+
+    Hydra cannot have both ``save=true`` and ``save.merge=true``: the first would replace the node that the second
+    is in, and as a group its options may not be called true and false. And it would take ``eval=a,b`` for a grid,
+    where all that is measured on a model belongs into one job.
+    """
+    return [_spelled_out(word) for word in words]
+
+
+def _spelled_out(word: str) -> str:
+    axis, _, value = word.partition("=")
+    if axis == "save":
+        return f"save.checkpoint={value}"
+    if axis == "eval" and re.fullmatch(r"\w+(,\w+)+", value):
+        return f"eval=[{value}]"
+    return word
+
+
+def _without_sweeps(overrides: list[str]) -> list[str]:
+    """Enough to read the sweeper's own settings: the first value of every axis."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    first = []
+    for override in parsed:
+        if override.is_sweep_override():
+            value = str(next(iter(override.sweep_string_iterator())))
+            first.append(f"{override.get_key_element()}={value}")
+        else:
+            first.append(str(override.input_line))
+    return first
+
+
+def cell_of(cfg: DictConfig) -> Cell:
+    """The cell of a composed configuration, Hydra's own part included. Raises UserError as ``plan`` does."""
+    return Cell.from_config(OmegaConf.create(_without_hydra(cfg)))
+
+
+def _composed(config_name: str, combinations: list[list[str]], base: DictConfig) -> Iterator[DictConfig]:
+    """The configuration of each combination of words; ``base`` is that of one of them, Hydra's part included.
+
+    Hydra needs a tenth of a second to put the chosen options together, so it does that once for each choice of
+    them; values, which make up most of a large grid, are then set in copies. Where a word is neither, its place
+    among the others counts, and Hydra composes them all.
+    """
+    chosen: dict[tuple[str, ...], DictConfig] = {}
+    plain: dict[tuple[str, ...], Any] = {}
+    parser = OverridesParser.create()
+    for words in combinations:
+        overrides = parser.parse_overrides(words)
+        values = [override for override in overrides if _sets_value(override, base)]
+        if all(override in values or _chooses_option(override, base) for override in overrides):
+            choices = tuple(word for word, override in zip(words, overrides, strict=True) if override not in values)
+        else:
+            values, choices = [], tuple(words)
+        if choices not in chosen:
+            chosen[choices] = compose(config_name, list(choices), True)
+            plain[choices] = _without_hydra(chosen[choices])
+            redaction.refuse_in(plain[choices])  # a YAML file of the user's own may hold a secret
+        if not all(_sets_value(override, chosen[choices]) for override in values):  # as they did in ``base``
+            yield OmegaConf.create(_without_hydra(compose(config_name, words, True)))
+            continue
+        cfg = OmegaConf.create(plain[choices])
+        OmegaConf.set_struct(cfg, True)
+        try:
+            for override in values:
+                OmegaConf.update(cfg, override.key_or_group, override.value())
+        except OmegaConfBaseException:
+            compose(config_name, words)  # says what is wrong
+            raise
+        OmegaConf.set_struct(cfg, None)
+        yield cfg
+
+
+def _sets_value(override: Override, cfg: DictConfig) -> bool:
+    """Whether an override sets an entry of the cell, and is no option of any group that went into ``cfg``."""
+    key, value = override.key_or_group, override.value()
+    if override.type is not OverrideType.CHANGE or override.package is not None or override.is_hydra_override():
+        return False
+    if "/" in key or key in cfg.hydra.runtime.choices or isinstance(value, dict):
+        return False
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return False
+    return "." in key or (key in cfg and not OmegaConf.is_dict(cfg._get_node(key)))
+
+
+def _chooses_option(override: Override, cfg: DictConfig) -> bool:
+    """Whether an override chooses an option of a group, or is of Hydra's own part: no entry of the cell."""
+    if override.is_hydra_override():
+        return True
+    is_choice = override.key_or_group in cfg.hydra.runtime.choices and not isinstance(override.value(), dict)
+    return is_choice and override.type is OverrideType.CHANGE
+
+
+def _without_hydra(cfg: DictConfig) -> Any:
+    plain = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(plain, dict)
+    plain.pop("hydra")
+    return plain
+
+
+def _one_line(error: Exception, config_dir: Path) -> str:
+    """Hydra's explanation as one line, with the options or the nearest key where that is the question."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0]
+    if "Could not load '" in first:
+        group, _, option = first.split("Could not load '")[1].partition("'")[0].rpartition("/")
+        options = sorted(file.stem for file in (config_dir / group).glob("*.yaml"))
+        return f"{group}={option}: no such option; choose among {', '.join(options)}"
+    if "Could not find '" in first:
+        group, _, option = first.split("Could not find '")[1].rstrip("'").rpartition("/")
+        options = lines[2 : lines.index("Config search path:")] if "Config search path:" in lines else []
+        return f"{group}={option}: no such option; choose one of {', '.join(options)}"
+    if first.startswith("Could not override '"):
+        key = first.split("'")[1]
+        if "." in key:
+            return (
+                f"{key}: no such setting with these options (see them with: python run.py ... --cfg job); "
+                f"an entry that is new begins with +"
+            )
+        axis, _, part = key.partition("/")
+        if part and (config_dir / axis / part).is_dir():
+            return (
+                f"{key}: nothing to set it in; choose an option of {axis} as well ({axis}=...; --help lists them)"
+            )
+        axes = [folder.name for folder in config_dir.iterdir() if folder.is_dir()]
+        text = (config_dir / "config.yaml").read_text(encoding="utf-8")
+        settings = [line.split(":")[0] for line in text.splitlines() if line[:1].isalpha()]
+        near = difflib.get_close_matches(key, axes + settings, n=1)
+        hint = f"did you mean {near[0]}?" if near else "python run.py --help lists the axes"
+        return f"{key}: no such setting; {hint}"
+    if first.startswith("Ambiguous value"):
+        return f"{first.removesuffix('.')}: to run several values as a grid, add -m"
+    if "parsing override" in first or "input" in first:
+        return f"{' '.join(lines[:2])}; write key=value, and quote values with special characters: 'key=\"a b\"'"
+    return " ".join(lines)

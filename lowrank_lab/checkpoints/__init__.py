@@ -1,0 +1,1 @@
+"""Compressed models on disk, and what they say of themselves."""

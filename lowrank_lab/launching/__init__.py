@@ -1,0 +1,1 @@
+"""Grids in other processes, here or on a cluster. No torch."""

@@ -1,0 +1,213 @@
+"""Grids in other processes, here or on a cluster, each of which runs this program's own command. No torch.
+
+Processes that share a grid agree by the locks of its cells and artifacts (locks.py), and records say what came of
+a cell. So whoever waits here only tells how far it is: that process may be stopped, and those it waits for may die.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.utils import get_args_parser
+from omegaconf import DictConfig
+
+from lowrank_lab import progress
+from lowrank_lab.cells import grid
+from lowrank_lab.cells.cell import Cell
+from lowrank_lab.environment import cores
+from lowrank_lab.errors import UserError
+from lowrank_lab.launching import jobs, slurm
+from lowrank_lab.records.results import IN_RECORD, Results
+from lowrank_lab.records.seal import examine
+from lowrank_lab.running import runner
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LOOKS = {"here": 1.0, "slurm": 10.0}
+THREADS = "OMP_NUM_THREADS"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is left of a grid: by key, the cells that are not finished, and the overrides that ask for each.
+
+    ``overrides`` ask for the whole grid, ``settings`` are what else the command line says to Hydra. ``folder`` is
+    where logs go. ``finished`` counts the other cells.
+    """
+
+    results: Results
+    cells: dict[str, Cell]
+    asked: dict[str, list[str]]
+    overrides: list[str]
+    settings: list[str]
+    folder: Path
+    finished: int
+
+    @classmethod
+    def of(cls, configs: Sequence[DictConfig], hydra: DictConfig) -> Grid:
+        """The grid of one composed configuration for each cell; ``hydra`` is the launcher's own.
+
+        Raises UserError for cells that only the process which measures them knows by their keys.
+        """
+        cells, asked = {}, {}
+        for cfg in configs:
+            words = list(cfg.hydra.overrides.task)
+            cell = grid.cell_of(cfg)
+            if timed := [name for name, evaluator in cell.evaluators.items() if evaluator.of_this_machine]:
+                raise UserError(
+                    f"eval={timed[0]} is of the machine and the process that it runs in; run it without "
+                    "hydra/launcher (on a cluster: srun python run.py ...)"
+                )
+            if runner.finished(cell) is None:
+                cells[cell.key], asked[cell.key] = cell, words
+        results = Results(cell.cfg.results)
+        overrides, settings = list(hydra.overrides.task), list(hydra.overrides.hydra)
+        folder = Path(hydra.sweep.dir).resolve()
+        return cls(results, cells, asked, overrides, settings, folder, len(configs) - len(cells))
+
+    def command(self, overrides: list[str], name: str) -> list[str]:
+        """The command for the cells that ``overrides`` ask for, one by one, with its logs in folder ``name``."""
+        arguments = get_args_parser().parse_args()
+        where = {"--config-name": arguments.config_name, "--config-dir": arguments.config_dir}
+        flags = [f"{flag}={value}" for flag, value in where.items() if value]
+        words = [*overrides, *self.settings, f"hydra.sweep.dir='{self.folder / name}'"]
+        return [sys.executable, str(Path(sys.argv[0]).resolve()), "--multirun", *flags, *words]
+
+
+def local(left: Grid, settings: dict[str, Any]) -> None:
+    """Work on a grid in ``workers`` processes. Raises UserError where cells are not done at the end."""
+    workers = _workers(settings)
+    threads = max(1, (cores() or 1) // workers)
+    environment = {THREADS: str(threads), **os.environ, runner.LAUNCH: secrets.token_hex(8)}
+    left.folder.mkdir(parents=True, exist_ok=True)
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for number in range(workers):
+            with open(left.folder / f"worker-{number}.log", "w") as out:
+                # In a session of its own: the terminal's Ctrl-C is for this process, which stops the worker once.
+                words = left.command(left.overrides, f"worker-{number}")
+                process = subprocess.Popen(words, env=environment, stdout=out, stderr=out, start_new_session=True)
+                processes.append(process)
+        log.info("%d workers on %d cells; what they say is in %s", workers, len(left.cells), left.folder)
+        _follow(left, lambda: any(process.poll() is None for process in processes), "here")
+    except BaseException:
+        for process in processes:
+            process.terminate()
+        raise
+    finally:
+        for process in processes:
+            process.wait()
+    failed = [number for number, process in enumerate(processes) if process.returncode != 0]
+    _judge(left, *(left.folder / f"worker-{number}.log" for number in failed[:1]))
+
+
+def slurm_jobs(left: Grid, settings: dict[str, Any]) -> None:
+    """Work on a grid with a SLURM job for each cell that has none yet. Raises UserError as ``local`` does."""
+    slurm.check()
+    going = _going(left)
+    new = [key for key in left.cells if not going[key]]
+    commands = [left.command(left.asked[key], key) for key in new]
+    _wait(left, going, _submit(left, commands, [[key] for key in new], settings))
+
+
+def slurm_array(left: Grid, settings: dict[str, Any]) -> None:
+    """Work on a grid with ``workers`` SLURM jobs that share it, the ones that it has already among them. Raises
+    UserError as ``local`` does."""
+    slurm.check()
+    going = _going(left)
+    new = range(len(set().union(*going.values())), _workers(settings))
+    commands = [left.command(left.overrides, f"worker-{number}") for number in new]
+    _wait(left, going, _submit(left, commands, [list(left.cells) for _ in new], settings))
+
+
+def _workers(settings: dict[str, Any]) -> int:
+    if not isinstance(workers := settings.pop("workers"), int) or workers < 1:
+        raise UserError(f"hydra.launcher.workers={workers} is not valid; it must be a whole number from 1")
+    return workers
+
+
+def _going(left: Grid) -> dict[str, set[str]]:
+    """By cell, the jobs of earlier commands that are queued or run. Raises UserError where SLURM does not say."""
+    noted = jobs.of_cells(left.results)
+    earlier = {key: {job.id for job in noted.get(key, [])} for key in left.cells}
+    states = slurm.unfinished(set().union(*earlier.values()))
+    if states is None:
+        raise UserError(
+            "squeue does not answer, so jobs of an earlier command may still be at these cells; repeat the command "
+            f"when it does, or delete {left.results.root / 'jobs'} where they are surely gone"
+        )
+    going = {job for job, state in states.items() if state != "COMPLETING"}
+    if going:
+        log.info("%d jobs of an earlier command are at it", len(going))
+    return {key: ids & going for key, ids in earlier.items()}
+
+
+def _submit(left: Grid, commands: list[list[str]], keys: list[list[str]], settings: dict[str, Any]) -> list[str]:
+    """Submit a job for each command and note which cells, by their keys, it is for; returns the jobs."""
+    if not commands:
+        return []
+    environment = {grid.NAME: os.environ[grid.NAME], runner.LAUNCH: secrets.token_hex(8)}
+    if settings["cpus_per_task"] and THREADS not in os.environ:
+        environment[THREADS] = str(settings["cpus_per_task"])
+    submitted = slurm.submit([slurm.Command(words, environment) for words in commands], settings)
+    logs = settings["submitit_folder"]
+    jobs.note(left.results, dict(zip(submitted, keys, strict=True)), logs)
+    log.info(
+        "submitted %d jobs, %s to %s; what they say is in %s", len(submitted), submitted[0], submitted[-1], logs
+    )
+    return submitted
+
+
+def _wait(left: Grid, going: dict[str, set[str]], submitted: list[str]) -> None:
+    """Follow SLURM jobs to their end. Interrupted, say how to follow them without this process."""
+    submitted = [*set().union(*going.values()), *submitted]
+    try:
+        _follow(left, lambda: slurm.unfinished(submitted) != {}, "slurm")
+    except KeyboardInterrupt:
+        arrays = " ".join(dict.fromkeys(job.partition("_")[0] for job in submitted))
+        print("the jobs go on without this command, which follows them again when it is repeated", file=sys.stderr)
+        print(f"see them: python report.py status; stop them: scancel {arrays}", file=sys.stderr)
+        sys.exit(130)
+    _judge(left)
+
+
+def _follow(left: Grid, at_work: Callable[[], bool], where: str) -> None:
+    """Tell of each cell as it is finished, until all are, or nobody is ``at_work`` any more."""
+    for _ in range(left.finished):
+        progress.cell_done()
+    # Without a word of damaged ones, which were told of before this and will be after it.
+    look = lambda key: examine(left.results.path(key), IN_RECORD)[0]
+    before = {key: look(key) for key in left.cells}
+    total, done, idle = left.finished + len(left.cells), left.finished, 0
+    while before and idle < 2:  # a second look, as what the last one wrote may show late on a network's file system
+        idle = 0 if at_work() else idle + 1
+        for key in list(before):
+            record = look(key)
+            if record is not None and record != before[key]:
+                del before[key]
+                done += 1
+                told = (done, total, left.cells[key].label, record["status"], runner.summary(record))
+                log.info("%d/%d %s: %s (%s)", *told)
+                progress.cell_done()
+        if before:
+            time.sleep(SECONDS_BETWEEN_LOOKS[where])
+
+
+def _judge(left: Grid, *logs: Path) -> None:
+    """Raises UserError where a cell of the grid has failed, or has no record; ``logs`` may tell why it has none."""
+    records = [left.results.find(key) for key in left.cells]
+    count = Counter("not finished" if record is None else record["status"] for record in records)
+    if wrong := [f"{count[what]} {what}" for what in ("failed", "not finished") if count[what]]:
+        sources = ["python report.py status", *(str(log) for log in logs if count["not finished"])]
+        why = f"{' or '.join(sources)} says why, and the same command tries them again"
+        raise UserError(f"of {len(records)} cells {' and '.join(wrong)}; {why}")

@@ -1,0 +1,57 @@
+"""SVD-LLM v2's allocation: within a type of matrix, less is cut from what loses more (Wang et al., NAACL 2025)."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from lowrank_lab.errors import SkippedCell
+from lowrank_lab.lowrank.ranks import Ranks, Sites, budget, fit, rank_for_ratio
+
+if TYPE_CHECKING:
+    from lowrank_lab.running.context import Bench
+
+
+class LossBased:
+    """Cut from each matrix of a type in proportion to 1 / log of the least loss that truncating it can have.
+
+    With L = ‖W X − W' X‖_F at the uniform ratio, over all calibration tokens and from the exact spectrum, the
+    fraction removed from matrix i of a type with n members is  n · removed · (1 / log L_i) / Σ_j (1 / log L_j).
+    The logarithm has to be positive: a loss of 1 or less is outside what the rule is made for.
+    """
+
+    needs_calibration = True
+
+    def __call__(self, bench: Bench) -> Ranks:
+        if bench.ratio >= 1:
+            return dict.fromkeys(bench.sites)
+        # The spectra are of the mean over tokens; the paper's loss is of their sum.
+        tokens = bench.calibration_ids.numel() if bench.statistics is not None else 1
+        losses = {}
+        for name, site in bench.sites.items():
+            rank = rank_for_ratio(site, bench.ratio)
+            squared = 0.0 if rank is None else float(bench.tails[name][rank])
+            losses[name] = math.sqrt(squared * tokens)
+        return loss_based(bench.sites, bench.ratio, losses)
+
+
+def loss_based(sites: Sites, ratio: float, losses: dict[str, float]) -> Ranks:
+    """The ranks at ``ratio`` for these ``losses`` by site. Raises SkippedCell where one is 1 or less."""
+    types = defaultdict(list)
+    for name, site in sites.items():
+        types[site.key].append(name)
+    for name, loss in losses.items():
+        if loss <= 1:
+            raise SkippedCell(
+                f"loss_based needs losses above 1 for their logarithm; that of {name} is {loss:.3g} (it is summed "
+                "over the calibration tokens: use more, or metric=second_moment)"
+            )
+    wanted = {}
+    for names in types.values():
+        share = {name: 1 / math.log(losses[name]) for name in names}
+        mean = sum(share.values()) / len(names)
+        for name in names:
+            kept = 1 - (1 - ratio) * share[name] / mean
+            wanted[name] = kept * sites[name].dense / sites[name].per_rank
+    return fit(sites, wanted, budget(sites, ratio))

@@ -1,0 +1,94 @@
+"""Training of the ranks: one number a site, everything else frozen (Dobi-SVD, Algorithm 1)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from lowrank_lab.artifacts.store import write_json
+from lowrank_lab.lowrank.allocation.differentiable import starting_share
+from lowrank_lab.lowrank.masked import mask_activations, mask_directions
+from lowrank_lab.lowrank.ranks import Site
+from lowrank_lab.running.training import Recipe, train
+
+if TYPE_CHECKING:
+    from lowrank_lab.lowrank.allocation.differentiable import Differentiable
+    from lowrank_lab.running.context import Bench
+
+
+class LearnedRank:
+    """A rank k between 1 and the last that saves anything, as a function of one unbounded parameter."""
+
+    def __init__(self, site: Site, ratio: float, beta: float, device: torch.device) -> None:
+        """Start at the rank that ``ratio`` gives the site alone."""
+        self.last = site.last
+        self.beta = beta
+        share = starting_share(site, ratio)
+        self.parameter = nn.Parameter(torch.tensor(math.log(share / (1 - share)), device=device))
+
+    @property
+    def k(self) -> Tensor:
+        return 1 + (self.last - 1) * torch.sigmoid(self.parameter)
+
+    def mask(self, count: int) -> Tensor:
+        """0.5·tanh(β(k − i)) + 0.5 for the directions i, (count,).
+
+        The paper counts i from 1, where rank k would keep half of direction k; at i − ½ whole ranks keep whole
+        directions.
+        """
+        i = torch.arange(1, count + 1, device=self.parameter.device) - 0.5
+        return 0.5 * torch.tanh(self.beta * (self.k - i)) + 0.5
+
+
+def train_ranks(folder: Path, bench: Bench, ids: Tensor, settings: Differentiable) -> None:
+    """Write ``history.json``, the loss and all k of each step, then ``ranks.json``, the learned k of every site.
+
+    Training is in float32 whatever the model's dtype: the gradients of single directions are small.
+    """
+    if (folder / "ranks.json").exists():  # an earlier call was stopped while it tidied up
+        (folder / "ranks.state").unlink(missing_ok=True)
+        return
+    device, sites = bench.device, bench.sites
+    learned = {name: LearnedRank(site, bench.ratio, settings.beta, device) for name, site in sites.items()}
+    masks = {name: rank.mask for name, rank in learned.items()}
+    model = bench.take_model().float().requires_grad_(False)
+    if settings.forward == "pooled":
+        last = {name: site.last for name, site in sites.items()}
+        mask_directions(model, bench.spec, sites, bench.spectra, last, masks, device)
+    else:
+        mask_activations(model, bench.spec, sites, masks)
+    model.to(device)
+    dense = sum(site.dense for site in sites.values())
+
+    def ratio_now() -> Tensor:
+        costs = [learned[name].k * site.per_rank for name, site in sites.items()]
+        return torch.stack(costs).sum() / dense
+
+    def loss_of(batch: Tensor) -> Tensor:
+        batch = batch.to(device)
+        logits = model(batch, use_cache=False).logits[:, :-1].float()
+        task = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        return task + settings.gamma * (ratio_now() - bench.ratio).abs()  # Algorithm 1, line 11
+
+    def after_step() -> dict[str, Any]:
+        return {"ratio": ratio_now().item(), "k": [round(rank.k.item(), 3) for rank in learned.values()]}
+
+    recipe = Recipe(
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        # The activations of a whole batch are what per_batch decomposes.
+        micro_batch=1 if settings.forward == "pooled" else settings.batch_size,
+        learning_rate=settings.learning_rate,
+        schedule="cosine",
+        seed=settings.seed,
+    )
+    parameters = [rank.parameter for rank in learned.values()]
+    history = train(folder, "ranks", parameters, loss_of, ids, recipe, after_step)
+    write_json(folder / "history.json", {"sites": list(sites), "steps": history})
+    write_json(folder / "ranks.json", {name: rank.k.item() for name, rank in learned.items()})
+    (folder / "ranks.state").unlink()

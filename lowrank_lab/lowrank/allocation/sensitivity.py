@@ -1,0 +1,132 @@
+"""How much the perplexity rises when one site alone is truncated (ASVD §3.5).
+
+One spectrum a site serves all its candidates, and as nothing changes before the truncated site, the forward enters
+the model at its block with the hidden states of the dense model: half of the work over all blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from lowrank_lab import progress
+from lowrank_lab.artifacts.store import write_json
+from lowrank_lab.lowrank.ranks import Ranks, Site, Sites, rank_within
+from lowrank_lab.lowrank.spectra import by_block, compress, load_spectrum
+from lowrank_lab.lowrank.storage.absorb import Absorb
+from lowrank_lab.models.families import ArchSpec
+from lowrank_lab.models.walk import blocks_of, entering_at, walk
+from lowrank_lab.modules.factorized import factorize, site_weight
+
+if TYPE_CHECKING:
+    from lowrank_lab.running.context import Bench
+
+
+@torch.no_grad()
+def measure(
+    folder: Path,
+    model: nn.Module,
+    spec: ArchSpec,
+    sites: Sites,
+    spectra: Path,
+    batches: Sequence[Tensor],
+    ratios: Sequence[float],
+    device: torch.device,
+    offload: Path | None = None,
+) -> None:
+    """For every site and candidate rank the mean negative log-likelihood of ``batches`` (batch, length), in nats.
+
+    One file a block, {site: {rank: nats}}, each whole or absent; those that are there are not measured again.
+    """
+    model.to(device)
+    here_of = by_block(sites, len(blocks_of(model, spec)))
+    entering: list[Tensor] = []
+    stops = walk(model, spec, batches, device, entering, offload)
+    for index, _, run in progress.track(stops, "sensitivities", "block", len(here_of)):
+        file = folder / f"block_{index:03d}.json"
+        if not file.exists():
+            named = list(here_of[index].items())
+            found = {
+                name: _of_site(model, spec, site, entering, batches, spectra, candidate_ranks(site, ratios), device)
+                for name, site in progress.track(named, "linears", "linear")
+            }
+            write_json(file, found)
+        run()
+
+
+def candidate_ranks(site: Site, ratios: Sequence[float]) -> list[int]:
+    """The ranks of a site at the candidate ratios, each at least 1 and at most the last that saves anything."""
+    ranks = {max(1, rank_within(site, ratio)) for ratio in ratios}
+    return sorted(rank for rank in ranks if rank <= site.last)
+
+
+def _of_site(
+    model: nn.Module,
+    spec: ArchSpec,
+    site: Site,
+    entering: Sequence[Tensor],
+    batches: Sequence[Tensor],
+    spectra: Path,
+    candidates: Sequence[int],
+    device: torch.device,
+) -> dict[int, float]:
+    block = blocks_of(model, spec)[site.block]
+    dense = {member: block.get_submodule(member) for member in site.members}
+    weight = site_weight(block, site).to(device, torch.float64)
+    factors = load_spectrum(spectra, site, device).factors(weight, max(candidates, default=1))
+    left, right = Absorb(0.5).split(*factors)
+    found = {}
+    try:
+        for rank in candidates:
+            factorize(block, site, left[:, :rank], right[:rank])
+            found[rank] = mean_nll(model, spec, batches, site.block, entering)
+            restore(block, dense)
+    finally:
+        restore(block, dense)
+    for rank, nll in found.items():
+        if not math.isfinite(nll):
+            raise FloatingPointError(f"block {site.block}: the loss is not finite with {site.key} at rank {rank}")
+    return found
+
+
+def restore(block: nn.Module, members: dict[str, nn.Module]) -> None:
+    for name, module in members.items():
+        block.set_submodule(name, module)
+
+
+def mean_nll(
+    model: nn.Module, spec: ArchSpec, batches: Sequence[Tensor], block: int = 0, entering: Sequence[Tensor] = ()
+) -> float:
+    """The mean negative log-likelihood of all predicted tokens, in nats, entering ``block`` with these states."""
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    for number, batch in enumerate(batches):
+        batch = batch.to(device)
+        with entering_at(model, spec, block, entering[number].to(device)) if block else nullcontext():
+            logits = model(batch, use_cache=False).logits[:, :-1].float()
+        total += cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+        count += batch[:, 1:].numel()
+    return total / count
+
+
+@torch.no_grad()
+def perplexity_of(bench: Bench, ranks: Ranks, batches: Sequence[Tensor]) -> float:
+    """The perplexity of ``batches`` (batch, length) with every site at its rank of ``ranks``."""
+    model, blocks = bench.model, blocks_of(bench.model, bench.spec)
+    dense = [
+        (blocks[site.block], {member: blocks[site.block].get_submodule(member) for member in site.members})
+        for site in bench.sites.values()
+    ]
+    try:
+        compress(model, bench.spec, bench.sites, ranks, bench.spectra, Absorb(0.5), bench.device)
+        return math.exp(mean_nll(model.to(bench.device), bench.spec, batches))
+    finally:
+        for block, members in dense:
+            restore(block, members)

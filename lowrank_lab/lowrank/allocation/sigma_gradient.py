@@ -1,0 +1,70 @@
+"""QSVD's allocation: rank goes where the loss depends on the singular values (papers/000)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from lowrank_lab import checks
+from lowrank_lab.lowrank.allocation.global_tail import water_fill
+from lowrank_lab.lowrank.ranks import Ranks, Sites, budget, fit
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from lowrank_lab.running.context import Bench
+
+
+class SigmaGradient:
+    """Importance from the gradient of the loss with respect to the singular values of every site.
+
+    form     ``layer``: the rank of a site in proportion to Σ_i E|dL/dσ_i|, as in the lecture;
+             ``global``: over all sites the directions of largest σ·√E[(dL/dσ)²], by their cost
+    samples  the first so many calibration sequences; None takes all
+    """
+
+    needs_calibration = True
+
+    def __init__(self, form: Literal["layer", "global"], samples: int | None) -> None:
+        checks.one_of(("layer", "global"), form=form)
+        checks.whole(1, optional=True, samples=samples)
+        self.form = form
+        self.samples = samples
+
+    def __call__(self, bench: Bench) -> Ranks:
+        if bench.ratio >= 1:
+            return dict.fromkeys(bench.sites)
+        from lowrank_lab.lowrank.allocation.sigma_statistics import load_sigma_gradients, make_sigma_gradients
+
+        ids, spectra = bench.calibration_ids[: self.samples], bench.spectra
+        parts = {
+            "sigma": self.samples,
+            "spectra": bench.cell.spectra_key,
+            "tokens": bench.cell.calibration_tokens_key,
+        }
+        make = lambda folder: make_sigma_gradients(
+            folder, bench.take_model().float(), bench.spec, bench.sites, spectra, ids, bench.device
+        )
+        folder = bench.artifact("singular value gradients", "sigma", parts, make)
+        sigma, mean_abs, mean_square = load_sigma_gradients(folder, bench.sites)
+        limit = budget(bench.sites, bench.ratio)
+        if self.form == "layer":
+            return fit(bench.sites, {name: float(g.sum()) for name, g in mean_abs.items()}, limit)
+        return water_fill(bench.sites, score_tails(bench.sites, sigma, mean_square), limit)
+
+
+def score_tails(
+    sites: Sites, sigma: Mapping[str, np.ndarray], mean_square: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """What cutting a site to each rank 0 … full does to the loss to first order: Σ_{i>k} σ_i² E[(dL/dσ_i)²].
+
+    Directions are kept in the order of their singular values, so a site's choice is its rank; where a later
+    direction scores higher than an earlier one, both come or go together.
+    """
+    import numpy as np
+
+    tails = {}
+    for name in sites:
+        scores = sigma[name] ** 2 * mean_square[name]
+        tails[name] = np.append(np.cumsum(scores[::-1])[::-1], 0.0)
+    return tails

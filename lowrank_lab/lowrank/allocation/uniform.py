@@ -1,0 +1,21 @@
+"""The same ratio for every linear."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lowrank_lab.lowrank.ranks import Ranks, Sites, rank_for_ratio
+
+if TYPE_CHECKING:
+    from lowrank_lab.running.context import Bench
+
+
+class Uniform:
+    needs_calibration = False
+
+    def __call__(self, bench: Bench) -> Ranks:
+        return uniform(bench.sites, bench.ratio)
+
+
+def uniform(sites: Sites, ratio: float) -> Ranks:
+    return {name: rank_for_ratio(site, ratio) for name, site in sites.items()}

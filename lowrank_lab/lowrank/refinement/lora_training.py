@@ -1,0 +1,137 @@
+"""The training behind ``refinement=lora``: one side of all factors at a time, through peft."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from lowrank_lab.artifacts.store import write_json
+from lowrank_lab.lowrank.factors import save_factors
+from lowrank_lab.lowrank.ranks import Ranks, Sites
+from lowrank_lab.lowrank.spectra import by_block, check_finite, compress
+from lowrank_lab.lowrank.storage.absorb import Absorb
+from lowrank_lab.models.families import ArchSpec
+from lowrank_lab.models.walk import blocks_of
+from lowrank_lab.modules.factorized import FactorizedLinear, SharedLatent, factors_of
+from lowrank_lab.running.training import Recipe, train
+
+if TYPE_CHECKING:
+    from lowrank_lab.lowrank.refinement.lora import Lora
+    from lowrank_lab.running.context import Bench
+
+SIDES = ("left", "right")  # in the order of their training: U, then V
+
+
+def refine(bench: Bench, ranks: Ranks, folder: Path, settings: Lora) -> None:
+    """Write the fine-tuned factors of every site, a file a block, and ``facts.json``: by side, steps and losses.
+
+    A finished phase is kept in ``folder/<side>.state`` until the end, and is only read again after an interruption.
+    """
+    if not (folder / "facts.json").exists():
+        ids, spectra = bench.training_ids, bench.spectra  # the spectra read the dense model: before it is changed
+        model = bench.take_model().float()  # the weights that the spectra are of, whatever their dtype
+        # √Σ in each factor, whatever the storage: both phases then start from factors of one scale.
+        compress(model, bench.spec, bench.sites, ranks, spectra, Absorb(0.5), bench.device)
+        model.to(bench.device)
+        facts = {side: train_side(model, side, ids, folder, settings) for side in SIDES}
+        save_all(model, bench.spec, bench.sites, folder)
+        write_json(folder / "facts.json", facts)  # the last: with it all factors are there
+    # A phase whose successor's state is still there must not lose its own.
+    for leftover in (*(folder / f"{side}.state" for side in reversed(SIDES)), *folder.glob(".*.tmp-*")):
+        leftover.unlink(missing_ok=True)
+
+
+def train_side(model: nn.Module, side: str, ids: Tensor, folder: Path, settings: Lora) -> dict[str, Any]:
+    """Train LoRA on one side of all factors of ``model`` (float32), and merge it into them, in place.
+
+    ``ids`` (samples, length) are token ids on the CPU. Returns the steps and the loss of the first and last epoch.
+    """
+    layers = attach(model, linears_of(model, side), settings)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    device = parameters[0].device
+
+    def loss_of(rows: Tensor) -> Tensor:
+        batch = rows.to(device)
+        logits = model(batch, use_cache=False).logits[:, :-1]
+        return cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+    an_epoch = -(-len(ids) // settings.batch_size)
+    recipe = Recipe(
+        steps=settings.epochs * an_epoch,
+        batch_size=settings.batch_size,
+        micro_batch=settings.micro_batch,
+        learning_rate=settings.learning_rate,
+        warmup=settings.warmup,
+        seed=settings.seed,
+        max_norm=settings.max_norm,
+    )
+    history = train(folder, side, parameters, loss_of, ids, recipe)
+    merge(model, layers)
+    losses = [step["loss"] for step in history]
+    mean = lambda some: sum(some) / len(some)
+    return {
+        "steps": len(losses),
+        "first_epoch_loss": mean(losses[:an_epoch]),
+        "last_epoch_loss": mean(losses[-an_epoch:]),
+    }
+
+
+def linears_of(model: nn.Module, side: str) -> list[str]:
+    """The names of all left or all right factors; the right one of a joint site is named once."""
+    names = []
+    for name, module in model.named_modules():
+        if not isinstance(module, FactorizedLinear):
+            continue
+        if side == "left":
+            names.append(f"{name}.left")
+        elif "right" in module._modules:  # elsewhere it belongs to another member of the site
+            names.append(f"{name}.right.linear" if isinstance(module.right, SharedLatent) else f"{name}.right")
+    return names
+
+
+def attach(model: nn.Module, names: Sequence[str], settings: Lora) -> dict[str, LoraLayer]:
+    """Put LoRA around the linears ``names``; only its matrices are trainable then. Returns the layers by name."""
+    lora = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft divides by it, whole or not
+        lora_dropout=settings.dropout,
+        target_modules=list(names),
+        bias="none",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        inject_adapter_in_model(lora, model)
+    found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    assert sorted(found) == sorted(names), "peft matched other linears than were named"
+    model.eval()  # the model's own dropout (GPT-2, OPT) stays off
+    for layer in found.values():
+        layer.train()  # type: ignore[attr-defined]
+    return found
+
+
+def merge(model: nn.Module, layers: dict[str, LoraLayer]) -> None:
+    """Add what LoRA learned to its linears, and put these back in its place."""
+    for name, layer in layers.items():
+        layer.merge()
+        model.set_submodule(name, layer.get_base_layer())
+    del model.peft_config  # peft's note of what it injected, which is gone
+    model.requires_grad_(False)
+
+
+def save_all(model: nn.Module, spec: ArchSpec, sites: Sites, folder: Path) -> None:
+    """Write the factors of every site that has them. Raises FloatingPointError, naming one that is not finite."""
+    blocks = blocks_of(model, spec)
+    for index, (block, here) in enumerate(zip(blocks, by_block(sites, len(blocks)), strict=True)):
+        factors = {}
+        for name, site in here.items():
+            if (found := factors_of(block, site)) is not None:
+                check_finite(name, *found)
+                factors[site.key] = found
+        save_factors(folder, index, factors)

@@ -1,0 +1,94 @@
+"""Attention to rounded keys and values: what it is with a cache in few bits.
+
+transformers looks a model's attention up by name, with a mask to go with it. Registered here is one more name for
+each way to compute attention, which rounds keys and values and then does the same. Every token and head is rounded
+by itself, so that it is the same whether that is done once, when a token enters the cache, or each time that it is
+read, as here; the forward of a whole text, which uses no cache, sees what decoding would. The format is kept on the
+attention modules: models in one process may differ.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowrank_lab.errors import SkippedCell
+from lowrank_lab.models.families import kv_cache_shape, spec_for
+from lowrank_lab.modules.steps import Hadamard, Round
+from lowrank_lab.quantization.kv_cache import KvCache
+
+NAMES = {"sdpa": "lowrank_lab_sdpa", "eager": "lowrank_lab_eager"}  # by the name of what each does after rounding
+
+
+def round_cache(model: Any, cache: KvCache) -> None:
+    """Have ``model``, also a bare one without lm_head, attend to keys and values rounded as ``cache`` says.
+
+    Raises SkippedCell where its attention is none of those that are known here.
+    """
+    own = model.config._attn_implementation
+    if own not in NAMES:
+        raise SkippedCell(f"keys and values cannot be rounded in attention '{own}', only in sdpa and eager")
+    _register(own)
+    model.set_attn_implementation(NAMES[own])
+    if model.config._attn_implementation != NAMES[own]:
+        raise SkippedCell(f"{type(model).__name__} does not let its attention be replaced")
+    _, _, head_size = kv_cache_shape(model.config)
+    for attention in _attentions(model):
+        attention.kv_cache = RoundedCache(cache, head_size)
+
+
+def cache_of(model: Any) -> KvCache | None:
+    """What ``round_cache`` was given for ``model``; None where its keys and values are as they are."""
+    return next((module.cache for module in model.modules() if isinstance(module, RoundedCache)), None)
+
+
+class RoundedCache(nn.Module):
+    """What is done to queries, keys and values (batch, heads, length, head size) before they meet."""
+
+    def __init__(self, cache: KvCache, head_size: int) -> None:
+        super().__init__()
+        self.cache = cache
+        self.rotation = Hadamard(head_size, 1) if cache.rotate else None
+        self.rounding = Round(asdict(cache.form))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.rotation is not None:
+            query = self.rotation(query.float()).to(query.dtype)
+            key = self.rotation(key.float()).to(key.dtype)
+        return query, self.rounding(key), self.rounding(value)
+
+
+def _attentions(model: Any) -> Iterator[nn.Module]:
+    """The modules of ``model`` that hold the query projections."""
+    query = spec_for(model.config.model_type).roles["qkv"][0].rpartition(".")[2]
+    return (module for module in model.modules() if query in module._modules)
+
+
+def _attend(
+    own: str, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention ``own`` after rounding."""
+    return _own(own, module)(module, *module.kv_cache(query, key, value), mask, **rest)
+
+
+def _own(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """transformers' function; that of ``eager`` is where the architecture is defined."""
+    if name == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+def _register(own: str) -> None:
+    # Not when this module is imported: transformers may be in the middle of its own import (lowrank_lab itself).
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    AttentionInterface.register(NAMES[own], partial(_attend, own))
+    AttentionMaskInterface.register(NAMES[own], ALL_MASK_ATTENTION_FUNCTIONS[own])

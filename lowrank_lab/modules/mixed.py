@@ -1,0 +1,93 @@
+"""A linear layer whose weight is kept partly in 8-bit integers and partly in float16 (Dobi-SVD, Algorithm 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_lab.lowrank.ranks import Site
+from lowrank_lab.modules.factorized import install
+
+
+class MixedLinear(nn.Module):
+    """A factor of a site. ``side`` says where its rank lies, and so which way it is cut.
+
+    side="left"   weight (out, k): the first rows in 8 bits; scale (k,) belongs to the input
+    side="right"  weight (k, in): the first columns in 8 bits; scale (k,) belongs to the output
+
+    The weight is cat(int8 · scale, float16).
+    """
+
+    def __init__(self, side: str, int8: Tensor, float16: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.side = side
+        self.int8 = nn.Parameter(int8, requires_grad=False)
+        self.float16 = nn.Parameter(float16, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    @classmethod
+    def of_left(cls, weight: Tensor, largest: Tensor, in_8_bit: int, bias: Tensor | None) -> MixedLinear:
+        """Quantize the first ``in_8_bit`` rows of ``weight`` (out, k), whose columns reach to ``largest`` (k,)."""
+        scale = _scale(largest)
+        return cls("left", _round(weight[:in_8_bit] / scale), _half(weight[in_8_bit:]), scale.float(), bias)
+
+    @classmethod
+    def of_right(cls, weight: Tensor, in_8_bit: int) -> MixedLinear:
+        """Quantize the first ``in_8_bit`` columns of ``weight`` (k, in)."""
+        scale = _scale(weight[:, :in_8_bit].abs().amax(1))
+        int8 = _round(weight[:, :in_8_bit] / scale.unsqueeze(-1))
+        return cls("right", int8, _half(weight[:, in_8_bit:]), scale.float(), None)
+
+    @classmethod
+    def empty(cls, side: str, rank: int, in_8_bit: int, in_16_bit: int, bias: Tensor | None) -> MixedLinear:
+        """One without memory, on the meta device, for a checkpoint to fill: that many rows or columns of each."""
+        int8, float16 = (
+            torch.empty((count, rank) if side == "left" else (rank, count), dtype=dtype, device="meta")
+            for count, dtype in ((in_8_bit, torch.int8), (in_16_bit, torch.float16))
+        )
+        return cls(side, int8, float16, torch.empty(rank, dtype=torch.float32, device="meta"), bias)
+
+    @property
+    def rank(self) -> int:
+        return int(self.scale.shape[0])
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the layer multiplies with, (out, k) or (k, in), float32."""
+        scale = self.scale if self.side == "left" else self.scale.unsqueeze(-1)
+        return torch.cat([self.int8.float() * scale, self.float16.float()], dim=0 if self.side == "left" else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+def rows_in_8_bit(site: Site, rows: slice) -> int:
+    """How many of these rows of the left factor of ``site`` are in 8 bits: those among its first min(out, in)."""
+    return max(0, min(site.full, rows.stop) - rows.start)
+
+
+def install_empty(block: nn.Module, site: Site, rank: int) -> None:
+    """Replace the members of ``site`` in a block on the meta device as storage/remap.py does, without values."""
+
+    def make_left(rows: slice, bias: Tensor | None) -> nn.Module:
+        in_8_bit = rows_in_8_bit(site, rows)
+        return MixedLinear.empty("left", rank, in_8_bit, rows.stop - rows.start - in_8_bit, bias)
+
+    install(block, site, MixedLinear.empty("right", rank, site.full, site.inp - site.full, None), make_left)
+
+
+def _scale(largest: Tensor) -> Tensor:
+    """The size of one step where the largest value is step 127; 1 where all values are zero."""
+    return torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+
+
+def _round(steps: Tensor) -> Tensor:
+    return steps.round().clamp(-127, 127).to(torch.int8).contiguous()
+
+
+def _half(values: Tensor) -> Tensor:
+    half = values.to(torch.float16).contiguous()
+    if not torch.isfinite(half).all():
+        raise FloatingPointError("a factor is too large for float16; use another storage")
+    return half

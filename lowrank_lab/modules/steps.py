@@ -1,0 +1,144 @@
+"""What is done to the input of a linear before the multiplication: small modules x (…, width) → (…, width).
+
+``settings()`` is plain data with which a checkpoint makes the same step again, without its values.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_lab.modules import hadamard
+from lowrank_lab.modules.codec import decode, encode, grids, spread
+from lowrank_lab.modules.formats import Format
+
+
+class Step(nn.Module):
+    def settings(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class Scale(Step):
+    """x · factor, one a channel."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(width, dtype=torch.float32), requires_grad=False)
+
+    def settings(self) -> dict[str, Any]:
+        return {"width": len(self.factor)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor.to(x.dtype)
+
+
+class Permute(Step):
+    """Channel i of the output is channel ``order[i]`` of the input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.order = nn.Parameter(torch.arange(width, dtype=torch.int32), requires_grad=False)
+
+    def settings(self) -> dict[str, Any]:
+        return {"width": len(self.order)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.index_select(-1, self.order)
+
+
+class Rotate(Step):
+    """x R with R block-diagonal, of blocks of ``size`` channels; of the last block only the beginning may be used.
+
+    ``blocks`` is (⌈width / size⌉, size, size); with size = width it is one full matrix.
+    """
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        self.width, self.size = width, size
+        self.blocks = nn.Parameter(torch.eye(size).repeat(math.ceil(width / size), 1, 1), requires_grad=False)
+
+    def settings(self) -> dict[str, Any]:
+        return {"width": self.width, "size": self.size}
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = nn.functional.pad(x, (0, len(self.blocks) * self.size - self.width))
+        blocked = whole.unflatten(-1, (len(self.blocks), self.size))
+        rotated = torch.einsum("...bi,bij->...bj", blocked, self.blocks.to(x.dtype))
+        return rotated.flatten(-2)[..., : self.width]
+
+
+class Hadamard(Step):
+    """x H with the orthogonal Hadamard matrix of the channels that are ``stride`` apart.
+
+    With stride 1 it is one of all channels; with that of a head it mixes the heads, and leaves each as it is.
+    """
+
+    def __init__(self, width: int, stride: int) -> None:
+        super().__init__()
+        self.width, self.stride = width, stride
+
+    def settings(self) -> dict[str, Any]:
+        return {"width": self.width, "stride": self.stride}
+
+    def forward(self, x: Tensor) -> Tensor:
+        apart = x.unflatten(-1, (self.width // self.stride, self.stride))
+        return hadamard.transform(apart.mT).mT.flatten(-2)
+
+
+class Round(Step):
+    """x rounded to the values of an integer format and back; a group of the format is one of a token's channels.
+
+    With one scale for the whole tensor it is a fixed one: ``scale`` and ``zero`` (1, 1), to be set by ``fix``.
+    """
+
+    def __init__(self, form: dict[str, Any]) -> None:
+        super().__init__()
+        self.form = Format(**form)
+        self.static = self.form.granularity == "tensor"
+        for name, there in (("scale", self.static), ("zero", self.static and self.form.has_zero)):
+            value = nn.Parameter(torch.ones(1, 1, dtype=torch.float32), requires_grad=False) if there else None
+            self.register_parameter(name, value)
+
+    def settings(self) -> dict[str, Any]:
+        return {"form": asdict(self.form)}
+
+    def fix(self, lowest: Tensor, highest: Tensor) -> None:
+        """Choose the scale of a static format for inputs between these two (0-dimensional)."""
+        scale, zero = grids(torch.stack([lowest, highest]).view(1, 2).float(), self.form)
+        self.get_parameter("scale").data = scale
+        if zero is not None:
+            self.get_parameter("zero").data = zero
+
+    def fixed(self) -> tuple[Tensor, Tensor | None]:
+        """The scale and the zero point of a static format, (1, 1) each."""
+        return self.get_parameter("scale"), self.get_parameter("zero") if self.form.has_zero else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        lost = ~rows.isfinite().all(1, keepdim=True)  # stays so, for evaluators to find out where it began
+        rows = rows.masked_fill(lost, 0.0)
+        scale, zero = self.fixed() if self.static else grids(rows, self.form)
+        if not self.static:
+            scale = spread(scale, self.form, rows.shape[1])
+            zero = None if zero is None else spread(zero, self.form, rows.shape[1])
+        values = decode(encode(rows, self.form, scale, zero), self.form, scale, zero)
+        return values.masked_fill(lost, torch.nan).to(x.dtype).view(x.shape)
+
+
+STEPS = {"scale": Scale, "permute": Permute, "rotate": Rotate, "hadamard": Hadamard, "round": Round}
+
+
+def describe(steps: nn.Sequential) -> list[dict[str, Any]]:
+    """Their names and settings, as plain data for JSON."""
+    names = {kind: name for name, kind in STEPS.items()}
+    return [{"step": names[type(step)], **step.settings()} for step in steps if isinstance(step, Step)]
+
+
+def empty(described: list[dict[str, Any]]) -> list[Step]:
+    """Steps without memory, on the meta device, for a checkpoint to fill."""
+    with torch.device("meta"):
+        return [STEPS[one["step"]](**{k: v for k, v in one.items() if k != "step"}) for one in described]

@@ -1,0 +1,1 @@
+"""What came out of a cell: records, their checksums, sizes, copies to trackers."""

@@ -1,0 +1,272 @@
+"""What a cell works on: the model, its sites, texts, statistics and spectra, each made when first asked for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lowrank_lab.artifacts.store import fingerprint
+from lowrank_lab.calibration.gradients import make_gradients
+from lowrank_lab.calibration.statistics import make_statistics
+from lowrank_lab.calibration.tokens import load_tokens, make_calibration_tokens, make_text_tokens
+from lowrank_lab.cells import config, versions
+from lowrank_lab.cells.cell import Cell, corpus_part
+from lowrank_lab.checkpoints import checkpoint
+from lowrank_lab.errors import SkippedCell, UserError
+from lowrank_lab.lowrank.ranks import Site
+from lowrank_lab.lowrank.sites import sites_of
+from lowrank_lab.lowrank.spectra import linear_shapes, load_tails, make_spectra
+from lowrank_lab.models.families import ArchSpec, spec_for
+from lowrank_lab.models.load import convert, load_config, load_model, load_tokenizer, skeleton
+from lowrank_lab.models.walk import walk
+from lowrank_lab.records.results import Record
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Bench:
+    """``model`` is dense until it is compressed in place; evaluators find the compressed one.
+
+    Allocations and refinements are given a bench, and read from it what they need. ``facts`` is what the allocation
+    found on its way to the ranks, as plain data for the record.
+    """
+
+    cell: Cell
+    record: Record
+    device: torch.device
+    evaluator: str = field(default="", init=False)
+    facts: dict[str, Any] = field(default_factory=dict, init=False)
+
+    @cached_property
+    def location(self) -> str:
+        """A hub name or a checkpoint folder: GGUF and tiny models are converted first, once."""
+        source = self.cell.source
+        if source.kind in ("hub", "folder"):
+            return source.location
+        make = lambda folder: convert(source, folder)
+        return str(self.made("model conversion", "model", self.cell.model_key, make))
+
+    @cached_property
+    def model_config(self) -> Any:
+        return load_config(self.location, **self._remote)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        with self.record.stage("model loading"):
+            return load_model(self.location, dtype=self.cell.cfg.dtype, **self._remote)
+
+    def float32_model(self) -> nn.Module:
+        """The dense model in float32: ``model`` itself where that is its dtype."""
+        if self.cell.cfg.dtype == "float32":
+            return self.model
+        return load_model(self.location, dtype="float32", **self._remote)
+
+    def dense_model(self) -> nn.Module:
+        """A dense model of its own in the cell's dtype, whatever has become of ``model``.
+
+        Of a compressed checkpoint it is the one with the products of its factors.
+        """
+        loaded = load_model(self.location, dtype=self.cell.cfg.dtype, **self._remote)
+        saved = self.cell.source.saved
+        return loaded if saved is None else checkpoint.merge(loaded, saved)
+
+    def take_model(self) -> nn.Module:
+        """The dense model for the caller to change; ``model`` is loaded anew when it is asked for again."""
+        model = self.model
+        del self.__dict__["model"]
+        return model
+
+    @property
+    def ratio(self) -> float:
+        return self.cell.ratio
+
+    @cached_property
+    def spec(self) -> ArchSpec:
+        return spec_for(self.model_config.model_type)
+
+    @cached_property
+    def sites(self) -> dict[str, Site]:
+        """What is factored, by full name, in the order of the model. Raises UserError where there is nothing."""
+        if self.cell.source.saved is not None:
+            return self.cell.source.saved.sites
+        return sites_of_cell(self.cell, self.spec, linear_shapes(self.skeleton(), self.spec))
+
+    @cached_property
+    def calibration_ids(self) -> torch.Tensor:
+        """The calibration tokens (samples, seqlen); warns where they are few for the widest input."""
+        calibration = self.cell.cfg.calibration
+        ids, facts = self._windows("calibration tokens", calibration, self.cell.calibration_tokens_key)
+        widest = max(site.inp for site in self.sites.values())
+        warning = None
+        if ids.size < 4 * widest:
+            warning = (
+                f"{ids.size} calibration tokens are fewer than four times the widest input ({widest}): "
+                "the second moments are poorly determined; raise calibration.samples"
+            )
+            log.warning(warning)
+        self.record.data["calibration"] = {"dataset": calibration.dataset.name, **facts, "warning": warning}
+        return torch.from_numpy(ids)
+
+    @cached_property
+    def training_ids(self) -> torch.Tensor:
+        """The tokens (samples, seqlen) of the text that the refinement trains on."""
+        key = self.cell.training_tokens_key
+        assert key is not None, "the refinement has no data set of its own"
+        dataset = self.cell.cfg.refinement.dataset
+        ids, facts = self._windows("training tokens", self.cell.cfg.refinement, key)
+        self.record.data["training"] = {"dataset": dataset.name, **facts}
+        return torch.from_numpy(ids)
+
+    def _windows(self, stage: str, sampling: Any, key: str) -> tuple[np.ndarray, dict[str, Any]]:
+        """Windows of the calibration part of ``sampling.dataset``, and the facts about them."""
+        corpus, part = corpus_part(sampling.dataset, "calibration")
+        made = self.made(
+            stage,
+            "tokens",
+            key,
+            lambda folder: make_calibration_tokens(
+                folder,
+                self.tokenizer,
+                corpus,
+                part,
+                self.cell.cfg.data_root,
+                samples=sampling.samples,
+                seqlen=sampling.seqlen,
+                seed=sampling.seed,
+                sampling=sampling.sampling,
+                bos_id=self.bos_id() if sampling.bos == "window" else None,
+            ),
+        )
+        return load_tokens(made)
+
+    def calibration_batches(self, samples: int | None = None) -> Sequence[torch.Tensor]:
+        """The calibration tokens, or the first ``samples`` of them, as batches (batch, seqlen)."""
+        return self.calibration_ids[:samples].split(self.cell.cfg.calibration.batch_size)
+
+    @property
+    def offload(self) -> Path | None:
+        """The folder for hidden states of the calibration text that are not kept in memory; None where they are."""
+        return self.cell.store.root if self.cell.cfg.calibration.offload else None
+
+    def walk(
+        self, model: nn.Module, samples: int | None = None, hidden: list[torch.Tensor] | None = None
+    ) -> Iterator[tuple[int, nn.Module, Callable[..., None]]]:
+        """``model`` block by block over the calibration text, or its first ``samples`` (models/walk.py)."""
+        return walk(model, self.spec, self.calibration_batches(samples), self.device, hidden, self.offload)
+
+    @cached_property
+    def statistics(self) -> Path | None:
+        """The artifact of the input statistics; None where the metric needs none."""
+        key = self.cell.statistics_key
+        if key is None:
+            return None
+        batches, offload = self.calibration_batches(), self.offload
+        make = lambda folder: make_statistics(folder, self.model, self.spec, batches, self.device, offload)
+        return self.made("calibration", "statistics", key, make)
+
+    @cached_property
+    def gradients(self) -> Path | None:
+        """The artifact of the output gradients' statistics; None where the metric needs none."""
+        key = self.cell.gradients_key
+        if key is None:
+            return None
+        if self.cell.one_backward_pass:
+            return self.weight_fisher  # holds all of the others as well
+        ids, outer = self.calibration_ids, self.cell.metric.needs_outer
+        make = lambda folder: make_gradients(folder, self.float32_model(), self.spec, ids, self.device, outer)
+        return self.made("gradients", "gradients", key, make)
+
+    @cached_property
+    def weight_fisher(self) -> Path:
+        """The artifact of the mean (dL/dW)² of every compressible linear, as large as the model."""
+        ids, key = self.calibration_ids, self.cell.weight_fisher_key
+        make = lambda folder: make_gradients(folder, self.float32_model(), self.spec, ids, self.device, weight=True)
+        return self.made("weight gradients", "gradients", key, make)
+
+    @cached_property
+    def spectra(self) -> Path:
+        """The artifact of all spectra, with the calibration passes that its metric asks for."""
+        statistics, gradients = self.statistics, self.gradients
+        make = lambda folder: make_spectra(
+            folder, self.model, self.spec, self.sites, self.cell.metric, statistics, gradients, self.device
+        )
+        return self.made("decomposition", "spectra", self.cell.spectra_key, make)
+
+    @cached_property
+    def tails(self) -> dict[str, np.ndarray]:
+        """By site, its squared error at every rank 0 … min(out, in), float64, in the metric's units."""
+        return load_tails(self.spectra, self.sites)
+
+    def artifact(
+        self, stage: str, kind: str, parts: Mapping[str, Any], make: Callable[[Path], None], resumable: bool = False
+    ) -> Path:
+        """An artifact of an allocation or refinement, found by all that changes its numbers: ``parts``.
+
+        With ``resumable`` the folder keeps what ``make`` wrote when it was stopped; ``make`` goes on from there.
+        """
+        key = fingerprint({**parts, "version": versions.COMPRESSION})
+        return self.made(stage, kind, key, make, resumable)
+
+    def made(self, stage: str, kind: str, key: str, make: Callable[[Path], None], resumable: bool = False) -> Path:
+        """The folder of an artifact, made if it is not there, and noted in the record as ``stage``."""
+        return self.record.artifact(stage, self.cell.store.get_or_make(kind, key, make, resumable)).path
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.location, **self._remote)
+
+    @property
+    def _remote(self) -> dict[str, Any]:
+        model = self.cell.cfg.model
+        return {"revision": self.cell.source.revision, "trust_remote_code": model.trust_remote_code}
+
+    def skeleton(self) -> nn.Module:
+        """The model without weights, for shapes: ranks are settled before any weight is read."""
+        return skeleton(self.model_config, self.cell.cfg.model.trust_remote_code)
+
+    def make_text_tokens(self) -> Path:
+        """The artifact of the evaluation text's tokens."""
+        corpus, part = corpus_part(self.cell.text_of(self.evaluator), "eval")
+        special = self.cell.evaluators[self.evaluator].add_special_tokens
+        return self.made(
+            "evaluation tokens",
+            "tokens",
+            self.cell.text_tokens_key(self.evaluator),
+            lambda folder: make_text_tokens(folder, self.tokenizer, corpus, part, self.cell.cfg.data_root, special),
+        )
+
+    def text_tokens(self) -> tuple[np.ndarray, dict[str, Any]]:
+        """The tokens of the evaluation text, and what the protocol says about them."""
+        return load_tokens(self.cell.store.path("tokens", self.cell.text_tokens_key(self.evaluator)))
+
+    def bos_id(self) -> int:
+        if self.tokenizer.bos_token_id is None:
+            raise SkippedCell(f"{self.cell.source.name} has no BOS token for bos=window; use bos=text")
+        return self.tokenizer.bos_token_id
+
+
+def sites_of_cell(cell: Cell, spec: ArchSpec, shapes: list[dict[str, tuple[int, int]]]) -> dict[str, Site]:
+    """What the cell's answers choose of linears of ``shapes``. Raises UserError where there is nothing."""
+    answers = (config.build(node) for node in (cell.cfg.grouping, cell.cfg.targets, cell.cfg.storage))
+    if found := sites_of(spec, shapes, *answers):
+        return found
+    raise UserError(f"model {cell.source.name} has no compressible layer")
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the GPU if there is one. Raises UserError for a device that this machine lacks."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={name}: this machine has {torch.cuda.device_count()} GPUs; use device=auto or cpu")
+    return device
