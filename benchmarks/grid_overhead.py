@@ -27,7 +27,7 @@ from lowrank_lab.cells.cell import Cell
 from lowrank_lab.modules.factorized import FactorizedLinear, plain_linear
 from lowrank_lab.records.results import Record
 from lowrank_lab.running import runner
-from lowrank_lab.running.context import Bench
+from lowrank_lab.running.context import Context
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 METHODS = ("svd", "asvd_uniform", "svdllm")
@@ -43,7 +43,7 @@ def plan(words: Sequence[str], *more: str) -> list[Cell]:
 def forwards(cell: Cell, ranks: dict[str, int]) -> tuple[float, float]:
     """Seconds of a forward of the calibration tokens through the dense blocks, and of one of the evaluation tokens
     through the whole model with linears of these ranks."""
-    bench = Bench(cell, Record(cell, None), torch.device("cpu"))
+    bench = Context(cell, Record(cell, None), torch.device("cpu"))
     bench.evaluator, evaluator = "ppl", cell.evaluators["ppl"]
     windows, _ = evaluator.windows(bench)
     calibration = bench.calibration_ids.split(cell.cfg.calibration.batch_size)

@@ -11,7 +11,7 @@ from lowrank_lab.lowrank.sites import Grouping, Targets, sites_of
 from lowrank_lab.lowrank.spectra import linear_shapes
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.lowrank.storage.base import Storage
-from lowrank_lab.models.families import ArchSpec
+from lowrank_lab.models.families import Tower
 
 
 def site(out: int, inp: int, name: str = "linear", per_rank: int | None = None) -> Site:
@@ -24,11 +24,11 @@ def sites(shapes: Mapping[str, tuple[int, int]]) -> dict[str, Site]:
 
 def sites_in(
     model: nn.Module,
-    spec: ArchSpec,
+    tower: Tower,
     joint: Sequence[str] = (),
     linears: str = "all",
     ratio_of: str = "parameters",
     storage: Storage | None = None,
 ) -> dict[str, Site]:
     answers = (Grouping(joint), Targets(linears, ratio_of), storage or Absorb(0.5))
-    return sites_of(spec, linear_shapes(model, spec), *answers)
+    return sites_of(tower, linear_shapes(model, tower), *answers)

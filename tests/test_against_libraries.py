@@ -39,7 +39,7 @@ from lowrank_lab.modules.formats import Format
 from lowrank_lab.quantization.bits_and_bytes import eight_bits, four_bits
 from lowrank_lab.quantization.optimal_brain import gptq
 from lowrank_lab.records.results import Record
-from lowrank_lab.running.context import Bench, pick_device
+from lowrank_lab.running.context import Context, pick_device
 
 WIDTHS = [576, 1536, 500, 137, 1]
 
@@ -250,7 +250,7 @@ def test_gptq_of_a_model_is_llm_compressors(lab, act_order):
         "quantization.weights.scale_dtype=float32",
     ]  # fmt: skip
     [cell] = lab.cells(*settings)
-    ours, theirs = (Bench(cell, Record(cell, None), pick_device("cpu")) for _ in range(2))
+    ours, theirs = (Context(cell, Record(cell, None), pick_device("cpu")) for _ in range(2))
     cell.quantization(ours)
     windows = [{"input_ids": ids.unsqueeze(0)} for ids in theirs.calibration_ids]
     scheme = QuantizationScheme(targets=["Linear"], weights=arguments(cell.quantization.weights))

@@ -21,14 +21,13 @@ from lowrank_lab.cells.cell import Cell
 from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation.perplexity import perplexity
 from lowrank_lab.evaluation.timing import _counter
-from lowrank_lab.models.families import ARCHITECTURES
+from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.models.load import load_model
 from lowrank_lab.models.tiny import byte_tokenizer
 from lowrank_lab.planning.dry_run import Machine, tell
 from lowrank_lab.planning.shapes import shapes_of, with_sites
 from lowrank_lab.planning.steps import Planner
-from lowrank_lab.running import context as bench
-from lowrank_lab.running import runner
+from lowrank_lab.running import context, runner
 from tests.conftest import REPOSITORY
 
 CPU = torch.device("cpu")
@@ -100,13 +99,13 @@ def test_the_flops_of_passes_are_those_of_torchs_counter(lab, medium, tmp_path):
     [cell] = lab.cells(*words)
     told = steps(cell)
     samples, length = cell.cfg.calibration.samples, cell.cfg.calibration.seqlen
-    model, spec = load_model(str(medium), None, "float32", False), ARCHITECTURES["llama"]
+    model, tower = load_model(str(medium), None, "float32", False), FAMILIES["llama"]
     ids = torch.randint(4, 260, (samples, length))
     with _counter() as counted:
-        make_statistics(tmp_path, model, spec, ids.split(4), CPU)
+        make_statistics(tmp_path, model, tower, ids.split(4), CPU)
     assert told["calibration"].flops == pytest.approx(counted.get_total_flops(), rel=0.03)
     with _counter() as counted:
-        make_gradients(tmp_path, model, spec, ids, CPU, outer=True)
+        make_gradients(tmp_path, model, tower, ids, CPU, outer=True)
     assert told["gradients"].flops == pytest.approx(counted.get_total_flops(), rel=0.05)
     record = lab.run(*words)
     compressed = AutoModelForCausalLM.from_pretrained(lab.root / record["checkpoint"])
@@ -156,7 +155,7 @@ def test_only_the_configuration_of_a_model_is_read_and_the_exit_status_tells(lab
 
 
 def test_a_model_without_linears_to_compress_is_told_as_the_run_would(lab, medium, monkeypatch):
-    monkeypatch.setattr(bench, "sites_of", lambda *_: {})
+    monkeypatch.setattr(context, "sites_of", lambda *_: {})
     [cell] = lab.cells(f"model.path={medium}")
     for compute in (tell, lambda cells: runner.run(cells[0].cfg)):
         with pytest.raises(UserError, match=f"model {medium.name} has no compressible layer"):

@@ -27,14 +27,14 @@ from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation import perplexity
 from lowrank_lab.lowrank import spectra
 from lowrank_lab.lowrank.metric.identity import Identity
-from lowrank_lab.models.families import spec_for
+from lowrank_lab.models.families import tower_for
 from lowrank_lab.models.load import load_model
 from lowrank_lab.out_of_memory import ran_out
 from lowrank_lab.records import results
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import tables
 from lowrank_lab.reporting.frame import frame
-from lowrank_lab.running import context as bench
+from lowrank_lab.running import context
 
 from .conftest import Lab
 from .sites import sites_in
@@ -303,11 +303,11 @@ def out_of_memory(*_: Any, **__: Any) -> Any:
 
 def test_a_site_that_does_not_fit_is_decomposed_on_the_cpu(checkpoints, tmp_path, monkeypatch, caplog):
     model = load_model(str(checkpoints["llama"]), None, "float32", False)
-    spec = spec_for("llama")
-    sites = sites_in(model, spec)
+    tower = tower_for("llama")
+    sites = sites_in(model, tower)
     for name in ("whole", "without"):
         (tmp_path / name).mkdir()
-    arguments = (model, spec, sites, Identity(), None, None)
+    arguments = (model, tower, sites, Identity(), None, None)
     spectra.make_spectra(tmp_path / "whole", *arguments, torch.device("cpu"))
     of_site, errors = spectra._spectrum, iter(ON_A_GPU)
 
@@ -336,7 +336,7 @@ def test_a_cell_that_needs_too_much_memory_fails_with_advice_and_lets_go(lab, mo
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench, "make_statistics", needs_too_much)
+        patch.setattr(context, "make_statistics", needs_too_much)
         with pytest.raises(type(error)) as raised:
             lab.run("method=svdllm")
     [record] = lab.results.records()

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lab.models import walk as walking
-from lowrank_lab.models.families import ARCHITECTURES
+from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.models.load import load_model
 from lowrank_lab.models.walk import blocks_of, on_device, walk
 
 CPU = torch.device("cpu")
-LLAMA = ARCHITECTURES["llama"]
+LLAMA = FAMILIES["llama"]
 MAPS = Path("/proc/self/maps")
 
 
@@ -39,18 +39,18 @@ def test_weights_are_mapped_from_the_checkpoint_in_its_own_dtype(checkpoints):
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_hidden_states_in_files_are_the_same_and_leave_nothing(family, checkpoints, tmp_path):
     """Also those of earlier blocks, which some callers hold on to."""
-    model, spec = load_model(str(checkpoints[family]), None, "float32", False), ARCHITECTURES[family]
+    model, tower = load_model(str(checkpoints[family]), None, "float32", False), FAMILIES[family]
     batches = torch.randint(4, 260, (5, 40), generator=torch.Generator().manual_seed(1)).split(2)
 
     def all_states(offload: Path | None) -> list[Tensor]:
         found, hidden = [], []
-        for _, _, run in walk(model, spec, batches, CPU, hidden, offload):
+        for _, _, run in walk(model, tower, batches, CPU, hidden, offload):
             found += hidden
             run()
         return found + hidden
 
     in_memory, in_files = all_states(None), all_states(tmp_path)
-    assert len(in_files) == (len(blocks_of(model, spec)) + 1) * len(batches)
+    assert len(in_files) == (len(blocks_of(model, tower)) + 1) * len(batches)
     assert all(mapped(states, tmp_path) for states in in_files)
     assert list(tmp_path.iterdir()) == []
     assert all(torch.equal(one, other) for one, other in zip(in_memory, in_files, strict=True))

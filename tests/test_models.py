@@ -20,7 +20,7 @@ from lowrank_lab.lowrank.solver import decompose
 from lowrank_lab.lowrank.spectra import compress, make_spectra
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.models import tiny
-from lowrank_lab.models.families import ARCHITECTURES, kv_cache_values_per_token
+from lowrank_lab.models.families import FAMILIES, kv_cache_values_per_token
 from lowrank_lab.models.load import load_model
 from lowrank_lab.models.walk import blocks_of, walk
 from lowrank_lab.modules.factorized import FactorizedLinear, dense_weight, factorize
@@ -28,10 +28,10 @@ from tests.sites import site as plain_site
 from tests.sites import sites_in
 
 CPU = torch.device("cpu")
-FAMILIES = sorted(ARCHITECTURES)
+NAMES = sorted(FAMILIES)
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=NAMES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -49,24 +49,24 @@ def batches() -> list[torch.Tensor]:
 
 
 def test_every_row_has_a_tiny_model():
-    assert sorted(tiny.CONFIGS) == FAMILIES
+    assert sorted(tiny.CONFIGS) == NAMES
 
 
 def test_the_row_names_every_linear_of_a_block(model, family):
     """A linear that a row forgets would silently stay dense."""
-    spec = ARCHITECTURES[family]
-    for block in blocks_of(model, spec):
+    tower = FAMILIES[family]
+    for block in blocks_of(model, tower):
         linears = {n for n, m in block.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
-        assert linears == set(spec.linears)
+        assert linears == set(tower.linears)
 
 
 def test_walking_equals_the_models_own_forward(model, family, batches):
     """Block by block, with each block's own masks and position embeddings."""
-    spec = ARCHITECTURES[family]
+    tower = FAMILIES[family]
     expected: dict[int, list[torch.Tensor]] = {}
     hooks = [
         block.register_forward_hook(lambda _m, _a, out, i=i: expected.setdefault(i, []).append(out))
-        for i, block in enumerate(blocks_of(model, spec))
+        for i, block in enumerate(blocks_of(model, tower))
     ]
     with torch.no_grad():
         for ids in batches:
@@ -74,7 +74,7 @@ def test_walking_equals_the_models_own_forward(model, family, batches):
     for hook in hooks:
         hook.remove()
     seen = 0
-    for index, block, run in walk(model, spec, batches, CPU):
+    for index, block, run in walk(model, tower, batches, CPU):
         outputs: list[torch.Tensor] = []
         hook = block.register_forward_hook(lambda _m, _a, out, outputs=outputs: outputs.append(out))
         run()
@@ -82,16 +82,16 @@ def test_walking_equals_the_models_own_forward(model, family, batches):
         for ours, theirs in zip(outputs, expected[index], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
         seen += 1
-    assert seen == len(blocks_of(model, spec))
+    assert seen == len(blocks_of(model, tower))
 
 
 def test_linears_of_a_group_share_their_input_and_its_statistics(model, family, batches, tmp_path):
-    spec = ARCHITECTURES[family]
+    tower = FAMILIES[family]
     inputs: dict[str, list[torch.Tensor]] = {}
     hooks = []
-    for index, block in enumerate(blocks_of(model, spec)):
-        for name in spec.linears:
-            seen = inputs.setdefault(f"{spec.blocks}.{index}.{name}", [])
+    for index, block in enumerate(blocks_of(model, tower)):
+        for name in tower.linears:
+            seen = inputs.setdefault(f"{tower.blocks}.{index}.{name}", [])
             linear = block.get_submodule(name)
             hooks.append(linear.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0])))
     with torch.no_grad():
@@ -99,12 +99,12 @@ def test_linears_of_a_group_share_their_input_and_its_statistics(model, family, 
             model(ids, use_cache=False)
     for hook in hooks:
         hook.remove()
-    make_statistics(tmp_path, model, spec, batches, CPU)
-    for index in range(len(blocks_of(model, spec))):
-        for group in spec.inputs:
+    make_statistics(tmp_path, model, tower, batches, CPU)
+    for index in range(len(blocks_of(model, tower))):
+        for group in tower.inputs:
             statistics = load_statistics(tmp_path, index, group, CPU)
             for name in group:
-                seen = inputs[f"{spec.blocks}.{index}.{name}"]
+                seen = inputs[f"{tower.blocks}.{index}.{name}"]
                 x = torch.cat([t.reshape(-1, t.shape[-1]) for t in seen]).double()
                 assert statistics.tokens == len(x)
                 close = {"rtol": 1e-5, "atol": 1e-7}
@@ -114,11 +114,11 @@ def test_linears_of_a_group_share_their_input_and_its_statistics(model, family, 
 
 
 def test_full_rank_factors_reproduce_the_dense_logits(model, family, batches):
-    spec = ARCHITECTURES[family]
+    tower = FAMILIES[family]
     with torch.no_grad():
         dense = model(batches[0]).logits
-        for block in blocks_of(model, spec):
-            for name in spec.linears:
+        for block in blocks_of(model, tower):
+            for name in tower.linears:
                 weight = dense_weight(block.get_submodule(name)).double()
                 factors = decompose(weight, None, None).factors(weight, min(weight.shape))
                 Absorb(0.5).install(block, plain_site(*weight.shape, name), *factors)
@@ -134,24 +134,24 @@ METRICS["fisher_kron_full"] = FisherKron("full")
 @pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
 def test_compression_measures_what_it_reports(model, family, batches, tmp_path, metric):
     """The reported squared error is that of the deployed tensors, and they are as many as planned."""
-    spec = ARCHITECTURES[family]
-    sites = sites_in(model, spec)
+    tower = FAMILIES[family]
+    sites = sites_in(model, tower)
     ranks = {name: rank_for_ratio(site, 0.5) for name, site in sites.items()}
     statistics, gradients, spectra = (tmp_path / name for name in ("statistics", "gradients", "spectra"))
     for folder in (statistics, gradients, spectra):
         folder.mkdir()
-    make_statistics(statistics, model, spec, batches, CPU)
-    make_gradients(gradients, model, spec, torch.cat(batches), CPU, metric.needs_outer)
-    make_spectra(spectra, model, spec, sites, metric, statistics, gradients, CPU)
+    make_statistics(statistics, model, tower, batches, CPU)
+    make_gradients(gradients, model, tower, torch.cat(batches), CPU, metric.needs_outer)
+    make_spectra(spectra, model, tower, sites, metric, statistics, gradients, CPU)
     dense = {name: dense_weight(model.get_submodule(name)).detach().double() for name in sites}
-    reported = compress(model, spec, sites, ranks, spectra, Absorb(0.5), CPU)
+    reported = compress(model, tower, sites, ranks, spectra, Absorb(0.5), CPU)
 
     measured = 0.0
-    for index in range(len(blocks_of(model, spec))):
-        for group in spec.inputs:
+    for index in range(len(blocks_of(model, tower))):
+        for group in tower.inputs:
             inputs = load_statistics(statistics, index, group, CPU)
             for linear in group:
-                name = f"{spec.blocks}.{index}.{linear}"
+                name = f"{tower.blocks}.{index}.{linear}"
                 c, r = metric(inputs, load_gradients(gradients, index, linear, CPU))
                 layer = model.get_submodule(name)
                 assert layer.right.out_features == ranks[name]
@@ -180,7 +180,7 @@ def test_biases_survive(checkpoints, batches):
 
 
 def test_embeddings_and_head_are_left_alone_and_tied(model, family):
-    shapes = sites_in(model, ARCHITECTURES[family])
+    shapes = sites_in(model, FAMILIES[family])
     assert not any("lm_head" in name or "embed" in name or "wte" in name for name in shapes)
     if model.config.tie_word_embeddings:
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -199,17 +199,17 @@ def test_activations_that_are_not_finite_raise_with_a_name(checkpoints, batches,
     with torch.no_grad():
         model.model.layers[1].mlp.gate_proj.weight[0, 0] = torch.inf
     with pytest.raises(FloatingPointError, match=r"block 1.*down_proj"):
-        make_statistics(tmp_path, model, ARCHITECTURES["llama"], batches, CPU)
+        make_statistics(tmp_path, model, FAMILIES["llama"], batches, CPU)
 
 
 def test_weights_that_are_not_finite_raise_with_a_name(checkpoints, tmp_path):
     model = load_model(str(checkpoints["llama"]), None, "float32", False)
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[0, 0] = torch.nan
-    spec = ARCHITECTURES["llama"]
-    sites = sites_in(model, spec)
+    tower = FAMILIES["llama"]
+    sites = sites_in(model, tower)
     with pytest.raises(FloatingPointError, match=r"model\.layers\.2\.mlp\.up_proj"):
-        make_spectra(tmp_path, model, spec, sites, Identity(), None, None, CPU)
+        make_spectra(tmp_path, model, tower, sites, Identity(), None, None, CPU)
 
 
 def test_dense_weight_rejects_what_is_not_linear():
@@ -238,17 +238,17 @@ def test_rank_beyond_the_samples_is_spent_on_the_plain_error(shape):
 def test_weights_with_a_wide_range_of_singular_values(checkpoints, tmp_path, linear):
     """What is stored must not magnify rounding: the error on the tensors stays the reported one."""
     model = load_model(str(checkpoints["llama"]), None, "float32", False)
-    spec = ARCHITECTURES["llama"]
+    tower = FAMILIES["llama"]
     weight = model.model.layers[0].get_submodule(linear).weight
     with torch.no_grad():
         u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
         weight.copy_((u * torch.logspace(0, -6, len(s), dtype=torch.float64)) @ vh)
     dense = weight.detach().double()
-    sites = sites_in(model, spec)
-    make_spectra(tmp_path, model, spec, sites, Identity(), None, None, CPU)
+    sites = sites_in(model, tower)
+    make_spectra(tmp_path, model, tower, sites, Identity(), None, None, CPU)
     ranks = dict.fromkeys(sites)
-    ranks[f"{spec.blocks}.0.{linear}"] = 24
-    reported = compress(model, spec, sites, ranks, tmp_path, Absorb(0.5), CPU)
+    ranks[f"{tower.blocks}.0.{linear}"] = 24
+    reported = compress(model, tower, sites, ranks, tmp_path, Absorb(0.5), CPU)
     layer = model.model.layers[0].get_submodule(linear)
     measured = (dense - layer.left.weight.double() @ layer.right.weight.double()).square().sum()
     assert float(measured) == pytest.approx(reported, rel=1e-2)
@@ -256,10 +256,10 @@ def test_weights_with_a_wide_range_of_singular_values(checkpoints, tmp_path, lin
 
 def test_gradients_are_those_of_autograd(model, family, batches, tmp_path):
     """Row Fisher from the weights' own gradients under transformers' loss, which shifts the labels once."""
-    spec = ARCHITECTURES[family]
+    tower = FAMILIES[family]
     ids = torch.cat(batches)[:3]
-    make_gradients(tmp_path, model, spec, ids, CPU, outer=True)
-    names = list(sites_in(model, spec))
+    make_gradients(tmp_path, model, tower, ids, CPU, outer=True)
+    names = list(sites_in(model, tower))
     fisher = dict.fromkeys(names, 0)
     outer = dict.fromkeys(names, 0)
     for parameter in model.parameters():
@@ -278,9 +278,9 @@ def test_gradients_are_those_of_autograd(model, family, batches, tmp_path):
             fisher[name] = fisher[name] + gradient.double().square().sum(1)
             g = outputs[name].grad.reshape(-1, gradient.shape[0]).double()
             outer[name] = outer[name] + g.T @ g
-    for index in range(len(blocks_of(model, spec))):
-        for linear in spec.linears:
-            name = f"{spec.blocks}.{index}.{linear}"
+    for index in range(len(blocks_of(model, tower))):
+        for linear in tower.linears:
+            name = f"{tower.blocks}.{index}.{linear}"
             found = load_gradients(tmp_path, index, linear, CPU)
             assert found.tokens == ids.numel()
             close = {"rtol": 1e-4, "atol": 1e-4 * float(fisher[name].max()) / len(ids)}
@@ -294,7 +294,7 @@ def test_the_gradient_pass_leaves_the_model_as_it_was(checkpoints, batches, tmp_
     model = load_model(str(checkpoints["llama"]), None, "float32", False)
     wanted = [parameter.requires_grad for parameter in model.parameters()]
     before = model(batches[0]).logits
-    make_gradients(tmp_path, model, ARCHITECTURES["llama"], batches[0], CPU, outer=False)
+    make_gradients(tmp_path, model, FAMILIES["llama"], batches[0], CPU, outer=False)
     assert [parameter.requires_grad for parameter in model.parameters()] == wanted
     assert all(parameter.grad is None for parameter in model.parameters())
     torch.testing.assert_close(model(batches[0]).logits, before, rtol=0, atol=0)

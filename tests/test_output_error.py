@@ -21,7 +21,7 @@ from lowrank_lab.lowrank.ranks import Ranks
 from lowrank_lab.lowrank.spectra import compress, load_spectrum, load_tails, make_spectra
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.lowrank.storage.remap import Remap
-from lowrank_lab.models.families import ARCHITECTURES
+from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.factorized import dense_weight, site_weight
 from lowrank_lab.reporting import figures, tables
@@ -39,17 +39,17 @@ class Setting:
     """A tiny model with biases that are not zero, and its spectra under the second moment of ``batches``."""
 
     def __init__(self, checkpoint: Path, folder: Path, family: str, joint: tuple[str, ...]) -> None:
-        self.checkpoint, self.spec = checkpoint, ARCHITECTURES[family]
+        self.checkpoint, self.tower = checkpoint, FAMILIES[family]
         self.statistics, self.spectra = folder / "statistics", folder / "spectra"
         self.statistics.mkdir()
         self.spectra.mkdir()
         ids = torch.randint(4, 260, (5, 24), generator=torch.Generator().manual_seed(1))
         self.batches = ids.split(2)  # of two sizes
         self.dense = self.load()
-        self.sites = sites_in(self.dense, self.spec, joint)
-        make_statistics(self.statistics, self.dense, self.spec, self.batches, CPU)
+        self.sites = sites_in(self.dense, self.tower, joint)
+        make_statistics(self.statistics, self.dense, self.tower, self.batches, CPU)
         metric = SecondMoment(cholesky=False)
-        make_spectra(self.spectra, self.dense, self.spec, self.sites, metric, self.statistics, None, CPU)
+        make_spectra(self.spectra, self.dense, self.tower, self.sites, metric, self.statistics, None, CPU)
 
     def load(self) -> Any:
         return load_lively(self.checkpoint, weights=3, bias=0.05)
@@ -59,22 +59,22 @@ class Setting:
 
     def compressed(self, ranks: Ranks, storage: Any = None) -> Any:
         model = self.load()
-        compress(model, self.spec, self.sites, ranks, self.spectra, storage or Absorb(0.5), CPU)
+        compress(model, self.tower, self.sites, ranks, self.spectra, storage or Absorb(0.5), CPU)
         return model
 
     def errors(self, ranks: Ranks) -> dict[str, Any]:
-        return output_errors(self.dense, self.compressed(ranks), self.spec, self.batches, CPU)
+        return output_errors(self.dense, self.compressed(ranks), self.tower, self.batches, CPU)
 
     def storage(self, ranks: Ranks, storage: Any) -> dict[str, dict[str, float]]:
         """What the evaluator says of a cell with these ranks and this storage."""
-        bench: Any = SimpleNamespace(
+        context: Any = SimpleNamespace(
             cell=SimpleNamespace(refinement=None),
             record=SimpleNamespace(data={"compression": {"ranks": ranks}}),
             model=self.compressed(ranks, storage),
-            **{name: getattr(self, name) for name in ("spec", "sites", "spectra")},
+            **{name: getattr(self, name) for name in ("tower", "sites", "spectra")},
             device=CPU,
         )
-        return storage_errors(bench, self.dense)
+        return storage_errors(context, self.dense)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
@@ -88,11 +88,11 @@ def test_errors_of_linears_on_the_calibration_text_are_the_solvers_tails(setting
     ranks, tails = setting.ranks(0.4), load_tails(setting.spectra, setting.sites)
     linears = setting.errors(ranks)["linears"]
     for name, site in setting.sites.items():
-        group = next(group for group in setting.spec.inputs if site.members[0] in group)
+        group = next(group for group in setting.tower.inputs if site.members[0] in group)
         c = load_statistics(setting.statistics, site.block, group, CPU).second_moment
         squared = 0.0
         for member in site.members:
-            block = blocks_of(setting.dense, setting.spec)[site.block]
+            block = blocks_of(setting.dense, setting.tower)[site.block]
             w = dense_weight(block.get_submodule(member)).detach().double()
             squared += linears[member][site.block] ** 2 * (w @ c * w).sum().item()
         assert squared == pytest.approx(tails[name][ranks[name]], rel=1e-4)
@@ -102,12 +102,12 @@ def test_full_rank_has_no_error(setting):
     found = setting.errors(setting.ranks(1.0))
     errors = [error for of in (*found["linears"].values(), *found["blocks"].values()) for error in of]
     assert max(errors) < 2e-5
-    assert len(errors) == (len(setting.spec.linears) + 4) * len(blocks_of(setting.dense, setting.spec))
+    assert len(errors) == (len(setting.tower.linears) + 4) * len(blocks_of(setting.dense, setting.tower))
 
 
 def test_errors_fall_with_rank(setting):
     low, middle, high = (setting.errors(setting.ranks(fraction)) for fraction in (0.2, 0.5, 0.8))
-    for name in setting.spec.linears:
+    for name in setting.tower.linears:
         for a, b, c in zip(*(found["linears"][name] for found in (low, middle, high)), strict=True):
             assert a > b > c > 0
     for kind in ("own", "own_of_tokens"):
@@ -120,7 +120,7 @@ def test_own_and_accumulated_errors_are_those_of_whole_models(setting):
 
     def outputs(model: Any) -> list[torch.Tensor]:
         seen: list[torch.Tensor] = []
-        for block in blocks_of(model, setting.spec):
+        for block in blocks_of(model, setting.tower):
             block.register_forward_hook(lambda _m, _i, output: seen.append(output.double()))
         with torch.no_grad():
             model(torch.cat(setting.batches), use_cache=False)
@@ -164,16 +164,16 @@ def test_the_storage_error_of_remapping_is_that_of_its_definition(setting):
         return torch.cat([(values[:full] / step).round() * step.float().double(), values[full:].half().double()])
 
     ranks = setting.ranks(0.5)
-    expected: dict[str, list[torch.Tensor]] = {name: [] for name in setting.spec.linears}
+    expected: dict[str, list[torch.Tensor]] = {name: [] for name in setting.tower.linears}
     for name, site in setting.sites.items():
-        weight = site_weight(blocks_of(setting.dense, setting.spec)[site.block], site).double()
+        weight = site_weight(blocks_of(setting.dense, setting.tower)[site.block], site).double()
         left, right, _ = load_spectrum(setting.spectra, site, CPU).factors(weight, ranks[name])
         u, sigma, v = (part[..., : ranks[name]] for part in torch.svd(left @ right))
         difference = stored(u * sigma, site.full) @ stored(v, site.full).T - left @ right
         for member, rows in zip(site.members, difference.split(site.outs), strict=True):
             expected[member].append(rows)
     found = setting.storage(ranks, Remap())
-    assert set(found) == set(setting.spec.linears)
+    assert set(found) == set(setting.tower.linears)
     for member, error in found.items():
         mse = sum(rows.square().mean().item() for rows in expected[member]) / len(expected[member])
         mae = sum(rows.abs().mean().item() for rows in expected[member]) / len(expected[member])
@@ -195,11 +195,11 @@ def test_an_error_is_relative_to_the_output_without_the_bias():
 
 def test_an_output_that_is_not_finite_names_its_layer(setting):
     ranks = setting.ranks(0.5)
-    model, name = setting.compressed(ranks), setting.spec.linears[-1]
-    blocks_of(model, setting.spec)[1].get_submodule(name).left.weight.data[0, 0] = torch.nan
+    model, name = setting.compressed(ranks), setting.tower.linears[-1]
+    blocks_of(model, setting.tower)[1].get_submodule(name).left.weight.data[0, 0] = torch.nan
     with pytest.raises(NotFiniteError) as raised:
-        output_errors(setting.dense, model, setting.spec, setting.batches, CPU)
-    assert raised.value.layer == f"{setting.spec.blocks}.1.{name}"
+        output_errors(setting.dense, model, setting.tower, setting.batches, CPU)
+    assert raised.value.layer == f"{setting.tower.blocks}.1.{name}"
 
 
 SMALL = ("eval.output_error.seqlen=32", "eval.output_error.max_windows=3", "eval.output_error.batch_size=2")

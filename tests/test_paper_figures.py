@@ -29,7 +29,7 @@ from lowrank_lab.lowrank.ranks import Site, budget, fit
 from lowrank_lab.records.results import Record
 from lowrank_lab.reporting.paper_figures import PAPER_FIGURES
 from lowrank_lab.running import runner
-from lowrank_lab.running.context import Bench, pick_device
+from lowrank_lab.running.context import Context, pick_device
 
 from .conftest import Lab
 
@@ -66,10 +66,10 @@ def run(paper_lab: Lab) -> Run:
     return run
 
 
-def bench_of(lab: Lab, *overrides: str) -> Bench:
+def context_of(lab: Lab, *overrides: str) -> Context:
     """The dense model and the artifacts of one cell."""
     [cell] = lab.cells(*overrides)
-    return Bench(cell, Record(cell, None), pick_device("cpu"))
+    return Context(cell, Record(cell, None), pick_device("cpu"))
 
 
 def png(figure: plt.Figure) -> bytes:
@@ -119,18 +119,18 @@ def test_sensitivities_are_those_that_strs_measured(paper_lab: Lab, run: Run):
     """Of every linear at every candidate; at least one of them is a perplexity computed here by hand."""
     [record] = run("asvd_figure4")
     frame = PAPER_FIGURES["asvd/figure4"].data([record])
-    bench = bench_of(paper_lab, "experiment=asvd_figure4")
+    context = context_of(paper_lab, "experiment=asvd_figure4")
     assert len(frame) == sum(len(found) for found in record["compression"]["sensitivities"].values())
     assert set(zip(frame["block"], frame["linear"], strict=True)) == {
-        (s.block, s.key) for s in bench.sites.values()
+        (s.block, s.key) for s in context.sites.values()
     }
-    sites = {(site.block, site.key): name for name, site in bench.sites.items()}
+    sites = {(site.block, site.key): name for name, site in context.sites.items()}
     for _, row in frame.iloc[[0, 50, 188]].iterrows():
         name = sites[row["block"], row["linear"]]
-        site = bench.sites[name]
+        site = context.sites[name]
         assert row["ratio"] == pytest.approx(row["rank"] * (site.out + site.inp) / (site.out * site.inp))
-        ranks = {**dict.fromkeys(bench.sites), name: row["rank"]}
-        by_hand = perplexity_of(bench, ranks, [bench.calibration_ids[:1]])
+        ranks = {**dict.fromkeys(context.sites), name: row["rank"]}
+        by_hand = perplexity_of(context, ranks, [context.calibration_ids[:1]])
         assert row["perplexity"] == pytest.approx(by_hand, rel=1e-5)
         assert math.log(row["perplexity"]) == pytest.approx(
             record["compression"]["sensitivities"][name][str(row["rank"])]
@@ -380,12 +380,12 @@ def test_perplexity_of_learned_ranks_ends_at_the_deployed_model(paper_lab: Lab, 
     assert along["value"] == along["perplexity"][-1]
     assert along["value"] == pytest.approx(record["metrics"]["ppl"]["value"], rel=1e-6)
 
-    bench = bench_of(paper_lab, "experiment=dobi_figure8", *SMALLER["dobi_figure8"], *overrides)
-    bench.evaluator = "ppl"
-    bench.make_text_tokens()
-    windows, _ = bench.cell.evaluators["ppl"].windows(bench)
-    uniform = {name: 0.4 * site.dense / site.per_rank for name, site in bench.sites.items()}
-    untrained = perplexity_of(bench, fit(bench.sites, uniform, budget(bench.sites, 0.4)), windows.split(1))
+    context = context_of(paper_lab, "experiment=dobi_figure8", *SMALLER["dobi_figure8"], *overrides)
+    context.evaluator = "ppl"
+    context.make_text_tokens()
+    windows, _ = context.cell.evaluators["ppl"].windows(context)
+    uniform = {name: 0.4 * site.dense / site.per_rank for name, site in context.sites.items()}
+    untrained = perplexity_of(context, fit(context.sites, uniform, budget(context.sites, 0.4)), windows.split(1))
     assert along["perplexity"][0] == pytest.approx(untrained, rel=1e-6)
     assert abs(along["perplexity"][0] / along["value"] - 1) > 1e-4  # neither could be taken for the other
 

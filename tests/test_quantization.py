@@ -171,9 +171,9 @@ def test_bytes_by_hand(lab):
     plain, record = lab.run("method=dense"), lab.run("method=dense", "quantization=int4")
     [cell] = lab.cells("method=dense", "quantization=int4")
     from lowrank_lab.records.results import Record
-    from lowrank_lab.running.context import Bench, pick_device
+    from lowrank_lab.running.context import Context, pick_device
 
-    sites = Bench(cell, Record(cell, None), pick_device("cpu")).sites.values()
+    sites = Context(cell, Record(cell, None), pick_device("cpu")).sites.values()
     dense = sum(site.out * site.inp * 4 for site in sites)
     packed = sum(math.ceil(site.out * site.inp / 2) + 2 * site.out + math.ceil(site.out / 2) for site in sites)
     assert record["sizes"]["bytes"] == plain["sizes"]["bytes"] - dense + packed
@@ -339,14 +339,14 @@ def test_fixed_scales_are_those_of_the_model_that_is_not_rounded(lab):
     from lowrank_lab.modules.linears import linears_in
     from lowrank_lab.quantization.inputs import rounding_of
     from lowrank_lab.records.results import Record
-    from lowrank_lab.running.context import Bench, pick_device
+    from lowrank_lab.running.context import Context, pick_device
 
     job = ["method=dense", "quantization=int8", "quantization/method=none", "quantization/activations=int8_static"]
     [cell] = lab.cells(*job)
-    bench, plain = (Bench(cell, Record(cell, None), pick_device("cpu")) for _ in range(2))
-    cell.quantization(bench)
+    context, plain = (Context(cell, Record(cell, None), pick_device("cpu")) for _ in range(2))
+    cell.quantization(context)
     seen: dict[str, float] = {}
-    members = bench.spec.linears
+    members = context.tower.linears
     for name in members:
         linear = plain.model.get_submodule(f"model.layers.0.{name}")
 
@@ -356,7 +356,7 @@ def test_fixed_scales_are_those_of_the_model_that_is_not_rounded(lab):
         linear.register_forward_pre_hook(note)
     with torch.no_grad():
         plain.model(plain.calibration_ids)
-    block = bench.model.model.layers[0]
+    block = context.model.model.layers[0]
     for path, name in zip(linears_in(block, members), members, strict=True):
         assert float(rounding_of(block, path).scale) == pytest.approx(2 * seen[name] / 255, rel=1e-3)
 
@@ -420,7 +420,7 @@ def test_a_method_that_draws_has_its_seed_in_the_key(lab, monkeypatch):
     """And draws the same, whatever drew before it."""
     from lowrank_lab.quantization.method.rtn import RoundToNearest
     from lowrank_lab.records.results import Record
-    from lowrank_lab.running.context import Bench, pick_device
+    from lowrank_lab.running.context import Context, pick_device
 
     one, other = (lab.cells("method=dense", "quantization=int4", f"seed={seed}")[0] for seed in (0, 1))
     assert one.key == other.key
@@ -432,7 +432,7 @@ def test_a_method_that_draws_has_its_seed_in_the_key(lab, monkeypatch):
     draw = lambda *given: (drawn.append(float(torch.rand(1))), plain(*given))[1]
     monkeypatch.setattr(RoundToNearest, "quantize", draw)
     torch.manual_seed(7)
-    one.quantization(Bench(one, Record(one, None), pick_device("cpu")))
+    one.quantization(Context(one, Record(one, None), pick_device("cpu")))
     torch.manual_seed(0)
     assert drawn[0] == float(torch.rand(1))
 

@@ -29,7 +29,7 @@ from lowrank_lab.models.tiny import CONFIGS
 from lowrank_lab.modules.quantized import QuantizedLinear
 from lowrank_lab.quantization.base import Quantization
 from lowrank_lab.records.results import Record
-from lowrank_lab.running.context import Bench, pick_device
+from lowrank_lab.running.context import Context, pick_device
 
 from .conftest import REPOSITORY, Lab, load_lively
 
@@ -110,8 +110,8 @@ def composed(lab: Lab, *overrides: str) -> DictConfig:
     return cell.cfg
 
 
-def made(lab: Lab, model: Path, method: str, *quantization: str) -> tuple[Bench, dict[str, int | None]]:
-    """A bench with its model compressed and quantized, and the ranks."""
+def made(lab: Lab, model: Path, method: str, *quantization: str) -> tuple[Context, dict[str, int | None]]:
+    """A context with its model compressed and quantized, and the ranks."""
     cfg = composed(lab, *METHODS[method]).copy()
     cfg.model.path = str(model)
     if quantization:
@@ -120,26 +120,26 @@ def made(lab: Lab, model: Path, method: str, *quantization: str) -> tuple[Bench,
             if part is not None:
                 part.update(SHORTER.get(part._target_.rpartition(".")[2], {}))
     cell = Cell.from_config(cfg)
-    bench = Bench(cell, Record(cell, None), pick_device("cpu"))
-    ranks = dict.fromkeys(bench.sites)
+    context = Context(cell, Record(cell, None), pick_device("cpu"))
+    ranks = dict.fromkeys(context.sites)
     if cell.compresses:
-        ranks, storage = cell.allocation(bench), config.build(cell.cfg.storage)
-        compress(bench.model, bench.spec, bench.sites, ranks, bench.spectra, storage, bench.device)
+        ranks, storage = cell.allocation(context), config.build(cell.cfg.storage)
+        compress(context.model, context.tower, context.sites, ranks, context.spectra, storage, context.device)
     if cell.quantization is not None:
-        cell.quantization.check(bench.spec)
-        cell.quantization(bench)
-    return bench, ranks
+        cell.quantization.check(context.tower)
+        cell.quantization(context)
+    return context, ranks
 
 
 @torch.no_grad()
-def logits(bench: Bench, model: nn.Module) -> torch.Tensor:
+def logits(context: Context, model: nn.Module) -> torch.Tensor:
     """On part of the calibration text."""
-    return model(bench.calibration_ids[:4]).logits
+    return model(context.calibration_ids[:4]).logits
 
 
-def perplexity(bench: Bench, found: torch.Tensor) -> float:
+def perplexity(context: Context, found: torch.Tensor) -> float:
     return math.exp(
-        nn.functional.cross_entropy(found[:, :-1].flatten(0, 1), bench.calibration_ids[:4, 1:].flatten())
+        nn.functional.cross_entropy(found[:, :-1].flatten(0, 1), context.calibration_ids[:4, 1:].flatten())
     )
 
 
@@ -159,8 +159,8 @@ def plain(shared, lively) -> Callable[[str, str], torch.Tensor]:
 
     @cache
     def of(family: str, method: str) -> torch.Tensor:
-        bench, _ = made(shared, lively[family], method)
-        return logits(bench, bench.model)
+        context, _ = made(shared, lively[family], method)
+        return logits(context, context.model)
 
     return of
 
@@ -169,27 +169,27 @@ def plain(shared, lively) -> Callable[[str, str], torch.Tensor]:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_runs_and_comes_back_as_it_was(shared, lively, plain, tmp_path, preset, method):
     needs(preset)
-    bench, ranks = made(shared, lively["llama"], method, f"quantization={preset}")
-    quantization, found = bench.cell.quantization, logits(bench, bench.model)
+    context, ranks = made(shared, lively["llama"], method, f"quantization={preset}")
+    quantization, found = context.cell.quantization, logits(context, context.model)
     away = distance(found, plain("llama", method))
-    assert math.isfinite(perplexity(bench, found))
+    assert math.isfinite(perplexity(context, found))
     assert 0 < away < (0.05 if fewest_bits(quantization) == 8 else 0.8)
-    linears = [module for module in bench.model.modules() if isinstance(module, QuantizedLinear)]
+    linears = [module for module in context.model.modules() if isinstance(module, QuantizedLinear)]
     assert len(linears) == (0 if quantization.method is None else 42 if method == "svdllm" else 21)
-    description = checkpoint.describe(bench.model, bench.spec, bench.sites, ranks, preset, bench.ratio)
-    checkpoint.save(tmp_path, bench.model, bench.tokenizer, True, description)
-    assert torch.equal(logits(bench, load_model(str(tmp_path), None, "float32", False)), found)
+    description = checkpoint.describe(context.model, context.tower, context.sites, ranks, preset, context.ratio)
+    checkpoint.save(tmp_path, context.model, context.tokenizer, True, description)
+    assert torch.equal(logits(context, load_model(str(tmp_path), None, "float32", False)), found)
 
 
 @pytest.mark.parametrize("method", ["dense", "rank 1"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_makes_no_nan_of_odd_weights(shared, odd, preset, method):
     needs(preset)
-    bench, ranks = made(shared, odd, method, f"quantization={preset}")
+    context, ranks = made(shared, odd, method, f"quantization={preset}")
     assert set(ranks.values()) == ({None} if method == "dense" else {1})
-    for name, tensor in bench.model.state_dict().items():
+    for name, tensor in context.model.state_dict().items():
         assert torch.isfinite(tensor).all(), name
-    assert math.isfinite(perplexity(bench, logits(bench, bench.model)))
+    assert math.isfinite(perplexity(context, logits(context, context.model)))
 
 
 # Rotations of the residual stream are not for every family: they come last, so that nothing else is skipped too.
@@ -207,18 +207,18 @@ def test_every_family_in_8_bits_says_what_it_said(shared, lively, plain, family,
     chosen = [f"quantization/latent={latent}", f"quantization/kv_cache={kv_cache}"]
     chosen += ["quantization.kv_cache.bits=8"] if kv_cache != "none" else []
     try:
-        bench, _ = made(shared, lively[family], "svdllm", *settings, *chosen)
+        context, _ = made(shared, lively[family], "svdllm", *settings, *chosen)
     except SkippedCell as reason:
         pytest.skip(str(reason))
-    away = distance(logits(bench, bench.model), plain(family, "svdllm"))
+    away = distance(logits(context, context.model), plain(family, "svdllm"))
     assert 0 < away < 0.05
 
 
 @pytest.mark.parametrize("kv_cache", options("kv_cache"))
 def test_every_cache_runs(shared, lively, plain, kv_cache):
-    bench, _ = made(shared, lively["llama"], "dense", "quantization=int8", f"quantization/kv_cache={kv_cache}")
-    away = distance(logits(bench, bench.model), plain("llama", "dense"))
-    assert 0 < away < (0.05 if fewest_bits(bench.cell.quantization) == 8 else 0.8)
+    context, _ = made(shared, lively["llama"], "dense", "quantization=int8", f"quantization/kv_cache={kv_cache}")
+    away = distance(logits(context, context.model), plain("llama", "dense"))
+    assert 0 < away < (0.05 if fewest_bits(context.cell.quantization) == 8 else 0.8)
 
 
 # What a method needs of the format beside the bits.
@@ -231,8 +231,8 @@ def test_every_method_with_every_kind_of_activations(shared, lively, plain, meth
     needs(method)
     settings = FORMATS.get(method, ["quantization=int4"])
     chosen = [f"quantization/method={method}", f"quantization/activations={activations}"]
-    bench, _ = made(shared, lively["llama"], "svdllm", *settings, *chosen)
-    away = distance(logits(bench, bench.model), plain("llama", "svdllm"))
+    context, _ = made(shared, lively["llama"], "svdllm", *settings, *chosen)
+    away = distance(logits(context, context.model), plain("llama", "svdllm"))
     assert 0 < away < 0.8
 
 

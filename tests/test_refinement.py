@@ -18,12 +18,12 @@ from lowrank_lab.lowrank.refinement import lora_training, weighted_error
 from lowrank_lab.lowrank.refinement.lora import Lora
 from lowrank_lab.lowrank.spectra import compress
 from lowrank_lab.lowrank.storage.absorb import Absorb
-from lowrank_lab.models.families import ARCHITECTURES
+from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.factorized import factors_of, site_weight
 from lowrank_lab.records.results import Record
 from lowrank_lab.running import training
-from lowrank_lab.running.context import Bench
+from lowrank_lab.running.context import Context
 
 from .conftest import Lab, stopped_at_block_one
 
@@ -41,39 +41,39 @@ LORA = (
 WSVD = ("method=wsvd", "calibration.samples=3")
 
 
-def bench_of(lab: Lab, *overrides: str) -> Bench:
+def context_of(lab: Lab, *overrides: str) -> Context:
     [cell] = lab.cells(*overrides)
-    return Bench(cell, Record(cell, None), CPU)
+    return Context(cell, Record(cell, None), CPU)
 
 
-def refined(lab: Lab, folder: Path, *overrides: str) -> tuple[Bench, dict[str, int | None]]:
+def refined(lab: Lab, folder: Path, *overrides: str) -> tuple[Context, dict[str, int | None]]:
     """Run the refinement of a cell into ``folder``."""
-    bench = bench_of(lab, *overrides)
-    ranks = bench.cell.allocation(bench)
+    context = context_of(lab, *overrides)
+    ranks = context.cell.allocation(context)
     folder.mkdir(exist_ok=True)
-    bench.cell.refinement(bench, ranks, folder)
-    return bench, ranks
+    context.cell.refinement(context, ranks, folder)
+    return context, ranks
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{f.stem}.{k}": t for f in sorted(folder.glob("*.safetensors")) for k, t in load_file(f).items()}
 
 
-def compressed(bench: Bench, ranks: dict[str, int | None]) -> Any:
+def compressed(context: Context, ranks: dict[str, int | None]) -> Any:
     """The model at the start of a refinement, in float32."""
-    spectra = bench.spectra
-    model = bench.take_model()
-    compress(model, bench.spec, bench.sites, ranks, spectra, Absorb(0.5), CPU)
+    spectra = context.spectra
+    model = context.take_model()
+    compress(model, context.tower, context.sites, ranks, spectra, Absorb(0.5), CPU)
     return model
 
 
-def all_factors(bench: Bench, model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    blocks = blocks_of(model, bench.spec)
-    found = {name: factors_of(blocks[site.block], site) for name, site in bench.sites.items()}
+def all_factors(context: Context, model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    blocks = blocks_of(model, context.tower)
+    found = {name: factors_of(blocks[site.block], site) for name, site in context.sites.items()}
     return {name: (left.clone(), right.clone()) for name, (left, right) in found.items()}
 
 
-@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("method", [LORA, (*WSVD, "refinement.steps=2")], ids=["lora", "wsvd"])
 def test_every_family_runs_end_to_end(lab, method, family):
     joint = ("grouping=qkv",) if "qkv" in family or family == "llama" else ()
@@ -89,12 +89,12 @@ def test_every_family_runs_end_to_end(lab, method, family):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_lora_lowers_the_loss_and_keeps_the_ranks(lab, tmp_path, dtype):
-    bench, ranks = refined(lab, tmp_path / "out", *LORA, "grouping=qkv", f"dtype={dtype}")
+    context, ranks = refined(lab, tmp_path / "out", *LORA, "grouping=qkv", f"dtype={dtype}")
     facts = json.loads((tmp_path / "out" / "facts.json").read_text())
     assert facts["left"]["steps"] == facts["right"]["steps"] == 3 * 2
     assert facts["left"]["last_epoch_loss"] < facts["left"]["first_epoch_loss"]
     assert facts["right"]["last_epoch_loss"] < facts["right"]["first_epoch_loss"]
-    for name, site in bench.sites.items():
+    for name, site in context.sites.items():
         left, right = load_factors(tmp_path / "out", site)
         assert left.shape == (site.out, ranks[name])
         assert right.shape == (ranks[name], site.inp)
@@ -103,15 +103,15 @@ def test_lora_lowers_the_loss_and_keeps_the_ranks(lab, tmp_path, dtype):
 
 @pytest.mark.parametrize("grouping", ["each", "qkv"])
 def test_a_phase_changes_its_side_alone(lab, tmp_path, grouping):
-    bench = bench_of(lab, *LORA, f"grouping={grouping}")
-    ranks = bench.cell.allocation(bench)
-    model = compressed(bench, ranks)
-    before = all_factors(bench, model)
+    context = context_of(lab, *LORA, f"grouping={grouping}")
+    ranks = context.cell.allocation(context)
+    model = compressed(context, ranks)
+    before = all_factors(context, model)
     names = {name for name, _ in model.named_modules()}
     others = {n: p.clone() for n, p in model.named_parameters() if ".left" not in n and ".right" not in n}
     for side, changed in (("left", 0), ("right", 1)):
-        lora_training.train_side(model, side, bench.training_ids, tmp_path, bench.cell.refinement)
-        after = all_factors(bench, model)
+        lora_training.train_side(model, side, context.training_ids, tmp_path, context.cell.refinement)
+        after = all_factors(context, model)
         for name in before:
             assert not torch.equal(before[name][changed], after[name][changed])
             assert torch.equal(before[name][1 - changed], after[name][1 - changed])
@@ -121,12 +121,12 @@ def test_a_phase_changes_its_side_alone(lab, tmp_path, grouping):
 
 
 def test_merged_is_what_was_trained(lab):
-    bench = bench_of(lab, *LORA, "refinement.dropout=0", "grouping=qkv")
-    model = compressed(bench, bench.cell.allocation(bench))
-    layers = lora_training.attach(model, lora_training.linears_of(model, "right"), bench.cell.refinement)
+    context = context_of(lab, *LORA, "refinement.dropout=0", "grouping=qkv")
+    model = compressed(context, context.cell.allocation(context))
+    layers = lora_training.attach(model, lora_training.linears_of(model, "right"), context.cell.refinement)
     for layer in layers.values():
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
-    ids = bench.training_ids[:2]
+    ids = context.training_ids[:2]
     with torch.no_grad():
         trained = model(ids).logits
         lora_training.merge(model, layers)
@@ -235,14 +235,14 @@ def test_the_weighted_error_is_the_measured_one_and_falls(lab, tmp_path, groupin
     for ratio in (0.3, 0.6):
         folder = tmp_path / str(ratio)
         options = (*WSVD, f"grouping={grouping}", f"ratio={ratio}")
-        bench, _ = refined(lab, folder, *options)
+        context, _ = refined(lab, folder, *options)
         facts = json.loads((folder / "facts.json").read_text())["weighted_error"]
-        assert facts.keys() == bench.sites.keys()
-        blocks = blocks_of(bench.model, bench.spec)
-        for name, site in bench.sites.items():
-            fisher = load_file(bench.weight_fisher / f"block_{site.block:03d}.safetensors")
+        assert facts.keys() == context.sites.keys()
+        blocks = blocks_of(context.model, context.tower)
+        for name, site in context.sites.items():
+            fisher = load_file(context.weight_fisher / f"block_{site.block:03d}.safetensors")
             a2 = torch.cat([fisher[f"{member}.weight"] for member in site.members]).double()
-            a2 = a2 / a2.mean() + bench.cell.refinement.floor
+            a2 = a2 / a2.mean() + context.cell.refinement.floor
             weight = site_weight(blocks[site.block], site).double()
             left, right = (factor.double() for factor in load_factors(folder, site))
             measured = (a2 * (weight - left @ right) ** 2).sum() / (a2 * weight**2).sum()

@@ -20,7 +20,7 @@ from lowrank_lab.quantization import learned_rotation, rotation
 from lowrank_lab.quantization.cayley import CayleySgd
 from lowrank_lab.quantization.learned_rotation import attach, load
 from lowrank_lab.records.results import Record
-from lowrank_lab.running.context import Bench, pick_device
+from lowrank_lab.running.context import Context, pick_device
 from tests.conftest import load_lively
 
 # Widths of models, of heads, and of the fields they lead to: prime (107), squares (25, 49) and cubes (27, 343).
@@ -66,26 +66,26 @@ def test_random_signs_follow_the_seed():
     torch.testing.assert_close(first @ first.T, torch.eye(12, dtype=torch.float64))
 
 
-def bench_of(lab, folder, *overrides, joint=False, untied=False):
-    """A bench whose model has large biases and norms that are not 1; with ``joint`` q, k and v are one site."""
+def context_of(lab, folder, *overrides, joint=False, untied=False):
+    """A context whose model has large biases and norms that are not 1; with ``joint`` q, k and v are one site."""
     sites = ["grouping=qkv"] if joint else []
     [cell] = lab.cells(f"model.path={folder}", "method=dense", *sites, *overrides)
-    bench = Bench(cell, Record(cell, None), pick_device("cpu"))
-    bench.model = load_lively(folder, 3.0, 0.3)
+    context = Context(cell, Record(cell, None), pick_device("cpu"))
+    context.model = load_lively(folder, 3.0, 0.3)
     generator = torch.Generator().manual_seed(0)
-    for name, parameter in bench.model.named_parameters():
+    for name, parameter in context.model.named_parameters():
         if "norm" in name:
             parameter.data.uniform_(0.2, 2.0, generator=generator)
     if untied:
-        bench.model.config.tie_word_embeddings = False
-        bench.model.lm_head.weight = torch.nn.Parameter(random(*bench.model.lm_head.weight.shape, seed=1))
-    return bench
+        context.model.config.tie_word_embeddings = False
+        context.model.lm_head.weight = torch.nn.Parameter(random(*context.model.lm_head.weight.shape, seed=1))
+    return context
 
 
-def factor(bench, rank):
+def factor(context, rank):
     """Put random factors of ``rank`` in the place of all sites."""
-    for number, site in enumerate(bench.sites.values()):
-        block = blocks_of(bench.model, bench.spec)[site.block]
+    for number, site in enumerate(context.sites.values()):
+        block = blocks_of(context.model, context.tower)[site.block]
         left = random(site.out, rank, seed=2 * number) / rank**0.5
         factorize(block, site, left, random(rank, site.inp, seed=2 * number + 1) / site.inp**0.5)
 
@@ -114,19 +114,21 @@ TRANSFORMS = [
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_rotation_changes_no_logits(lab, checkpoints, family, transform, sites):
     folder, joint = checkpoints[family.split()[0]], sites == "joint factors"
-    bench = bench_of(lab, folder, "quantization=w4a4", *transform.split(), joint=joint, untied="untied" in family)
+    context = context_of(
+        lab, folder, "quantization=w4a4", *transform.split(), joint=joint, untied="untied" in family
+    )
     if sites != "dense":
-        factor(bench, 9)
-    before, weights = logits_of(bench.model), {n: p.clone() for n, p in bench.model.named_parameters()}
-    quantization = bench.cell.quantization
+        factor(context, 9)
+    before, weights = logits_of(context.model), {n: p.clone() for n, p in context.model.named_parameters()}
+    quantization = context.cell.quantization
     with torch.no_grad():
-        (quantization.transform or quantization.latent)(bench, quantization)
-    after = logits_of(bench.model)
+        (quantization.transform or quantization.latent)(context, quantization)
+    after = logits_of(context.model)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
     assert before.abs().max() > 1  # it is no model that gives next to nothing
-    changed = [n for n, p in bench.model.named_parameters() if n in weights and not torch.equal(p, weights[n])]
+    changed = [n for n, p in context.model.named_parameters() if n in weights and not torch.equal(p, weights[n])]
     assert changed or (sites == "dense" and quantization.latent is not None)
-    tied = bench.model.lm_head.weight is bench.model.get_input_embeddings().weight
+    tied = context.model.lm_head.weight is context.model.get_input_embeddings().weight
     assert tied == (family == "llama")
 
 
@@ -152,27 +154,27 @@ def test_rotations_lose_less_in_few_bits_where_channels_stand_out(lab, checkpoin
     for preset in ("w4a4", "quarot", "spinquant"):
         overrides = [f"quantization={preset}", f"quantization/method={weights}"]
         steps = ["quantization.transform.steps=2"] if preset == "spinquant" else []
-        bench = bench_of(lab, checkpoints["mistral"], *overrides, *steps, joint=sites == "joint factors")
+        context = context_of(lab, checkpoints["mistral"], *overrides, *steps, joint=sites == "joint factors")
         if sites != "dense":
-            factor(bench, 24)
-        outliers(bench.model)
-        exact = logits_of(bench.model)
-        bench.cell.quantization(bench)
-        errors[preset] = (logits_of(bench.model) - exact).norm() / exact.norm()
+            factor(context, 24)
+        outliers(context.model)
+        exact = logits_of(context.model)
+        context.cell.quantization(context)
+        errors[preset] = (logits_of(context.model) - exact).norm() / exact.norm()
     assert errors["quarot"] < 0.85 * errors["w4a4"]
     assert errors["spinquant"] < 0.85 * errors["w4a4"]
 
 
 def test_latent_hadamards_spread_the_latent_values(lab, checkpoints):
-    bench = bench_of(lab, checkpoints["llama"], "quantization=w4a4", "quantization/latent=hadamard")
-    factor(bench, 24)
-    block = blocks_of(bench.model, bench.spec)[0]
+    context = context_of(lab, checkpoints["llama"], "quantization=w4a4", "quantization/latent=hadamard")
+    factor(context, 24)
+    block = blocks_of(context.model, context.tower)[0]
     factors = block.self_attn.q_proj
     sigma = torch.logspace(0, -2, 24)
     factors.right.weight.data, _ = torch.linalg.qr(factors.right.weight.data.T)
     factors.right.weight.data = sigma[:, None] * factors.right.weight.data.T
-    bench.cell.quantization.latent(bench, bench.cell.quantization)
-    sizes = bench.model.model.layers[0].self_attn.q_proj.right.weight.norm(dim=1)
+    context.cell.quantization.latent(context, context.cell.quantization)
+    sizes = context.model.model.layers[0].self_attn.q_proj.right.weight.norm(dim=1)
     assert sizes.max() / sizes.min() < 3 < (sigma.max() / sigma.min())
 
 
@@ -223,34 +225,34 @@ def test_learning_sees_the_network_that_is_made(lab, checkpoints, joint):
     logits = []
     for way in ("learning", "made"):
         overrides = ["quantization=spinquant", "quantization.weights.scale_dtype=float32"]
-        bench = bench_of(lab, checkpoints["qwen2"], *overrides, joint=bool(joint))
-        bench.model.double()
+        context = context_of(lab, checkpoints["qwen2"], *overrides, joint=bool(joint))
+        context.model.double()
         if joint:
-            factor(bench, 16)
-        quantization = bench.cell.quantization
-        rotation.fold_norms(bench.model, bench.spec)
-        rotation.hadamards(bench.model, bench.spec, False, True)
-        r1, r2 = rotation.start(bench.model, 0)
+            factor(context, 16)
+        quantization = context.cell.quantization
+        rotation.fold_norms(context.model, context.tower)
+        rotation.hadamards(context.model, context.tower, False, True)
+        r1, r2 = rotation.start(context.model, 0)
         if way == "learning":
-            attach(bench.model, bench, quantization, True, r1, r2)
+            attach(context.model, context, quantization, True, r1, r2)
         else:
-            rotation.rotate(bench.model, bench.spec, r1, r2)
+            rotation.rotate(context.model, context.tower, r1, r2)
             quantization.transform = None
-            quantization(bench)
-        logits.append(logits_of(bench.model))
+            quantization(context)
+        logits.append(logits_of(context.model))
     torch.testing.assert_close(*logits, rtol=0, atol=1e-9)
 
 
 def test_without_rounding_the_loss_depends_on_no_rotation(lab, checkpoints, monkeypatch):
     """So its gradient is zero in all directions in which they stay orthogonal."""
     monkeypatch.setattr(learned_rotation, "straight_through", lambda x, form: x)
-    bench = bench_of(lab, checkpoints["qwen2"], "quantization=spinquant")
-    bench.model.double().requires_grad_(False)
-    rotation.fold_norms(bench.model, bench.spec)
-    rotations = [torch.nn.Parameter(r) for r in rotation.start(bench.model, 0)]
-    attach(bench.model, bench, bench.cell.quantization, True, *rotations)
-    ids = bench.calibration_ids
-    bench.model(ids, labels=ids).loss.backward()
+    context = context_of(lab, checkpoints["qwen2"], "quantization=spinquant")
+    context.model.double().requires_grad_(False)
+    rotation.fold_norms(context.model, context.tower)
+    rotations = [torch.nn.Parameter(r) for r in rotation.start(context.model, 0)]
+    attach(context.model, context, context.cell.quantization, True, *rotations)
+    ids = context.calibration_ids
+    context.model(ids, labels=ids).loss.backward()
     for r in rotations:
         turned = r.grad @ r.detach().mT
         assert (turned - turned.mT).norm() < 1e-6 * turned.norm()
@@ -265,16 +267,19 @@ def test_learning_lowers_the_loss_of_the_rounded_model(lab, checkpoints, monkeyp
         "quantization.transform.steps=20",
         "quantization.transform.batch_size=12",
     ]
-    bench = bench_of(lab, checkpoints["mistral"], "quantization=spinquant", *few)
-    bench.model = load_lively(checkpoints["mistral"], 1.0, 0.0)
-    outliers(bench.model)
-    ids, optimizer = bench.calibration_ids, torch.optim.Adam(bench.model.requires_grad_(True).parameters(), lr=3e-3)
+    context = context_of(lab, checkpoints["mistral"], "quantization=spinquant", *few)
+    context.model = load_lively(checkpoints["mistral"], 1.0, 0.0)
+    outliers(context.model)
+    ids, optimizer = (
+        context.calibration_ids,
+        torch.optim.Adam(context.model.requires_grad_(True).parameters(), lr=3e-3),
+    )
     for _ in range(60):
         optimizer.zero_grad()
-        bench.model(ids, labels=ids).loss.backward()
+        context.model(ids, labels=ids).loss.backward()
         optimizer.step()
     with torch.no_grad():
-        bench.cell.quantization.transform(bench, bench.cell.quantization)
+        context.cell.quantization.transform(context, context.cell.quantization)
     [file] = (lab.root / "artifacts" / "rotations").glob("*/facts.json")
     facts = json.loads(file.read_text())
     assert facts["loss_after"] < 0.95 * facts["loss_before"]
@@ -332,10 +337,10 @@ def test_a_rotated_model_is_not_compared_layer_by_layer(lab):
 
 def test_what_is_done_online_is_counted(lab, checkpoints):
     """A full rotation after the last norm; in a block 4 heads, and 80 = 20 · 4 inputs of down_proj."""
-    bench = bench_of(lab, checkpoints["llama"], "quantization=quarot")
-    before = count_macs(bench.model, torch.arange(3, 15)[None])
-    bench.cell.quantization(bench)
-    after = count_macs(bench.model, torch.arange(3, 15)[None])
+    context = context_of(lab, checkpoints["llama"], "quantization=quarot")
+    before = count_macs(context.model, torch.arange(3, 15)[None])
+    context.cell.quantization(context)
+    after = count_macs(context.model, torch.arange(3, 15)[None])
     assert before["steps"] == 0
     assert after == {**before, "steps": 48 * 48 + 3 * (48 * 4 + 80 * (20 + 4))}
 

@@ -26,7 +26,7 @@ from lowrank_lab.lowrank.ranks import Site, budget, fit, total_cost
 from lowrank_lab.lowrank.spectra import compress, load_spectrum, make_spectra
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.models import tiny
-from lowrank_lab.models.families import ARCHITECTURES, ArchSpec
+from lowrank_lab.models.families import FAMILIES, Tower
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.factorized import site_weight
 from tests.sites import sites_in
@@ -44,12 +44,12 @@ class Small:
         self, folder: Path, family: str = "llama", layers: int = 4, certain: bool = False, **sites: Any
     ) -> None:
         self.family, self.layers, self.spectra, self.certain = family, layers, folder, certain
-        self.spec: ArchSpec = ARCHITECTURES[family]
-        self.sites: dict[str, Site] = sites_in(self.model(), self.spec, **sites)
+        self.tower: Tower = FAMILIES[family]
+        self.sites: dict[str, Site] = sites_in(self.model(), self.tower, **sites)
         self.ids = torch.randint(0, 260, (4, 24), generator=torch.Generator().manual_seed(1))
         if certain:
             self.ids = self._own_text()
-        make_spectra(folder, self.model(), self.spec, self.sites, Identity(), None, None, CPU)
+        make_spectra(folder, self.model(), self.tower, self.sites, Identity(), None, None, CPU)
 
     @torch.no_grad()
     def _own_text(self) -> torch.Tensor:
@@ -70,12 +70,12 @@ class Small:
                 model.get_output_embeddings().weight.mul_(10)
         return model
 
-    def bench(self, ratio: float) -> Any:
-        """As much of a bench as a training needs."""
+    def context(self, ratio: float) -> Any:
+        """As much of a context as a training needs."""
         return SimpleNamespace(
             device=CPU,
             sites=self.sites,
-            spec=self.spec,
+            tower=self.tower,
             spectra=self.spectra,
             ratio=ratio,
             take_model=self.model,
@@ -102,7 +102,7 @@ def truncated_alone(small: Small, name: str, rank: int) -> nn.Module:
     """The definition: the dense model with one site replaced."""
     model = small.model()
     ranks = {other: rank if other == name else None for other in small.sites}
-    compress(model, small.spec, small.sites, ranks, small.spectra, Absorb(0.5), CPU)
+    compress(model, small.tower, small.sites, ranks, small.spectra, Absorb(0.5), CPU)
     return model
 
 
@@ -118,10 +118,10 @@ def test_fast_sensitivities_are_those_of_the_definition(tmp_path, family):
     dense = nll(here.model(), here.ids)
     batches = here.ids.split(3)  # of two sizes
     model = here.model()
-    measure(found, model, here.spec, here.sites, here.spectra, batches, RATIOS, CPU)
+    measure(found, model, here.tower, here.sites, here.spectra, batches, RATIOS, CPU)
     assert nll(model, here.ids) == dense, "the model is not as it was"
     differences = 0
-    for block in range(len(blocks_of(model, here.spec))):
+    for block in range(len(blocks_of(model, here.tower))):
         for name, by_rank in json.loads((found / f"block_{block:03d}.json").read_text()).items():
             assert [int(rank) for rank in by_rank] == candidate_ranks(here.sites[name], RATIOS)
             for rank, fast in by_rank.items():
@@ -139,7 +139,7 @@ def test_fast_sensitivities_need_at_most_55_percent_of_the_forward_work(tmp_path
     here.sites = {name: site for name, site in here.sites.items() if name.endswith(("q_proj", "down_proj"))}
     ids = here.ids[:1]
     with FlopCounterMode(display=False) as fast:
-        measure(found, here.model(), here.spec, here.sites, here.spectra, [ids], [0.5], CPU)
+        measure(found, here.model(), here.tower, here.sites, here.spectra, [ids], [0.5], CPU)
     plain = 0
     for name, site in here.sites.items():
         if site.block == 0:  # every block costs the same in a whole forward
@@ -155,7 +155,7 @@ def test_sensitivities_go_on_after_an_interruption(small, tmp_path, monkeypatch)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
-    arguments = (small.spec, small.sites, small.spectra, [small.ids], RATIOS, CPU)
+    arguments = (small.tower, small.sites, small.spectra, [small.ids], RATIOS, CPU)
     measure(whole, small.model(), *arguments)
     (cut / "block_000.json").write_text((whole / "block_000.json").read_text())
     (cut / "block_002.json").write_text((whole / "block_002.json").read_text())
@@ -176,7 +176,7 @@ def test_sigma_gradients_are_those_of_finite_differences(tmp_path):
     spectra.mkdir()
     found.mkdir()
     here = Small(spectra, layers=2, joint=["qkv"])
-    make_sigma_gradients(found, here.model(), here.spec, here.sites, here.spectra, here.ids, CPU)
+    make_sigma_gradients(found, here.model(), here.tower, here.sites, here.spectra, here.ids, CPU)
     sigma, mean_abs, mean_square = load_sigma_gradients(found, here.sites)
     for name in list(here.sites)[::2]:
         site = here.sites[name]
@@ -186,7 +186,7 @@ def test_sigma_gradients_are_those_of_finite_differences(tmp_path):
                 losses = []
                 for step in (-1e-3, 1e-3):
                     model = here.model().double()
-                    block = blocks_of(model, here.spec)[site.block]
+                    block = blocks_of(model, here.tower)[site.block]
                     weight = site_weight(block, site)
                     spectrum = load_spectrum(here.spectra, site, CPU)
                     left, right, s = spectrum.factors(weight, site.full)
@@ -230,8 +230,8 @@ def test_what_is_trained_is_what_is_deployed(small):
     masked, deployed = small.model(), small.model()
     last = {name: site.last for name, site in small.sites.items()}
     masks = {name: rank.mask for name, rank in learned.items()}
-    mask_directions(masked, small.spec, small.sites, small.spectra, last, masks, CPU)
-    compress(deployed, small.spec, small.sites, ranks, small.spectra, Absorb(0.5), CPU)
+    mask_directions(masked, small.tower, small.sites, small.spectra, last, masks, CPU)
+    compress(deployed, small.tower, small.sites, ranks, small.spectra, Absorb(0.5), CPU)
     with torch.no_grad():
         torch.testing.assert_close(masked(small.ids).logits, deployed(small.ids).logits, rtol=1e-4, atol=1e-4)
 
@@ -250,7 +250,7 @@ def test_a_learned_rank_can_not_leave_its_range(small):
 def test_learned_ranks_lower_the_loss_at_the_same_budget(certain, tmp_path, ratio, forward):
     small = certain
     settings = Differentiable(**{**SETTINGS, "forward": forward})
-    train_ranks(tmp_path, small.bench(ratio), small.ids, settings)
+    train_ranks(tmp_path, small.context(ratio), small.ids, settings)
     history = json.loads((tmp_path / "history.json").read_text())
     assert history["sites"] == list(small.sites)
     assert len(history["steps"]) == 12
@@ -262,7 +262,7 @@ def test_learned_ranks_lower_the_loss_at_the_same_budget(certain, tmp_path, rati
     start = {name: ratio * site.dense / site.per_rank for name, site in small.sites.items()}
     for which, wanted in (("start", start), ("learned", learned)):
         model, ranks = small.model(), fit(small.sites, wanted, limit)
-        compress(model, small.spec, small.sites, ranks, small.spectra, Absorb(0.5), CPU)
+        compress(model, small.tower, small.sites, ranks, small.spectra, Absorb(0.5), CPU)
         losses[which] = nll(model, small.ids)
     assert losses["learned"] < losses["start"]
     assert not (tmp_path / "ranks.state").exists()
@@ -275,7 +275,7 @@ def test_rank_training_resumes_to_the_same_numbers(small, tmp_path, monkeypatch)
     whole.mkdir()
     cut.mkdir()
     settings = Differentiable(**SETTINGS)
-    train_ranks(whole, small.bench(0.5), small.ids, settings)
+    train_ranks(whole, small.context(0.5), small.ids, settings)
     monkeypatch.setattr(training, "SAVE_SECONDS", -1.0)  # after every step
     steps = []
 
@@ -288,12 +288,12 @@ def test_rank_training_resumes_to_the_same_numbers(small, tmp_path, monkeypatch)
     rows = training._rows
     monkeypatch.setattr(training, "_rows", stop)
     with pytest.raises(KeyboardInterrupt):
-        train_ranks(cut, small.bench(0.5), small.ids, settings)
+        train_ranks(cut, small.context(0.5), small.ids, settings)
     assert (cut / "ranks.state").exists()
     steps[:] = [0] * -100
     monkeypatch.setattr(training, "_rows", lambda *a: (steps.append(1), rows(*a))[1])
     steps.clear()
-    train_ranks(cut, small.bench(0.5), small.ids, settings)
+    train_ranks(cut, small.context(0.5), small.ids, settings)
     assert len(steps) == 12 - 7
     assert json.loads((cut / "ranks.json").read_text()) == json.loads((whole / "ranks.json").read_text())
 
@@ -308,7 +308,7 @@ def test_a_pooled_step_costs_at_most_two_training_steps(small):
     pooled = small.model().requires_grad_(False)
     full = {name: site.full for name, site in small.sites.items()}  # the most that any storage can ask for
     masks = {name: rank.mask for name, rank in learned.items()}
-    mask_directions(pooled, small.spec, small.sites, small.spectra, full, masks, CPU)
+    mask_directions(pooled, small.tower, small.sites, small.spectra, full, masks, CPU)
     with FlopCounterMode(display=False) as counter:
         logits = pooled(small.ids).logits[:, :-1]
         cross_entropy(logits.flatten(0, 1), small.ids[:, 1:].flatten()).backward()
@@ -320,9 +320,9 @@ def test_the_budget_of_learned_ranks_is_exact_after_rounding(lab):
         overrides = ["method=dobi_noremap", f"storage={storage}", "allocation.steps=3", "ratio=0.55"]
         record = lab.run(*overrides, "calibration.samples=4")
         [cell] = lab.cells(*overrides, "calibration.samples=4")
-        from lowrank_lab.running.context import Bench
+        from lowrank_lab.running.context import Context
 
-        sites = Bench(cell, SimpleNamespace(artifact=lambda _n, made: made), CPU).sites
+        sites = Context(cell, SimpleNamespace(artifact=lambda _n, made: made), CPU).sites
         ranks = record["compression"]["ranks"]
         left = budget(sites, 0.55) - total_cost(sites, ranks)
         assert 0 <= left < min(site.per_rank for site in sites.values())

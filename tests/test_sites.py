@@ -17,7 +17,7 @@ from lowrank_lab.lowrank.spectra import compress, make_spectra
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.lowrank.storage.remap import Remap
 from lowrank_lab.models import tiny
-from lowrank_lab.models.families import ARCHITECTURES
+from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.models.load import load_model
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.factorized import FactorizedLinear, SharedLatent, factors_of, site_weight
@@ -34,41 +34,41 @@ def load(checkpoints: dict[str, Path], family: str) -> nn.Module:
     return load_model(str(checkpoints[family]), None, "float32", False)
 
 
-def compressed(model, spec, sites, ranks, folder, storage):
-    make_spectra(folder, model, spec, sites, Identity(), None, None, CPU)
-    return compress(model, spec, sites, ranks, folder, storage, CPU)
+def compressed(model, tower, sites, ranks, folder, storage):
+    make_spectra(folder, model, tower, sites, Identity(), None, None, CPU)
+    return compress(model, tower, sites, ranks, folder, storage, CPU)
 
 
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 @pytest.mark.parametrize("joint", [["qkv"], ["qkv", "gate_up"], ["kv"]])
 def test_joint_sites_at_full_rank_reproduce_the_dense_logits(checkpoints, family, joint, tmp_path):
-    model, spec = load(checkpoints, family), ARCHITECTURES[family]
-    if any(role not in spec.roles for role in joint):
+    model, tower = load(checkpoints, family), FAMILIES[family]
+    if any(role not in tower.roles for role in joint):
         with pytest.raises(SkippedCell, match="no separate"):
-            sites_in(model, spec, joint)
+            sites_in(model, tower, joint)
         return
-    sites = sites_in(model, spec, joint)
+    sites = sites_in(model, tower, joint)
     members = sorted(name for site in sites.values() for name in site.members)
-    assert members == sorted(spec.linears * model.config.num_hidden_layers)
+    assert members == sorted(tower.linears * model.config.num_hidden_layers)
     with torch.no_grad():
         dense = model(IDS).logits
         full = {name: site.full for name, site in sites.items()}
-        error = compressed(model, spec, sites, full, tmp_path, Absorb(0.5))
+        error = compressed(model, tower, sites, full, tmp_path, Absorb(0.5))
         assert error == pytest.approx(0, abs=1e-9)
         torch.testing.assert_close(model(IDS).logits, dense, rtol=1e-4, atol=1e-4)
 
 
 def test_a_joint_site_is_the_truncated_svd_of_the_stacked_weights(checkpoints, tmp_path):
     """QSVD: one down-projection for q, k and v, under grouped-query attention too."""
-    model, spec = load(checkpoints, "llama"), ARCHITECTURES["llama"]
-    sites = sites_in(model, spec, ["qkv"], "qkv")
-    block = blocks_of(model, spec)[0]
+    model, tower = load(checkpoints, "llama"), FAMILIES["llama"]
+    sites = sites_in(model, tower, ["qkv"], "qkv")
+    block = blocks_of(model, tower)[0]
     site = next(iter(sites.values()))
     assert site.outs == (48, 24, 24)
     weight = site_weight(block, site).double()
     u, s, vh = torch.linalg.svd(weight)
     ranks = dict.fromkeys(sites, 20)
-    error = compressed(model, spec, sites, ranks, tmp_path, Absorb(0.5))
+    error = compressed(model, tower, sites, ranks, tmp_path, Absorb(0.5))
     left, right = factors_of(block, site)
     torch.testing.assert_close((left @ right).double(), (u[:, :20] * s[:20]) @ vh[:20], rtol=1e-4, atol=1e-5)
     assert error == pytest.approx(
@@ -78,23 +78,23 @@ def test_a_joint_site_is_the_truncated_svd_of_the_stacked_weights(checkpoints, t
 
 def stacked(checkpoints, sites):
     dense = load(checkpoints, "llama")
-    return [site_weight(blocks_of(dense, ARCHITECTURES["llama"])[s.block], s).double() for s in sites.values()]
+    return [site_weight(blocks_of(dense, FAMILIES["llama"])[s.block], s).double() for s in sites.values()]
 
 
 def test_the_shared_latent_is_stored_once_and_computed_once(checkpoints, tmp_path):
-    model, spec = load(checkpoints, "llama"), ARCHITECTURES["llama"]
+    model, tower = load(checkpoints, "llama"), FAMILIES["llama"]
     before = sum(p.numel() for p in model.parameters())
     with FlopCounterMode(display=False) as dense:
         model(IDS)
-    sites = sites_in(model, spec, ["qkv"], "qkv")
-    compressed(model, spec, sites, dict.fromkeys(sites, 10), tmp_path, Absorb(0.5))
+    sites = sites_in(model, tower, ["qkv"], "qkv")
+    compressed(model, tower, sites, dict.fromkeys(sites, 10), tmp_path, Absorb(0.5))
     saved = 3 * (48 * 96 - 10 * (48 + 96))  # r (E + q + k + v), the lecture's 4 r E under equal heads
     assert before - sum(p.numel() for p in model.parameters()) == saved
     assert sum("right" in name for name in model.state_dict()) == 3
     with FlopCounterMode(display=False) as now:
         model(IDS)
     assert dense.get_total_flops() - now.get_total_flops() == 2 * IDS.numel() * saved
-    attention = blocks_of(model, spec)[0].self_attn
+    attention = blocks_of(model, tower)[0].self_attn
     assert attention.q_proj.right is attention.k_proj.right is attention.v_proj.right
     assert attention.q_proj.right._input is None, "an activation is held on to after the block"
 
@@ -193,20 +193,20 @@ def signs(layer: FactorizedLinear, u: torch.Tensor, rank: int) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
 @pytest.mark.parametrize("joint", [[], ["qkv"]])
 def test_remapped_models_are_counted_and_close_to_unquantized_ones(checkpoints, family, joint, tmp_path):
-    spec = ARCHITECTURES[family]
+    tower = FAMILIES[family]
     models = {}
     for storage in (Remap(), Absorb(0.5)):
         model = load(checkpoints, family)
-        sites = sites_in(model, spec, joint, storage=Remap())
+        sites = sites_in(model, tower, joint, storage=Remap())
         ranks = {name: rank_for_ratio(site, 0.7) for name, site in sites.items()}
-        compressed(model, spec, sites, ranks, tmp_path, storage)
+        compressed(model, tower, sites, ranks, tmp_path, storage)
         models[type(storage)] = model
     remapped = models[Remap]
     assert any(isinstance(module, MixedLinear) for module in remapped.modules())
     with torch.no_grad():
         ours, theirs = remapped(IDS).logits, models[Absorb](IDS).logits
     assert (ours - theirs).norm() < 0.02 * theirs.norm()
-    measured = sizes(remapped, spec, sites, ranks, 0.7)
+    measured = sizes(remapped, tower, sites, ranks, 0.7)
     words = total_cost(sites, ranks)
     scales = 4 * sum(rank * (1 + len(sites[name].members)) for name, rank in ranks.items())
     assert measured["sites"]["bytes"] == 2 * words + scales

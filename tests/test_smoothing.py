@@ -19,7 +19,7 @@ from lowrank_lab.quantization.apply import apply, format_of
 from lowrank_lab.quantization.scales import awq_candidates, awq_losses, largest, smoothing
 from lowrank_lab.quantization.splits import latent_loss, low_factors, splits, weight_loss
 from lowrank_lab.records.results import Record
-from lowrank_lab.running.context import Bench, pick_device
+from lowrank_lab.running.context import Context, pick_device
 from tests.conftest import load_lively
 
 
@@ -98,10 +98,10 @@ def test_losses_of_a_split_are_those_of_the_outputs():
 FAMILIES = ["llama", "qwen2", "gemma2", "opt", "gpt2", "phi3"]
 
 
-def bench_of(lab, folder, *overrides: str, rank: int | None = None) -> Bench:
-    """A bench whose model has lively weights, norms and biases; with a ``rank``, its sites are factored."""
+def context_of(lab, folder, *overrides: str, rank: int | None = None) -> Context:
+    """A context whose model has lively weights, norms and biases; with a ``rank``, its sites are factored."""
     [cell] = lab.cells(f"model.path={folder}", "method=dense", *overrides)
-    bench = Bench(cell, Record(cell, None), pick_device("cpu"))
+    context = Context(cell, Record(cell, None), pick_device("cpu"))
     model = load_lively(folder, 3.0, 0.0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -109,12 +109,12 @@ def bench_of(lab, folder, *overrides: str, rank: int | None = None) -> Bench:
             if parameter.ndim == 1:
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
         if rank is not None:
-            for site in bench.sites.values():
-                block = blocks_of(model, bench.spec)[site.block]
+            for site in context.sites.values():
+                block = blocks_of(model, context.tower)[site.block]
                 u, sigma, vt = torch.linalg.svd(site_weight(block, site), full_matrices=False)
                 factorize(block, site, u[:, :rank] * sigma[:rank], vt[:rank])
-    bench.__dict__["model"] = model
-    return bench
+    context.__dict__["model"] = model
+    return context
 
 
 @torch.no_grad()
@@ -130,16 +130,16 @@ TRANSFORMS = [("smoothquant", "norms"), ("smoothquant", "all"), ("awq", "foldabl
 @pytest.mark.parametrize("rank", [None, 20], ids=["dense", "factored"])
 def test_a_scaled_model_computes_the_same(lab, checkpoints, family, quantization, where, rank):
     options = [f"quantization={quantization}", f"quantization.transform.where={where}"]
-    bench = bench_of(lab, checkpoints[family], *options, rank=rank)
-    expected, before = logits(bench.model), copy.deepcopy(bench.model.state_dict())
-    bench.cell.quantization.transform(bench, bench.cell.quantization)
-    assert_same(logits(bench.model), expected)
-    after = bench.model.state_dict()
+    context = context_of(lab, checkpoints[family], *options, rank=rank)
+    expected, before = logits(context.model), copy.deepcopy(context.model.state_dict())
+    context.cell.quantization.transform(context, context.cell.quantization)
+    assert_same(logits(context.model), expected)
+    after = context.model.state_dict()
     assert sum(not torch.equal(after[name], value) for name, value in before.items() if name in after) > 4
-    online = [steps for block in blocks_of(bench.model, bench.spec) for _, steps in prepared_in(block)]
+    online = [steps for block in blocks_of(context.model, context.tower) for _, steps in prepared_in(block)]
     unfolded = {"opt": 1, "gpt2": 2, "phi3": 2}.get(family, 0) if where == "all" else 0
-    assert len(online) == unfolded * len(blocks_of(bench.model, bench.spec))
-    assert bench.cell.quantization.online == (where == "all" or quantization == "smoothquant")
+    assert len(online) == unfolded * len(blocks_of(context.model, context.tower))
+    assert context.cell.quantization.online == (where == "all" or quantization == "smoothquant")
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -151,21 +151,21 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("grouping", ["each", "qkv"])
 def test_latents_change_the_factors_but_not_the_model(lab, checkpoints, family, latent, grouping):
     options = ["quantization=w8a8", *f"quantization/latent={latent}".split(), f"grouping={grouping}"]
-    bench = bench_of(lab, checkpoints[family], *options, rank=20)
-    expected, before = logits(bench.model), copy.deepcopy(bench.model.state_dict())
-    bench.cell.quantization.latent(bench, bench.cell.quantization)
-    assert_same(logits(bench.model), expected)
-    changed = {name for name, value in bench.model.state_dict().items() if not torch.equal(value, before[name])}
+    context = context_of(lab, checkpoints[family], *options, rank=20)
+    expected, before = logits(context.model), copy.deepcopy(context.model.state_dict())
+    context.cell.quantization.latent(context, context.cell.quantization)
+    assert_same(logits(context.model), expected)
+    changed = {name for name, value in context.model.state_dict().items() if not torch.equal(value, before[name])}
     factors = {name for name in before if ".left." in name or ".right." in name}
     assert changed == {name for name in factors if name.endswith("weight")}
 
 
 @pytest.mark.parametrize("latent", ["smooth", "beta"])
 def test_a_latent_of_a_dense_model_is_nothing(lab, checkpoints, latent):
-    bench = bench_of(lab, checkpoints["llama"], "quantization=w8a8", f"quantization/latent={latent}")
-    before = copy.deepcopy(bench.model.state_dict())
-    bench.cell.quantization.latent(bench, bench.cell.quantization)
-    assert all(torch.equal(value, before[name]) for name, value in bench.model.state_dict().items())
+    context = context_of(lab, checkpoints["llama"], "quantization=w8a8", f"quantization/latent={latent}")
+    before = copy.deepcopy(context.model.state_dict())
+    context.cell.quantization.latent(context, context.cell.quantization)
+    assert all(torch.equal(value, before[name]) for name, value in context.model.state_dict().items())
 
 
 @pytest.mark.parametrize("where", ["foldable", "all"])
@@ -176,13 +176,15 @@ def test_a_norm_behind_attention_is_not_folded_into(lab, tmp_path, where):
     config = AutoConfig.for_model("opt", **tiny.CONFIGS["opt"], do_layer_norm_before=False)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tiny.byte_tokenizer().save_pretrained(tmp_path / "model")
-    bench = bench_of(lab, tmp_path / "model", "quantization=smoothquant", f"quantization.transform.where={where}")
-    expected, before = logits(bench.model), copy.deepcopy(bench.model.state_dict())
-    bench.cell.quantization.transform(bench, bench.cell.quantization)
-    assert_same(logits(bench.model), expected)
-    after = bench.model.state_dict()
+    context = context_of(
+        lab, tmp_path / "model", "quantization=smoothquant", f"quantization.transform.where={where}"
+    )
+    expected, before = logits(context.model), copy.deepcopy(context.model.state_dict())
+    context.cell.quantization.transform(context, context.cell.quantization)
+    assert_same(logits(context.model), expected)
+    after = context.model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items() if "norm" in name)
-    assert len(prepared_in(blocks_of(bench.model, bench.spec)[0])) == (3 if where == "all" else 0)
+    assert len(prepared_in(blocks_of(context.model, context.tower)[0])) == (3 if where == "all" else 0)
     name = "model.decoder.layers.0.self_attn.v_proj.weight"
     assert where == "all" or not torch.equal(after[name], before[name])
 
@@ -190,30 +192,30 @@ def test_a_norm_behind_attention_is_not_folded_into(lab, tmp_path, where):
 @pytest.mark.parametrize("targets", ["kv", "mlp"])
 @pytest.mark.parametrize("quantization", ["smoothquant", "awq"])
 def test_linears_that_are_no_targets_follow(lab, checkpoints, targets, quantization):
-    bench = bench_of(lab, checkpoints["llama"], f"quantization={quantization}", f"targets={targets}")
-    expected, before = logits(bench.model), copy.deepcopy(bench.model.state_dict())
-    bench.cell.quantization.transform(bench, bench.cell.quantization)
-    assert_same(logits(bench.model), expected)
-    same = {name for name, value in bench.model.state_dict().items() if torch.equal(value, before[name])}
+    context = context_of(lab, checkpoints["llama"], f"quantization={quantization}", f"targets={targets}")
+    expected, before = logits(context.model), copy.deepcopy(context.model.state_dict())
+    context.cell.quantization.transform(context, context.cell.quantization)
+    assert_same(logits(context.model), expected)
+    same = {name for name, value in context.model.state_dict().items() if torch.equal(value, before[name])}
     norm = {"kv": "post_attention_layernorm", "mlp": "input_layernorm"}[targets]
     assert f"model.layers.0.{norm}.weight" in same
     if targets == "kv":
         assert "model.layers.0.self_attn.q_proj.weight" not in same
 
 
-def with_outliers(bench: Bench, factor: float) -> None:
+def with_outliers(context: Context, factor: float) -> None:
     """A few channels that norms give become so many times larger; or nothing: factor 0."""
-    for block in blocks_of(bench.model, bench.spec):
-        for norm in bench.spec.norms:
+    for block in blocks_of(context.model, context.tower):
+        for norm in context.tower.norms:
             if norm is not None:
                 block.get_submodule(norm).weight.data[[3, 17]] *= factor
 
 
-def with_massive_activations(bench: Bench) -> None:
+def with_massive_activations(context: Context) -> None:
     """The same model with channels that weigh little in the weights and much in their input, as large ones have."""
-    with_outliers(bench, 100.0)
-    for block in blocks_of(bench.model, bench.spec):
-        for members, norm in zip(bench.spec.inputs, bench.spec.norms, strict=True):
+    with_outliers(context, 100.0)
+    for block in blocks_of(context.model, context.tower):
+        for members, norm in zip(context.tower.inputs, context.tower.norms, strict=True):
             for path in {input_side(block, member) for member in members if norm is not None}:
                 block.get_submodule(path).weight.data[:, [3, 17]] /= 100.0
 
@@ -222,20 +224,20 @@ def with_massive_activations(bench: Bench) -> None:
 def test_smoothing_helps_where_channels_stand_out(lab, checkpoints, rank):
     errors = []
     for quantization in ("w8a8", "smoothquant"):
-        bench = bench_of(lab, checkpoints["llama"], f"quantization={quantization}", rank=rank)
-        with_massive_activations(bench)
-        expected = logits(bench.model)
-        apply(bench, bench.cell.quantization)
-        errors.append(float((logits(bench.model) - expected).norm() / expected.norm()))
+        context = context_of(lab, checkpoints["llama"], f"quantization={quantization}", rank=rank)
+        with_massive_activations(context)
+        expected = logits(context.model)
+        apply(context, context.cell.quantization)
+        errors.append(float((logits(context.model) - expected).norm() / expected.norm()))
     assert errors[1] < 0.5 * errors[0]
 
 
 @torch.no_grad()
-def seen(bench: Bench) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def seen(context: Context) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """By path, what every linear is given on the calibration text (tokens, in), and its weight."""
     found, hooks = {}, []
-    for index, block in enumerate(blocks_of(bench.model, bench.spec)):
-        for path in linears_in(block, bench.spec.linears):
+    for index, block in enumerate(blocks_of(context.model, context.tower)):
+        for path in linears_in(block, context.tower.linears):
             linear = block.get_submodule(path)
 
             def note(module, args, name=f"{index}.{path}"):
@@ -245,7 +247,7 @@ def seen(bench: Bench) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
                 )
 
             hooks.append(linear.register_forward_pre_hook(note))
-    bench.model(bench.calibration_ids)
+    context.model(context.calibration_ids)
     for hook in hooks:
         hook.remove()
     return found
@@ -257,15 +259,15 @@ def test_awq_loses_no_more_than_rounding_at_any_input(lab, checkpoints, rank, gr
     """Measured on what the linears are given, in units of the outputs before their rows were scaled."""
     options = ["quantization=awq", f"grouping={grouping}", "quantization.weights.scale_dtype=float32"]
     options.append("quantization.weights.granularity=32")
-    bench = bench_of(lab, checkpoints["llama"], *options, rank=rank)
-    with_outliers(bench, 30.0)
-    quantization = bench.cell.quantization
-    before = seen(bench)
-    quantization.transform(bench, quantization)
-    after = seen(bench)
+    context = context_of(lab, checkpoints["llama"], *options, rank=rank)
+    with_outliers(context, 30.0)
+    quantization = context.cell.quantization
+    before = seen(context)
+    quantization.transform(context, quantization)
+    after = seen(context)
     ratios = []
-    for index, block in enumerate(blocks_of(bench.model, bench.spec)):
-        for group in shared_inputs(block, bench.spec, bench.spec.linears):
+    for index, block in enumerate(blocks_of(context.model, context.tower)):
+        for group in shared_inputs(block, context.tower, context.tower.linears):
             plain = scaled = 0.0
             for path in group:
                 (x, weight), (x2, weight2) = before[f"{index}.{path}"], after[f"{index}.{path}"]
@@ -285,12 +287,12 @@ def test_the_best_beta_of_the_grid_is_taken(lab, checkpoints, options):
     errors = {}
     for betas in ("[0.0]", "[0.5]", "[1.0]", "[0.0,0.5,1.0]"):
         latent = ["quantization/latent=beta", f"quantization.latent.betas={betas}"]
-        bench = bench_of(lab, checkpoints["llama"], "grouping=qkv", *options, *latent, rank=20)
-        quantization = bench.cell.quantization
-        inputs = seen(bench)
-        quantization.latent(bench, quantization)
-        weights, errors[betas] = {path: weight for path, (_, weight) in seen(bench).items()}, []
-        for right, lefts in latent_paths(bench):
+        context = context_of(lab, checkpoints["llama"], "grouping=qkv", *options, *latent, rank=20)
+        quantization = context.cell.quantization
+        inputs = seen(context)
+        quantization.latent(context, quantization)
+        weights, errors[betas] = {path: weight for path, (_, weight) in seen(context).items()}, []
+        for right, lefts in latent_paths(context):
             x, right_weight = inputs[right]
             latents = x @ rounded(weights[right], quantization.right).T
             if quantization.activations is not None:
@@ -303,11 +305,11 @@ def test_the_best_beta_of_the_grid_is_taken(lab, checkpoints, options):
     assert len(alone.argmin(0).unique()) > 1  # not the same everywhere
 
 
-def latent_paths(bench: Bench) -> list[tuple[str, list[str]]]:
+def latent_paths(context: Context) -> list[tuple[str, list[str]]]:
     """The right factor of every site and the left ones that read its latent."""
     found = []
-    for index, block in enumerate(blocks_of(bench.model, bench.spec)):
-        for group in shared_inputs(block, bench.spec, bench.spec.linears):
+    for index, block in enumerate(blocks_of(context.model, context.tower)):
+        for group in shared_inputs(block, context.tower, context.tower.linears):
             if group[0].endswith(".left"):
                 right = group[0].replace(".left", ".right.linear" if len(group) > 1 else ".right")
                 found.append((f"{index}.{right}", [f"{index}.{path}" for path in group]))
@@ -316,9 +318,9 @@ def latent_paths(bench: Bench) -> list[tuple[str, list[str]]]:
 
 def test_a_beta_of_one_half_is_the_square_root_in_each_factor(lab, checkpoints):
     options = ["quantization=int4", "quantization/latent=beta", "quantization.latent.betas=[0.5]"]
-    bench = bench_of(lab, checkpoints["llama"], *options, rank=20)
-    bench.cell.quantization.latent(bench, bench.cell.quantization)
-    site = blocks_of(bench.model, bench.spec)[0].mlp.down_proj
+    context = context_of(lab, checkpoints["llama"], *options, rank=20)
+    context.cell.quantization.latent(context, context.cell.quantization)
+    site = blocks_of(context.model, context.tower)[0].mlp.down_proj
     left, right = site.left.weight.norm(dim=0), site.right.weight.norm(dim=1)
     torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
     assert (left[:-1] > left[1:]).all()
@@ -339,16 +341,16 @@ EVERYTHING = [
 @pytest.mark.parametrize("factor", [0.0, 1e4], ids=["dead", "outlier"])
 @pytest.mark.parametrize("rank", [None, 1], ids=["dense", "rank one"])
 def test_dead_and_loud_channels_give_numbers(lab, checkpoints, options, factor, rank):
-    bench = bench_of(lab, checkpoints["opt"], *options, rank=rank)
-    with_outliers(bench, factor)
+    context = context_of(lab, checkpoints["opt"], *options, rank=rank)
+    with_outliers(context, factor)
     if factor == 0:  # no input at all to fc2 and out_proj, and a matrix of zeros
-        block = blocks_of(bench.model, bench.spec)[0]
+        block = blocks_of(context.model, context.tower)[0]
         for path in linears_in(block, ["self_attn.v_proj", "fc1"]):
             block.get_submodule(path).weight.data.zero_()
             if block.get_submodule(path).bias is not None:
                 block.get_submodule(path).bias.data.fill_(-1.0)
-    apply(bench, bench.cell.quantization)
-    assert torch.isfinite(logits(bench.model)).all()
+    apply(context, context.cell.quantization)
+    assert torch.isfinite(logits(context.model)).all()
 
 
 @pytest.mark.parametrize(
@@ -369,13 +371,13 @@ def test_mistakes_stop_before_work(lab, overrides, message):
 
 
 def test_a_search_without_rounding_is_skipped(lab, checkpoints):
-    bench = bench_of(lab, checkpoints["llama"], "quantization=awq", "quantization/method=none", rank=20)
+    context = context_of(lab, checkpoints["llama"], "quantization=awq", "quantization/method=none", rank=20)
     with pytest.raises(SkippedCell, match="AWQ"):
-        bench.cell.quantization.check(bench.spec)
+        context.cell.quantization.check(context.tower)
     options = ["quantization/method=none", "quantization/latent=beta"]
-    bench = bench_of(lab, checkpoints["llama"], "quantization=int4", *options, rank=20)
+    context = context_of(lab, checkpoints["llama"], "quantization=int4", *options, rank=20)
     with pytest.raises(SkippedCell, match="beta"):
-        bench.cell.quantization.check(bench.spec)
+        context.cell.quantization.check(context.tower)
 
 
 @pytest.mark.parametrize(

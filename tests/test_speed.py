@@ -15,13 +15,13 @@ from lowrank_lab.evaluation.speed import Speed
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.lowrank.storage.remap import Remap
 from lowrank_lab.models import tiny
-from lowrank_lab.models.families import ARCHITECTURES
+from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.models.load import load_model
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.records.sizes import macs_per_token, sizes
 from lowrank_lab.reporting import figures, tables
 from lowrank_lab.reporting.sections import SPEED
-from lowrank_lab.running.context import Bench
+from lowrank_lab.running.context import Context
 from lowrank_lab.running.runner import summary
 
 from .sites import sites_in
@@ -41,11 +41,11 @@ def load(checkpoints, family):
     return load_model(str(checkpoints[family]), None, "float32", False)
 
 
-def with_random_factors(model, spec, sites, ranks, storage):
+def with_random_factors(model, tower, sites, ranks, storage):
     """Put factors of these ranks into ``model``: what they hold does not matter here."""
     for name, site in sites.items():
         left, right = torch.randn(site.out, ranks[name]).double(), torch.randn(ranks[name], site.inp).double()
-        storage.install(blocks_of(model, spec)[site.block], site, left, right, torch.ones(ranks[name]).double())
+        storage.install(blocks_of(model, tower)[site.block], site, left, right, torch.ones(ranks[name]).double())
 
 
 @pytest.mark.parametrize("family", tiny.CONFIGS)
@@ -67,12 +67,12 @@ def test_torch_counts_what_the_shapes_say(checkpoints, family):
 @pytest.mark.parametrize("joint", [[], ["qkv"], ["kv", "gate_up"]], ids=["each", "qkv", "kv+gate_up"])
 def test_macs_are_those_of_the_factors(checkpoints, storage, joint):
     """k (m + n) summed over the sites, here under grouped-query attention, and lm_head."""
-    model, spec = load(checkpoints, "llama"), ARCHITECTURES["llama"]
-    sites = sites_in(model, spec, joint, storage=storage)
+    model, tower = load(checkpoints, "llama"), FAMILIES["llama"]
+    sites = sites_in(model, tower, joint, storage=storage)
     ranks = {name: 3 + number % 5 for number, name in enumerate(sites)}
-    with_random_factors(model, spec, sites, ranks, storage)
+    with_random_factors(model, tower, sites, ranks, storage)
     expected = sum(ranks[name] * (site.out + site.inp) for name, site in sites.items()) + 260 * 48
-    assert sizes(model, spec, sites, ranks, 0.4)["macs_per_token"] == expected
+    assert sizes(model, tower, sites, ranks, 0.4)["macs_per_token"] == expected
     with torch.no_grad():
         assert timing.count_macs(model, PROMPT)["linears"] == expected
     assert timing.prefill_macs(model, 7) == 7 * (expected - 260 * 48) + 260 * 48
@@ -101,11 +101,11 @@ LECTURE = [
 def test_hardware_costs_are_those_of_the_lecture(joint, linears, cached, published):
     shape = {"hidden_size": E, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 8}
     for r1, r2 in published:
-        model, spec = LlamaForCausalLM(LlamaConfig(vocab_size=9, **shape)), ARCHITECTURES["llama"]
-        sites = sites_in(model, spec, joint, linears)
+        model, tower = LlamaForCausalLM(LlamaConfig(vocab_size=9, **shape)), FAMILIES["llama"]
+        sites = sites_in(model, tower, joint, linears)
         ranks = dict.fromkeys(sites, round(r2 / 100 * cached))
-        with_random_factors(model, spec, sites, ranks, Absorb(0.5))
-        cost = sizes(model, spec, sites, ranks, 0.5)["hardware_cost"]
+        with_random_factors(model, tower, sites, ranks, Absorb(0.5))
+        cost = sizes(model, tower, sites, ranks, 0.5)["hardware_cost"]
         assert 100 * cost["r1"] == pytest.approx(r1, abs=0.05)
         assert 100 * cost["r2"] == pytest.approx(r2)
 
@@ -257,8 +257,8 @@ def test_a_checkpoint_is_compared_with_its_merged_weights(lab):
     made = lab.run("method=svd", "ratio=0.6", "save=true")
     folder = lab.root / made["checkpoint"]
     [cell] = lab.cells(f"model.path={folder}", *SMALL)
-    bench = Bench(cell, None, CPU)
-    dense = bench.dense_model()
+    context = Context(cell, None, CPU)
+    dense = context.dense_model()
     compressed = load_model(str(folder), None, "float32", False)
     assert macs_per_token(dense) - macs_per_token(compressed) == (
         made["sizes"]["sites"]["parameters_dense"] - made["sizes"]["sites"]["parameters"]

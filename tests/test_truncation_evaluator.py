@@ -15,7 +15,7 @@ from lowrank_lab.evaluation.one_truncated import chosen_sites, compare, first
 from lowrank_lab.evaluation.robust import NotFiniteError
 from lowrank_lab.evaluation.truncation import Truncation
 from lowrank_lab.lowrank.masked import TruncatedActivation
-from lowrank_lab.models.families import ARCHITECTURES
+from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.modules.factorized import dense_weight
 from lowrank_lab.reporting import figures, tables
 from lowrank_lab.reporting.sections import TRUNCATION
@@ -23,10 +23,10 @@ from lowrank_lab.reporting.sections import TRUNCATION
 from .conftest import load_lively
 
 CPU = torch.device("cpu")
-FAMILIES = ["llama", "gpt2", "opt", "gemma2"]
+SOME = ["llama", "gpt2", "opt", "gemma2"]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=SOME)
 def family(request: Any) -> str:
     return request.param
 
@@ -71,15 +71,15 @@ def test_truncated_activations_are_the_best_of_their_rank(shape):
 
 def test_losses_are_those_of_the_definition(checkpoints, family):
     """The whole dense model with one linear changed by hand: its weight, or its output of each window."""
-    model, spec, windows = load(checkpoints, family), ARCHITECTURES[family], some_windows()
-    sites = chosen_sites(model, spec, None, [1])
-    found = compare(model, spec, sites, windows, [0.2, 0.6], CPU)
+    model, tower, windows = load(checkpoints, family), FAMILIES[family], some_windows()
+    sites = chosen_sites(model, tower, None, [1])
+    found = compare(model, tower, sites, windows, [0.2, 0.6], CPU)
     assert found["dense_nll"] == pytest.approx(nll(model, windows), abs=1e-5)
-    assert len(found["points"]) == 2 * len(spec.linears)
+    assert len(found["points"]) == 2 * len(tower.linears)
     # Neither could be taken for the other.
     assert max(abs(point["activation_nll"] - point["weight_nll"]) for point in found["points"]) > 2e-3
     for point in found["points"]:
-        path = f"{spec.blocks}.1.{point['linear']}"
+        path = f"{tower.blocks}.1.{point['linear']}"
         changed = load(checkpoints, family)
         weight = dense_weight(changed.get_submodule(path))
         assert point["rank"] == round(point["ratio"] * min(weight.shape))
@@ -100,9 +100,9 @@ def test_losses_are_those_of_the_definition(checkpoints, family):
 
 
 def test_full_rank_changes_nothing_and_the_model_is_left_as_it_was(checkpoints, family):
-    model, spec, windows = load(checkpoints, family), ARCHITECTURES[family], some_windows()
+    model, tower, windows = load(checkpoints, family), FAMILIES[family], some_windows()
     modules = dict(model.named_modules())
-    found = compare(model, spec, chosen_sites(model, spec, None, None), windows, [1], CPU)
+    found = compare(model, tower, chosen_sites(model, tower, None, None), windows, [1], CPU)
     for point in found["points"]:
         assert point["weight_nll"] == pytest.approx(found["dense_nll"], abs=2e-5)
         assert point["activation_nll"] == pytest.approx(found["dense_nll"], abs=2e-5)
@@ -112,21 +112,21 @@ def test_full_rank_changes_nothing_and_the_model_is_left_as_it_was(checkpoints, 
 
 def test_ranks_that_truncate_no_activation_are_left_out(checkpoints):
     """16 tokens: activations of rank 16 at most. min(out, in) is 48, and 24 for k and v."""
-    model, spec = load(checkpoints, "llama"), ARCHITECTURES["llama"]
-    sites = chosen_sites(model, spec, ["kv", "mlp.up_proj"], [0])
-    points = compare(model, spec, sites, some_windows(1, 16), [0.25, 0.5, 1], CPU)["points"]
+    model, tower = load(checkpoints, "llama"), FAMILIES["llama"]
+    sites = chosen_sites(model, tower, ["kv", "mlp.up_proj"], [0])
+    points = compare(model, tower, sites, some_windows(1, 16), [0.25, 0.5, 1], CPU)["points"]
     kept = {(p["linear"], p["rank"]) for p in points}
     assert kept == {
         ("self_attn.k_proj", 6), ("self_attn.k_proj", 12), ("self_attn.v_proj", 6), ("self_attn.v_proj", 12),
         ("mlp.up_proj", 12),
     }  # fmt: skip
     with pytest.raises(SkippedCell, match="seqlen=16 is below all ranks"):
-        compare(model, spec, sites, some_windows(1, 16), [1], CPU)
+        compare(model, tower, sites, some_windows(1, 16), [1], CPU)
 
 
 def test_linears_and_blocks_are_chosen_by_role_path_and_index(checkpoints):
-    model, spec = load(checkpoints, "gemma2"), ARCHITECTURES["gemma2"]
-    of = lambda *chosen: list(chosen_sites(model, spec, *chosen))
+    model, tower = load(checkpoints, "gemma2"), FAMILIES["gemma2"]
+    of = lambda *chosen: list(chosen_sites(model, tower, *chosen))
     assert of(["mlp.down_proj"], None) == [f"model.layers.{i}.mlp.down_proj" for i in (0, 2, 3)]
     assert of(["kv", "self_attn.k_proj"], [3]) == [f"model.layers.3.self_attn.{x}_proj" for x in "kv"]
     assert len(of(None, [0, 1, 2, 3])) == 28
@@ -137,10 +137,10 @@ def test_linears_and_blocks_are_chosen_by_role_path_and_index(checkpoints):
 
 
 def test_a_model_that_is_not_finite_names_its_layer(checkpoints):
-    model, spec = load(checkpoints, "llama"), ARCHITECTURES["llama"]
+    model, tower = load(checkpoints, "llama"), FAMILIES["llama"]
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
     with pytest.raises(NotFiniteError) as raised:
-        compare(model, spec, chosen_sites(model, spec, None, [0]), some_windows(), [0.5], CPU)
+        compare(model, tower, chosen_sites(model, tower, None, [0]), some_windows(), [0.5], CPU)
     assert raised.value.layer == "model.layers.1.mlp.up_proj"
 
 

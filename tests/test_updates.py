@@ -19,7 +19,7 @@ from lowrank_lab.lowrank.refinement.ipca import Ipca, Update, complete, leading_
 from lowrank_lab.lowrank.refinement.sequential_update import SequentialUpdate, refit_left
 from lowrank_lab.lowrank.solver import decompose
 from lowrank_lab.lowrank.spectra import by_block, load_spectrum, make_spectra
-from lowrank_lab.models.families import ARCHITECTURES
+from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.models.load import load_model
 from lowrank_lab.models.walk import block_file, blocks_of, walk
 from lowrank_lab.modules.factorized import dense_weight, factorize, site_weight
@@ -28,7 +28,7 @@ from tests.sites import sites_in
 from .conftest import stopped_at_block_one
 
 CPU = torch.device("cpu")
-FAMILIES = sorted(ARCHITECTURES)
+NAMES = sorted(FAMILIES)
 SOME = ["llama", "opt", "gpt2"]  # separate linears, biases and flattened sequences, transposed weights
 
 
@@ -37,15 +37,15 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.fixture(params=[(family, ()) for family in SOME] + [("llama", ("qkv", "gate_up"))], ids=str)
-def bench(request: pytest.FixtureRequest, checkpoints: dict[str, Path], tmp_path: Path) -> Any:
+def context(request: pytest.FixtureRequest, checkpoints: dict[str, Path], tmp_path: Path) -> Any:
     return make_bench(checkpoints, tmp_path, *request.param)
 
 
 def make_bench(
     checkpoints: dict[str, Path], folder: Path, family: str = "llama", joint: tuple[str, ...] = ()
 ) -> Any:
-    """What a refinement reads of a Bench: a tiny model with biases that are not zero, and its spectra."""
-    spec = ARCHITECTURES[family]
+    """What a refinement reads of a Context: a tiny model with biases that are not zero, and its spectra."""
+    tower = FAMILIES[family]
 
     def dense() -> Any:
         model = load_model(str(checkpoints[family]), None, "float32", False)
@@ -61,22 +61,22 @@ def make_bench(
     model, statistics, spectra_of = dense(), folder / "statistics", folder / "spectra"
     statistics.mkdir()
     spectra_of.mkdir()
-    sites = sites_in(model, spec, joint)
-    make_statistics(statistics, model, spec, ids.split(2), CPU)
-    make_spectra(spectra_of, model, spec, sites, SecondMoment(cholesky=False), statistics, None, CPU)
+    sites = sites_in(model, tower, joint)
+    make_statistics(statistics, model, tower, ids.split(2), CPU)
+    make_spectra(spectra_of, model, tower, sites, SecondMoment(cholesky=False), statistics, None, CPU)
     cell = SimpleNamespace(cfg=SimpleNamespace(calibration=SimpleNamespace(batch_size=2)))
-    facts = {"spec": spec, "device": CPU, "spectra": spectra_of, "calibration_ids": ids, "sites": sites}
-    walked = lambda model, samples=None: walk(model, spec, ids[:samples].split(2), CPU)
+    facts = {"tower": tower, "device": CPU, "spectra": spectra_of, "calibration_ids": ids, "sites": sites}
+    walked = lambda model, samples=None: walk(model, tower, ids[:samples].split(2), CPU)
     return SimpleNamespace(**facts, cell=cell, model=model, take_model=dense, dense=dense, walk=walked)
 
 
-def ranks_of(bench: Any, ratio: float = 0.6) -> dict[str, int | None]:
+def ranks_of(context: Any, ratio: float = 0.6) -> dict[str, int | None]:
     """One site of the second block and all of the last stay dense."""
-    ranks: dict[str, int | None] = {name: rank_for_ratio(site, ratio) for name, site in bench.sites.items()}
-    for name, site in bench.sites.items():
+    ranks: dict[str, int | None] = {name: rank_for_ratio(site, ratio) for name, site in context.sites.items()}
+    for name, site in context.sites.items():
         if site.block == 2:
             ranks[name] = None
-    ranks[next(name for name, site in bench.sites.items() if site.block == 1)] = None
+    ranks[next(name for name, site in context.sites.items() if site.block == 1)] = None
     return ranks
 
 
@@ -86,21 +86,21 @@ def made(tmp_path: Path, name: str = "factors") -> Path:
     return folder
 
 
-def interrupted_after_a_block(refinement: Any, bench: Any, ranks: Any, folder: Path, monkeypatch: Any) -> None:
+def interrupted_after_a_block(refinement: Any, context: Any, ranks: Any, folder: Path, monkeypatch: Any) -> None:
     with stopped_at_block_one(monkeypatch, factors):
-        refinement(bench, ranks, folder)
+        refinement(context, ranks, folder)
     assert [file.name for file in folder.iterdir()] == [block_file(0)]
 
 
 @pytest.mark.parametrize("refinement", [SequentialUpdate(), Ipca(None)], ids=["sequential_update", "ipca"])
 def test_an_interrupted_refinement_goes_on_to_the_same_numbers(refinement, checkpoints, tmp_path, monkeypatch):
-    bench = make_bench(checkpoints, tmp_path)
-    ranks = ranks_of(bench)
+    context = make_bench(checkpoints, tmp_path)
+    ranks = ranks_of(context)
     whole, parts = made(tmp_path, "whole"), made(tmp_path, "parts")
-    refinement(bench, ranks, whole)
-    interrupted_after_a_block(refinement, bench, ranks, parts, monkeypatch)
+    refinement(context, ranks, whole)
+    interrupted_after_a_block(refinement, context, ranks, parts, monkeypatch)
     first = (parts / block_file(0)).stat().st_mtime_ns
-    refinement(bench, ranks, parts)
+    refinement(context, ranks, parts)
     assert (parts / block_file(0)).stat().st_mtime_ns == first
     assert sorted(file.name for file in parts.iterdir()) == [block_file(i) for i in range(3)]
     for i in range(3):
@@ -145,14 +145,14 @@ def test_refit_survives_dead_channels_and_any_scale():
     assert (x @ (w - refit @ right).T).norm() == pytest.approx(float((x @ (w.T - right[:2].T @ best)).norm()))
 
 
-def test_the_refit_is_never_worse_on_what_the_compressed_prefix_feeds_it(bench, tmp_path):
+def test_the_refit_is_never_worse_on_what_the_compressed_prefix_feeds_it(context, tmp_path):
     """Measured in float64 on the very inputs, against the closed form's factors and the best possible left."""
-    ranks, folder = ranks_of(bench), made(tmp_path)
-    SequentialUpdate()(bench, ranks, folder)
-    model = bench.dense()
+    ranks, folder = ranks_of(context), made(tmp_path)
+    SequentialUpdate()(context, ranks, folder)
+    model = context.dense()
     gain = []
-    for index, block, run in walk(model, bench.spec, bench.calibration_ids.split(2), CPU):
-        here = {name: site for name, site in by_block(bench.sites, 3)[index].items() if ranks[name] is not None}
+    for index, block, run in walk(model, context.tower, context.calibration_ids.split(2), CPU):
+        here = {name: site for name, site in by_block(context.sites, 3)[index].items() if ranks[name] is not None}
         seen: dict[str, list[torch.Tensor]] = {name: [] for name in here}
         hooks = []
         for name, site in here.items():
@@ -163,7 +163,7 @@ def test_the_refit_is_never_worse_on_what_the_compressed_prefix_feeds_it(bench, 
             hook.remove()
         for name, site in here.items():
             x, weight = torch.cat(seen[name]), site_weight(block, site).double()
-            plain = load_spectrum(bench.spectra, site, CPU).factors(weight, ranks[name])
+            plain = load_spectrum(context.spectra, site, CPU).factors(weight, ranks[name])
             left, right = (factor.double() for factor in load_factors(folder, site))
             torch.testing.assert_close(right, plain[1], rtol=1e-5, atol=1e-6)  # kept
             errors = [float((x @ (weight - product).T).norm()) for product in (plain[0] @ plain[1], left @ right)]
@@ -175,12 +175,12 @@ def test_the_refit_is_never_worse_on_what_the_compressed_prefix_feeds_it(bench, 
         run()
     assert min(gain) < 0.99
     first = [
-        g for g, name in zip(gain, (n for n in bench.sites if ranks[n] is not None), strict=True) if ".0." in name
+        g for g, name in zip(gain, (n for n in context.sites if ranks[n] is not None), strict=True) if ".0." in name
     ]
     assert min(first) > 1 - 1e-6  # nothing is compressed before the first block: the closed form is best there
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NAMES)
 def test_sequential_update_end_to_end(lab, family):
     record = lab.run(f"model.path=tiny:{family}", "method=svdllm_u", "ratio=0.6")
     assert record["status"] == "done", record
@@ -294,30 +294,30 @@ def literal(activations: list[torch.Tensor], rank: int) -> torch.Tensor:
     return v @ v.T
 
 
-def test_ipca_sees_the_outputs_of_the_dense_model(bench, tmp_path):
+def test_ipca_sees_the_outputs_of_the_dense_model(context, tmp_path):
     """Algorithm 2 on what each linear gives in the model's own forward, one sequence at a time, less its bias."""
-    ranks, folder, samples = ranks_of(bench, 0.5), made(tmp_path), 3
-    Ipca(samples)(bench, ranks, folder)
-    linears = [f"{bench.spec.blocks}.{i}.{name}" for i in range(3) for name in bench.spec.linears]
+    ranks, folder, samples = ranks_of(context, 0.5), made(tmp_path), 3
+    Ipca(samples)(context, ranks, folder)
+    linears = [f"{context.tower.blocks}.{i}.{name}" for i in range(3) for name in context.tower.linears]
     outputs: dict[str, list[torch.Tensor]] = {name: [] for name in linears}
     for name in linears:
         hook = lambda _m, _a, out, into=outputs[name]: into.append(out.flatten(0, -2))
-        bench.model.get_submodule(name).register_forward_hook(hook)
+        context.model.get_submodule(name).register_forward_hook(hook)
     with torch.no_grad():
-        for sequence in bench.calibration_ids[:samples]:
-            bench.model(sequence[None], use_cache=False)
-    blocks = blocks_of(bench.model, bench.spec)
-    for name, site in bench.sites.items():
+        for sequence in context.calibration_ids[:samples]:
+            context.model(sequence[None], use_cache=False)
+    blocks = blocks_of(context.model, context.tower)
+    for name, site in context.sites.items():
         if ranks[name] is None:
             continue
-        members = [f"{bench.spec.blocks}.{site.block}.{member}" for member in site.members]
-        biases = [getattr(bench.model.get_submodule(member), "bias", None) for member in members]
+        members = [f"{context.tower.blocks}.{site.block}.{member}" for member in site.members]
+        biases = [getattr(context.model.get_submodule(member), "bias", None) for member in members]
         seen = [
             torch.cat([outputs[m][n] - (0 if b is None else b) for m, b in zip(members, biases, strict=True)], 1)
             for n in range(samples)
         ]
         weight = (
-            torch.cat([dense_weight(bench.model.get_submodule(member)) for member in members]).detach().double()
+            torch.cat([dense_weight(context.model.get_submodule(member)) for member in members]).detach().double()
         )
         torch.testing.assert_close(weight, site_weight(blocks[site.block], site).double())
         left, right = (factor.double() for factor in load_factors(folder, site))

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from lowrank_lab import progress
 from lowrank_lab.lowrank.metric.base import OutputStatistics
-from lowrank_lab.models.families import ArchSpec
+from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import block_file, blocks_of
 from lowrank_lab.modules.factorized import dense_weight
 
@@ -63,7 +63,7 @@ class Accumulator:
 def make_gradients(
     folder: Path,
     model: nn.Module,
-    spec: ArchSpec,
+    tower: Tower,
     ids: Tensor,
     device: torch.device,
     outer: bool = False,
@@ -78,9 +78,9 @@ def make_gradients(
     model.to(device)
     accumulators: list[dict[str, Accumulator]] = []
     hooks = []
-    for block in blocks_of(model, spec):
+    for block in blocks_of(model, tower):
         of_block = {}
-        for name in spec.linears:
+        for name in tower.linears:
             linear = block.get_submodule(name)
             out, inp = dense_weight(linear).shape
             of_block[name] = Accumulator(out, inp, outer, weight, device)

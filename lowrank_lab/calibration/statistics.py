@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lowrank_lab import progress
 from lowrank_lab.lowrank.metric.base import InputStatistics
-from lowrank_lab.models.families import ArchSpec
+from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import block_file, blocks_of, walk
 
 STRIPS = 4  # of the upper triangle: 4 need 5/8 of the whole product, more save little
@@ -66,7 +66,7 @@ def _mirrored(matrix: Tensor) -> Tensor:
 def make_statistics(
     folder: Path,
     model: nn.Module,
-    spec: ArchSpec,
+    tower: Tower,
     batches: Iterable[Tensor],
     device: torch.device,
     offload: Path | None = None,
@@ -77,10 +77,10 @@ def make_statistics(
 
     Raises FloatingPointError, naming the linear, where an activation is not finite.
     """
-    count = len(blocks_of(model, spec))
-    blocks = walk(model, spec, batches, device, offload=offload)
+    count = len(blocks_of(model, tower))
+    blocks = walk(model, tower, batches, device, offload=offload)
     for index, block, run in progress.track(blocks, "calibration", "block", count):
-        accumulators = gather(block, [group[0] for group in spec.inputs], run, device)
+        accumulators = gather(block, [group[0] for group in tower.inputs], run, device)
         tokens = {str(a.tokens) for a in accumulators.values()}
         assert len(tokens) == 1, f"block {index}: its linears saw different numbers of tokens: {tokens}"
         tensors = {}

@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lowrank_lab.checkpoints.description import QUANT_METHOD, Saved
 from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.ranks import Ranks, Site, Sites
-from lowrank_lab.models.families import ArchSpec, spec_for
+from lowrank_lab.models.families import Tower, tower_for
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules import steps
 from lowrank_lab.modules.attention import cache_of, round_cache
@@ -76,7 +76,7 @@ class LowRankQuantizer(HfQuantizer):
                 owner: Any = block.get_submodule(path.rpartition(".")[0])
                 owner._is_hf_initialized = True
         if saved.final:
-            path = _path(model, spec_for(model.config.model_type).final_norm)
+            path = _path(model, tower_for(model.config.model_type).final_norm)
             model.set_submodule(path, Followed(model.get_submodule(path), steps.empty(saved.final)))
         for name, form in saved.quantized.items():
             index, _, path = name.partition(".")
@@ -115,26 +115,26 @@ class LowRankQuantizer(HfQuantizer):
         return saved.kind == "factors" and not saved.is_quantized
 
 
-def describe(model: nn.Module, spec: ArchSpec, sites: Sites, ranks: Ranks, method: str, ratio: float) -> Saved:
+def describe(model: nn.Module, tower: Tower, sites: Sites, ranks: Ranks, method: str, ratio: float) -> Saved:
     """How ``model`` was compressed. Raises UserError for a storage that checkpoints cannot hold."""
     found = set()
     quantized = {
         f"{index}.{path}": module.format
-        for index, block in enumerate(blocks_of(model, spec))
+        for index, block in enumerate(blocks_of(model, tower))
         for path, module in block.named_modules()
         if isinstance(module, QuantizedLinear)
     }
     for name, site in sites.items():
         if ranks[name] is None:
             continue
-        block = model.get_submodule(f"{spec.blocks}.{site.block}")
+        block = model.get_submodule(f"{tower.blocks}.{site.block}")
         for member in site.members:
             module: Any = block.get_submodule(member)
             left = block.get_submodule(output_side(block, member))
             found.add(HALVES.get(type(left)) if isinstance(module, FactorizedLinear) else None)
     steps_of = {
         ",".join(f"{index}.{path}" for path in paths): steps.describe(prepared)
-        for index, block in enumerate(blocks_of(model, spec))
+        for index, block in enumerate(blocks_of(model, tower))
         for paths, prepared in prepared_in(block)
     }
     final = [step for norm in model.modules() if isinstance(norm, Followed) for step in steps.describe(norm.steps)]
@@ -211,7 +211,7 @@ def _blocks(model: Any, sites: Sites) -> list[tuple[nn.Module, str]]:
 
 def _block(model: Any, index: int) -> nn.Module:
     """One block of ``model``, which may also be a bare one, without lm_head."""
-    blocks: Any = model.get_submodule(_path(model, spec_for(model.config.model_type).blocks))
+    blocks: Any = model.get_submodule(_path(model, tower_for(model.config.model_type).blocks))
     return blocks[index]
 
 

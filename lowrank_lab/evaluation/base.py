@@ -10,7 +10,7 @@ from lowrank_lab.artifacts.store import Store
 from lowrank_lab.cells.config import for_key
 
 if TYPE_CHECKING:
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 class Evaluator:
@@ -57,13 +57,13 @@ class Evaluator:
         seqlen = getattr(self, "seqlen", None)
         return {} if seqlen is None else {"seqlen": seqlen}
 
-    def check(self, bench: Bench) -> None:
+    def check(self, context: Context) -> None:
         """Look, before the model is read, whether this suits it.
 
         Raises SkippedCell, or UserError for a setting that no model of this kind could meet.
         """
 
-    def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
+    def __call__(self, context: Context, part: str) -> dict[str, Any]:
         """Measure one part of ``parts``."""
         raise NotImplementedError
 

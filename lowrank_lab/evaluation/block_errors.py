@@ -16,12 +16,12 @@ from lowrank_lab.evaluation.robust import NotFiniteError
 from lowrank_lab.lowrank.factors import load_factors
 from lowrank_lab.lowrank.ranks import Site
 from lowrank_lab.lowrank.spectra import by_block, load_spectrum
-from lowrank_lab.models.families import ArchSpec
+from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import blocks_of, walk
 from lowrank_lab.modules.factorized import FactorizedLinear, factors_of, site_weight
 
 if TYPE_CHECKING:
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 class RelativeError:
@@ -56,7 +56,7 @@ class RelativeError:
 
 
 def output_errors(
-    dense: nn.Module, compressed: nn.Module, spec: ArchSpec, batches: Sequence[Tensor], device: torch.device
+    dense: nn.Module, compressed: nn.Module, tower: Tower, batches: Sequence[Tensor], device: torch.device
 ) -> dict[str, Any]:
     """The relative errors of the outputs for ``batches`` (batch, length) of token ids.
 
@@ -69,19 +69,19 @@ def output_errors(
     Both models are walked side by side, so that memory holds the hidden states of one depth. Raises NotFiniteError
     where an output is not finite.
     """
-    linears: dict[str, list[float | None]] = {name: [] for name in spec.linears}
+    linears: dict[str, list[float | None]] = {name: [] for name in tower.linears}
     blocks: dict[str, list[float]] = defaultdict(list)
     exact: list[Tensor] = []
     carried: list[Tensor] = []
     walks = zip(
-        walk(dense, spec, batches, device, exact), walk(compressed, spec, batches, device, carried), strict=True
+        walk(dense, tower, batches, device, exact), walk(compressed, tower, batches, device, carried), strict=True
     )
     for (index, dense_block, run_dense), (_, block, run) in progress.track(
-        walks, "output errors", "block", len(blocks_of(dense, spec))
+        walks, "output errors", "block", len(blocks_of(dense, tower))
     ):
-        layer = f"{spec.blocks}.{index}"
+        layer = f"{tower.blocks}.{index}"
         entering, prefix = list(exact), list(carried)
-        of_linears = _of_linears(dense_block, block, spec, run_dense)  # moves ``exact`` one block on
+        of_linears = _of_linears(dense_block, block, tower, run_dense)  # moves ``exact`` one block on
         for name, errors in linears.items():
             errors.append(of_linears[name].of_all(f"{layer}.{name}") if name in of_linears else None)
         for kind, states, go in (("own", entering, partial(run, advance=False)), ("accumulated", prefix, run)):
@@ -93,12 +93,12 @@ def output_errors(
 
 
 def _of_linears(
-    dense_block: nn.Module, block: nn.Module, spec: ArchSpec, run: Callable[[], None]
+    dense_block: nn.Module, block: nn.Module, tower: Tower, run: Callable[[], None]
 ) -> dict[str, RelativeError]:
     """The errors of the compressed linears of ``block`` on what ``run`` passes through the dense one."""
     errors: dict[str, RelativeError] = {}
     hooks = []
-    for name in spec.linears:
+    for name in tower.linears:
         compressed = block.get_submodule(name)
         if isinstance(compressed, FactorizedLinear):
             errors[name] = RelativeError()
@@ -128,7 +128,7 @@ def _of_block(block: nn.Module, exact: Sequence[Tensor], run: Callable[[], None]
 
 
 @torch.no_grad()
-def storage_errors(bench: Bench, dense: nn.Module) -> dict[str, dict[str, float]]:
+def storage_errors(context: Context, dense: nn.Module) -> dict[str, dict[str, float]]:
     """``mse`` and ``mae`` of the products of the factors as they are stored against those of the exact factors.
 
     By path within the block, the mean over the blocks in which that linear is compressed (Dobi-SVD, Table 8). The
@@ -136,17 +136,17 @@ def storage_errors(bench: Bench, dense: nn.Module) -> dict[str, dict[str, float]
     element, since it is what the model multiplies with. The exact factors are those of the decomposition, or of
     the refinement, before the storage rounds or quantizes them.
     """
-    ranks = bench.record.data["compression"]["ranks"]
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in bench.spec.linears}
-    blocks = list(zip(blocks_of(bench.model, bench.spec), blocks_of(dense, bench.spec), strict=True))
-    here_of = by_block(bench.sites, len(blocks))
+    ranks = context.record.data["compression"]["ranks"]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in context.tower.linears}
+    blocks = list(zip(blocks_of(context.model, context.tower), blocks_of(dense, context.tower), strict=True))
+    here_of = by_block(context.sites, len(blocks))
     for index, (block, dense_block) in enumerate(progress.track(blocks, "storage errors", "block")):
         for name, site in here_of[index].items():
             stored = factors_of(block, site)
             if stored is None:
                 continue
-            left, right = exact_factors(bench, dense_block, site, ranks[name])
-            error = product_error((left, right), stored, bench.device)
+            left, right = exact_factors(context, dense_block, site, ranks[name])
+            error = product_error((left, right), stored, context.device)
             for member, rows in zip(site.members, error.split(site.outs), strict=True):
                 found[member].append({"mse": rows.square().mean().item(), "mae": rows.abs().mean().item()})
     return {
@@ -156,12 +156,12 @@ def storage_errors(bench: Bench, dense: nn.Module) -> dict[str, dict[str, float]
     }
 
 
-def exact_factors(bench: Bench, dense_block: nn.Module, site: Site, rank: int) -> tuple[Tensor, Tensor]:
+def exact_factors(context: Context, dense_block: nn.Module, site: Site, rank: int) -> tuple[Tensor, Tensor]:
     """``left`` (out, k) and ``right`` (k, in) of a site before the storage touched them."""
-    if bench.cell.refinement is not None:
-        return load_factors(bench.cell.store.path("factors", bench.cell.factors_key), site)
-    weight = site_weight(dense_block, site).to(bench.device, torch.float64)
-    left, right, _ = load_spectrum(bench.spectra, site, bench.device).factors(weight, rank)
+    if context.cell.refinement is not None:
+        return load_factors(context.cell.store.path("factors", context.cell.factors_key), site)
+    weight = site_weight(dense_block, site).to(context.device, torch.float64)
+    left, right, _ = load_spectrum(context.spectra, site, context.device).factors(weight, rank)
     return left, right
 
 

@@ -12,7 +12,7 @@ from lowrank_lab.evaluation.base import Evaluator
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 class Factors(Evaluator):
@@ -40,19 +40,19 @@ class Factors(Evaluator):
         self.blocks = blocks
         self.bins = bins
 
-    def check(self, bench: Bench) -> None:
-        self._chosen(bench)
+    def check(self, context: Context) -> None:
+        self._chosen(context)
 
-    def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
+    def __call__(self, context: Context, part: str) -> dict[str, Any]:
         """Measure it: the value, and all of ``linears``. Raises SkippedCell where none of them has factors."""
         from lowrank_lab.models.walk import blocks_of
         from lowrank_lab.modules.factorized import FactorizedLinear, innermost
 
-        blocks, found = blocks_of(bench.model, bench.spec), []
-        for site in self._chosen(bench).values():
+        blocks, found = blocks_of(context.model, context.tower), []
+        for site in self._chosen(context).values():
             module = blocks[site.block].get_submodule(site.key)
             if isinstance(module, FactorizedLinear):
-                role = "mlp" if site.key in bench.spec.roles["mlp"] else "attention"
+                role = "mlp" if site.key in context.tower.roles["mlp"] else "attention"
                 factors = {"left": innermost(module.left).weight, "right": innermost(module.right).weight}
                 told = {name: distribution(factor, self.bins) for name, factor in factors.items()}
                 found.append({"linear": site.key, "role": role, "block": site.block, **told})
@@ -66,14 +66,14 @@ class Factors(Evaluator):
             "protocol": {"linears": [one["linear"] for one in found], "blocks": [one["block"] for one in found]},
         }
 
-    def _chosen(self, bench: Bench) -> Any:
+    def _chosen(self, context: Context) -> Any:
         from lowrank_lab.evaluation.one_truncated import chosen_sites
         from lowrank_lab.models.walk import blocks_of
 
-        model, spec = bench.skeleton(), bench.spec
-        linears = self.linears or [spec.roles["attention"][0], spec.roles["mlp"][0]]
-        blocks = self.blocks or [len(blocks_of(model, spec)) // 2]
-        return chosen_sites(model, spec, linears, blocks, "eval.factors")
+        model, tower = context.skeleton(), context.tower
+        linears = self.linears or [tower.roles["attention"][0], tower.roles["mlp"][0]]
+        blocks = self.blocks or [len(blocks_of(model, tower)) // 2]
+        return chosen_sites(model, tower, linears, blocks, "eval.factors")
 
 
 def distribution(values: Tensor, bins: int) -> dict[str, Any]:

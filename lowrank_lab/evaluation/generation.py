@@ -14,7 +14,7 @@ from lowrank_lab.evaluation.base import Evaluator
 
 if TYPE_CHECKING:
     from lowrank_lab.evaluation.text import Answer
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 NGRAM = 4
 KINDS = ("greedy", "sampled")
@@ -82,27 +82,27 @@ class Generation(Evaluator):
         self.seed = seed
         self.chat = chat
 
-    def check(self, bench: Bench) -> None:
-        name = bench.cell.source.name
-        if self.chat and not bench.tokenizer.chat_template:
-            raise SkippedCell(f"{name} has no chat template; use eval.{bench.evaluator}.chat=false")
-        positions = getattr(bench.model_config, "max_position_embeddings", None)
-        longest = max(len(ids) for ids, _ in self._asked(bench)) + self.max_new_tokens
+    def check(self, context: Context) -> None:
+        name = context.cell.source.name
+        if self.chat and not context.tokenizer.chat_template:
+            raise SkippedCell(f"{name} has no chat template; use eval.{context.evaluator}.chat=false")
+        positions = getattr(context.model_config, "max_position_embeddings", None)
+        longest = max(len(ids) for ids, _ in self._asked(context)) + self.max_new_tokens
         if positions is not None and longest > positions:
             raise SkippedCell(
                 f"a prompt and its answer are up to {longest} tokens; {name} has {positions} positions"
             )
 
-    def _asked(self, bench: Bench) -> list[tuple[list[int], bool]]:
+    def _asked(self, context: Context) -> list[tuple[list[int], bool]]:
         """The tokens of every prompt, and whether its answer ends with its line."""
-        return [(prompt.ids(bench.tokenizer, self.chat), prompt.shots > 0) for prompt in self.prompts]
+        return [(prompt.ids(context.tokenizer, self.chat), prompt.shots > 0) for prompt in self.prompts]
 
-    def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
+    def __call__(self, context: Context, part: str) -> dict[str, Any]:
         """Write all answers and measure them."""
         from lowrank_lab.evaluation.robust import NotFiniteError
         from lowrank_lab.evaluation.text import write
 
-        prompts = self._asked(bench)
+        prompts = self._asked(context)
         protocol = {
             "prompts": fingerprint([prompt.messages for prompt in self.prompts]),
             "zero_shot": sum(not prompt.shots for prompt in self.prompts),
@@ -118,7 +118,7 @@ class Generation(Evaluator):
         sampling = {"temperature": self.temperature, "top_p": self.top_p}
         try:
             written = write(
-                bench.model, bench.tokenizer, prompts, self.max_new_tokens, sampling, self.seed, bench.device
+                context.model, context.tokenizer, prompts, self.max_new_tokens, sampling, self.seed, context.device
             )
         except NotFiniteError as error:
             return {"metric": "repetition", "value": None, "not_finite": error.layer, "protocol": protocol}

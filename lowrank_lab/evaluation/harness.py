@@ -20,7 +20,7 @@ from lowrank_lab.evaluation.task_data import TaskData, find
 from lowrank_lab.evaluation.tasks import Leaf, NamedTask, harness_version, named_task, task_manager
 
 if TYPE_CHECKING:
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 class Harness(Evaluator):
@@ -72,17 +72,17 @@ class Harness(Evaluator):
             }
         return parts
 
-    def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
+    def __call__(self, context: Context, part: str) -> dict[str, Any]:
         """Measure the task ``part``: lm.evaluate's results, and how they were obtained."""
-        store = bench.cell.store
+        store = context.cell.store
         task = named_task(part, store)
-        data = self._data(task, bench.cell.cfg.data_root, store)
+        data = self._data(task, context.cell.cfg.data_root, store)
         manager = task_manager(store, {leaf: found.yaml for leaf, found in data.items()})
 
         from lowrank_lab.evaluation.lm import evaluate
 
         measured = evaluate(
-            bench.model, bench.tokenizer, bench.device, part, manager, self.shots, self.limit, self.batch_size
+            context.model, context.tokenizer, context.device, part, manager, self.shots, self.limit, self.batch_size
         )
         protocol: dict[str, Any] = {
             "shots": {leaf: self._shots(leaf, facts) for leaf, facts in task.leaves.items()},

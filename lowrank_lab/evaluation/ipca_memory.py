@@ -13,7 +13,7 @@ from lowrank_lab.evaluation.base import Evaluator
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 class IpcaMemory(Evaluator):
@@ -43,14 +43,14 @@ class IpcaMemory(Evaluator):
         self.samples = samples
         self.share = share
 
-    def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
+    def __call__(self, context: Context, part: str) -> dict[str, Any]:
         """Measure it: the value, and ``points``, by width and way the peak in ``bytes``."""
         from lowrank_lab.evaluation.held import peak_bytes
 
         points, last = [], {}
         for width in progress.track(self.widths, "memory", "width"):
             rank = max(1, round(self.share * width))
-            made = directions(width, rank, bench.device)
+            made = directions(width, rank, context.device)
             last = {name: peak_bytes(partial(run, made, self.samples, rank)) for name, run in WAYS.items()}
             points += [{"width": width, "rank": rank, "way": name, "bytes": peak} for name, peak in last.items()]
         return {

@@ -12,7 +12,7 @@ from lowrank_lab.lowrank.allocation.differentiable import STATES, Differentiable
 from lowrank_lab.lowrank.ranks import budget, fit
 
 if TYPE_CHECKING:
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 class LearnedRanks(WindowEvaluator):
@@ -44,19 +44,19 @@ class LearnedRanks(WindowEvaluator):
             raise ValueError(f"points={points} is not valid; it must be a whole number from 2 to {STATES}")
         self.points = points
 
-    def check(self, bench: Bench) -> None:
+    def check(self, context: Context) -> None:
         """Raises SkippedCell where no ranks are trained."""
-        if not isinstance(bench.cell.allocation, Differentiable) or bench.ratio >= 1:
+        if not isinstance(context.cell.allocation, Differentiable) or context.ratio >= 1:
             raise SkippedCell("eval=learned_ranks needs allocation=differentiable and a ratio below 1")
 
-    def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
+    def __call__(self, context: Context, part: str) -> dict[str, Any]:
         """Measure it: ``states``, steps of the training, and the perplexity after each."""
         from lowrank_lab.evaluation.one_truncated import first
         from lowrank_lab.evaluation.perplexity import perplexity
         from lowrank_lab.lowrank.masked import mask_directions
 
-        windows, protocol = self.windows(bench)
-        training, sites = bench.facts["training"], bench.sites
+        windows, protocol = self.windows(context)
+        training, sites = context.facts["training"], context.sites
         last = {name: site.last for name, site in sites.items()}
         ranks: dict[str, int | None] = {}
 
@@ -64,14 +64,14 @@ class LearnedRanks(WindowEvaluator):
             return lambda count: first(ranks[name] or last[name])(count)
 
         masks = {name: mask(name) for name in sites}
-        model = bench.dense_model()
-        mask_directions(model, bench.spec, sites, bench.spectra, last, masks, bench.device)
-        limit, known = budget(sites, bench.ratio), len(training["states"])
+        model = context.dense_model()
+        mask_directions(model, context.tower, sites, context.spectra, last, masks, context.device)
+        limit, known = budget(sites, context.ratio), len(training["states"])
         places = sorted({round(number * (known - 1) / (self.points - 1)) for number in range(self.points)})
         found = []
         for place in places:
             ranks.update(fit(sites, {name: k[place] for name, k in training["k"].items()}, limit))
-            found.append(perplexity(model, windows, self.batch_size, bench.device))
+            found.append(perplexity(model, windows, self.batch_size, context.device))
         return {
             "metric": "perplexity of learned ranks",
             "value": found[-1]["value"],

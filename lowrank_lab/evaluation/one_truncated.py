@@ -19,14 +19,14 @@ from lowrank_lab.lowrank.sites import Grouping, Targets, sites_of
 from lowrank_lab.lowrank.solver import decompose
 from lowrank_lab.lowrank.spectra import by_block, linear_shapes
 from lowrank_lab.lowrank.storage.absorb import Absorb
-from lowrank_lab.models.families import ArchSpec
+from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import blocks_of, walk
 from lowrank_lab.modules.factorized import factorize, site_weight
 
 
 def chosen_sites(
     model: nn.Module,
-    spec: ArchSpec,
+    tower: Tower,
     linears: Sequence[str] | None,
     blocks: Sequence[int] | None,
     setting: str = "eval.truncation",
@@ -36,25 +36,25 @@ def chosen_sites(
     By full name, in the order of the model. Raises UserError for one that the model does not have, with the
     ``setting`` that asked for it.
     """
-    count = len(blocks_of(model, spec))
+    count = len(blocks_of(model, tower))
     blocks = (0, count // 2, count - 1) if blocks is None else blocks
-    named = {**{name: (name,) for name in spec.linears}, **spec.roles}
+    named = {**{name: (name,) for name in tower.linears}, **tower.roles}
     wanted: set[str] = set()
-    for name in spec.linears if linears is None else linears:
+    for name in tower.linears if linears is None else linears:
         if name not in named:
             raise UserError(f"{setting}.linears={name}: this model has {', '.join(named)}")
         wanted.update(named[name])
     for index in blocks:
         if index >= count:
             raise UserError(f"{setting}.blocks={index}: this model has the blocks 0 to {count - 1}")
-    each = sites_of(spec, linear_shapes(model, spec), Grouping(()), Targets("all", "parameters"), Absorb(0.5))
+    each = sites_of(tower, linear_shapes(model, tower), Grouping(()), Targets("all", "parameters"), Absorb(0.5))
     return {name: site for name, site in each.items() if site.block in blocks and site.key in wanted}
 
 
 @torch.no_grad()
 def compare(
     model: nn.Module,
-    spec: ArchSpec,
+    tower: Tower,
     sites: Sites,
     windows: Tensor,
     ratios: Sequence[float],
@@ -69,15 +69,15 @@ def compare(
     """
     model.to(device)
     batches = windows.split(1)  # a decomposition a window
-    dense_nll = mean_nll(model, spec, batches)
+    dense_nll = mean_nll(model, tower, batches)
     if not math.isfinite(dense_nll):
         layers = (first_not_finite(model, batch.to(device)) for batch in batches)
         raise NotFiniteError(next((layer for layer in layers if layer), "the model"))
-    here_of = by_block(sites, len(blocks_of(model, spec)))
+    here_of = by_block(sites, len(blocks_of(model, tower)))
     entering: list[Tensor] = []
     points = []
     for index, block, run in progress.track(
-        walk(model, spec, batches, device, entering), "truncations", "block", len(here_of)
+        walk(model, tower, batches, device, entering), "truncations", "block", len(here_of)
     ):
         for name, site in progress.track(list(here_of[index].items()), "linears", "linear"):
             weight = site_weight(block, site).to(device, torch.float64)
@@ -90,10 +90,10 @@ def compare(
                     continue
                 point: dict[str, Any] = {"linear": site.key, "block": index, "ratio": ratio, "rank": rank}
                 factorize(block, site, *Absorb(0.5).split(*spectrum.factors(weight, rank)))
-                point["weight_nll"] = mean_nll(model, spec, batches, index, entering)
+                point["weight_nll"] = mean_nll(model, tower, batches, index, entering)
                 restore(block, dense)
-                mask_activations(model, spec, {name: site}, {name: first(rank)})
-                point["activation_nll"] = mean_nll(model, spec, batches, index, entering)
+                mask_activations(model, tower, {name: site}, {name: first(rank)})
+                point["activation_nll"] = mean_nll(model, tower, batches, index, entering)
                 restore(block, dense)
                 if not math.isfinite(point["weight_nll"] + point["activation_nll"]):
                     raise NotFiniteError(f"the model with {name} at rank {rank}")

@@ -9,7 +9,7 @@ from lowrank_lab.errors import SkippedCell
 from lowrank_lab.evaluation.windows import WindowEvaluator
 
 if TYPE_CHECKING:
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 class OutputError(WindowEvaluator):
@@ -23,25 +23,25 @@ class OutputError(WindowEvaluator):
     component = "OUTPUT_ERROR"
     models = ("compressed",)
 
-    def check(self, bench: Bench) -> None:
+    def check(self, context: Context) -> None:
         """Raises SkippedCell where linears are given something else than those of the dense model."""
-        quantization = bench.cell.quantization
+        quantization = context.cell.quantization
         if quantization is not None and quantization.transform is not None:
             raise SkippedCell(
                 f"{quantization.name} changes the inputs of linears, so that they cannot be compared one by one"
             )
 
-    def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
+    def __call__(self, context: Context, part: str) -> dict[str, Any]:
         """Measure it: the value, what it is made of, and its protocol."""
         from lowrank_lab.evaluation.block_errors import output_errors, storage_errors
         from lowrank_lab.evaluation.robust import NotFiniteError
 
-        windows, protocol = self.windows(bench)
-        dense, batches = bench.dense_model(), windows.split(self.batch_size)
+        windows, protocol = self.windows(context)
+        dense, batches = context.dense_model(), windows.split(self.batch_size)
         try:
-            found = output_errors(dense, bench.model, bench.spec, batches, bench.device)
+            found = output_errors(dense, context.model, context.tower, batches, context.device)
         except NotFiniteError as error:
             return {"metric": "output error", "value": None, "not_finite": error.layer, "protocol": protocol}
         value = found["blocks"]["accumulated"][-1]
-        storage = storage_errors(bench, dense)
+        storage = storage_errors(context, dense)
         return {"metric": "output error", "value": value, **found, "storage": storage, "protocol": protocol}

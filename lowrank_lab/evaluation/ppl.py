@@ -8,7 +8,7 @@ from lowrank_lab.cells import versions
 from lowrank_lab.evaluation.windows import WindowEvaluator
 
 if TYPE_CHECKING:
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 class Perplexity(WindowEvaluator):
@@ -17,10 +17,10 @@ class Perplexity(WindowEvaluator):
     version = versions.PERPLEXITY
     component = "PERPLEXITY"
 
-    def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
+    def __call__(self, context: Context, part: str) -> dict[str, Any]:
         """Measure it: the value and its protocol."""
         from lowrank_lab.evaluation.perplexity import perplexity
 
-        windows, protocol = self.windows(bench)
-        measured = perplexity(bench.model, windows, self.batch_size, bench.device)
+        windows, protocol = self.windows(context)
+        measured = perplexity(context.model, windows, self.batch_size, context.device)
         return {"metric": "perplexity", **measured, "protocol": {**protocol, "loss": "token mean, float32"}}

@@ -14,7 +14,7 @@ from lowrank_lab.errors import SkippedCell
 from lowrank_lab.evaluation.base import Evaluator
 
 if TYPE_CHECKING:
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 class Speed(Evaluator):
@@ -56,26 +56,26 @@ class Speed(Evaluator):
         device = ("cuda" if machine["gpus"] else "cpu") if cfg.device == "auto" else cfg.device
         return {"": {**machine, "device": device}}
 
-    def check(self, bench: Bench) -> None:
-        saved = bench.cell.source.saved
+    def check(self, context: Context) -> None:
+        saved = context.cell.source.saved
         if saved is not None and saved.online:
             raise SkippedCell("eval=speed compares with a dense model, which this checkpoint cannot be made into")
 
-    def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
+    def __call__(self, context: Context, part: str) -> dict[str, Any]:
         """Measure it: the median decode speed-up in the first setting, everything else, and the protocol."""
         from lowrank_lab.evaluation.timing import measure
 
-        models = {"model": bench.model}
-        if bench.cell.kind != "dense":
-            models = {"dense": bench.dense_model(), **models}
+        models = {"model": context.model}
+        if context.cell.kind != "dense":
+            models = {"dense": context.dense_model(), **models}
         work = (self.settings_measured, self.new_tokens, self.repeats, self.warmup)
-        measured = measure(models, *work, bench.device)
+        measured = measure(models, *work, context.device)
         protocol = {
             **measured.pop("conditions"),
             **environment.machine(),
-            "device": bench.device.type,
-            "gpu": environment.hardware(bench.device).get("gpu"),
-            "dtype": bench.cell.cfg.dtype,
+            "device": context.device.type,
+            "gpu": environment.hardware(context.device).get("gpu"),
+            "dtype": context.cell.cfg.dtype,
             "settings": [list(setting) for setting in self.settings_measured],
             "new_tokens": self.new_tokens,
             "repeats": self.repeats,

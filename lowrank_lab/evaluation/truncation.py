@@ -9,7 +9,7 @@ from lowrank_lab.cells import versions
 from lowrank_lab.evaluation.windows import WindowEvaluator
 
 if TYPE_CHECKING:
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 class Truncation(WindowEvaluator):
@@ -50,25 +50,25 @@ class Truncation(WindowEvaluator):
         self.blocks = blocks
         self.ratios = ratios
 
-    def check(self, bench: Bench) -> None:
+    def check(self, context: Context) -> None:
         from lowrank_lab.evaluation.one_truncated import chosen_sites
 
-        chosen_sites(bench.skeleton(), bench.spec, self.linears, self.blocks)
+        chosen_sites(context.skeleton(), context.tower, self.linears, self.blocks)
 
-    def __call__(self, bench: Bench, part: str) -> dict[str, Any]:
+    def __call__(self, context: Context, part: str) -> dict[str, Any]:
         """Measure it: the value, the losses it is made of, and its protocol."""
         from lowrank_lab.evaluation.one_truncated import chosen_sites, compare
         from lowrank_lab.evaluation.robust import NotFiniteError
 
-        windows, protocol = self.windows(bench)
-        sites = chosen_sites(bench.model, bench.spec, self.linears, self.blocks)
+        windows, protocol = self.windows(context)
+        sites = chosen_sites(context.model, context.tower, self.linears, self.blocks)
         protocol |= {
             "linears": list(dict.fromkeys(site.key for site in sites.values())),
             "blocks": sorted({site.block for site in sites.values()}),
             "ratios": list(self.ratios),
         }
         try:
-            found = compare(bench.model, bench.spec, sites, windows, self.ratios, bench.device)
+            found = compare(context.model, context.tower, sites, windows, self.ratios, context.device)
         except NotFiniteError as error:
             return {"metric": "truncation", "value": None, "not_finite": error.layer, "protocol": protocol}
         gains = [point["weight_nll"] - point["activation_nll"] for point in found["points"]]

@@ -11,7 +11,7 @@ from lowrank_lab.evaluation.base import Evaluator
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 class WindowEvaluator(Evaluator):
@@ -45,15 +45,15 @@ class WindowEvaluator(Evaluator):
         self.batch_size = batch_size
         self.add_special_tokens = bos == "text"
 
-    def windows(self, bench: Bench) -> tuple[Tensor, dict[str, Any]]:
+    def windows(self, context: Context) -> tuple[Tensor, dict[str, Any]]:
         """The windows (windows, seqlen) of token ids, and what the protocol says about them.
 
         Raises SkippedCell where the text is shorter than one.
         """
         from lowrank_lab.evaluation.perplexity import windows_of
 
-        ids, text = bench.text_tokens()
-        bos_id = None if self.bos == "text" else bench.bos_id()
+        ids, text = context.text_tokens()
+        bos_id = None if self.bos == "text" else context.bos_id()
         windows = windows_of(ids, self.seqlen, self.max_windows, bos_id)
         available = len(windows_of(ids, self.seqlen, None, bos_id))
         if available == 0:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lowrank_lab.lowrank.ranks import Site, Sites
 from lowrank_lab.lowrank.spectra import blocks_with_sites, check_finite
 from lowrank_lab.lowrank.storage.base import Storage
-from lowrank_lab.models.families import ArchSpec
+from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import block_file
 
 
@@ -40,7 +40,7 @@ def load_factors(folder: Path, site: Site) -> tuple[Tensor, Tensor]:
 
 def install_factors(
     model: nn.Module,
-    spec: ArchSpec,
+    tower: Tower,
     sites: Sites,
     ranks: Mapping[str, int | None],
     factors: Path,
@@ -51,7 +51,7 @@ def install_factors(
 
     They have no singular values of a metric any more; ``storage`` is given those of the product itself.
     """
-    for block, here in blocks_with_sites(model, spec, sites):
+    for block, here in blocks_with_sites(model, tower, sites):
         for name, site in here.items():
             if ranks[name] is None:
                 continue

@@ -13,7 +13,7 @@ from lowrank_lab.lowrank.ranks import Site, Sites
 from lowrank_lab.lowrank.spectra import by_block, load_spectrum
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.lowrank.truncation import smooth_truncation
-from lowrank_lab.models.families import ArchSpec
+from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.factorized import install, plain_linear, site_weight
 
@@ -64,7 +64,7 @@ class Rows(nn.Module):
 
 def mask_directions(
     model: nn.Module,
-    spec: ArchSpec,
+    tower: Tower,
     sites: Sites,
     spectra: Path,
     ranks: Mapping[str, int],
@@ -72,7 +72,7 @@ def mask_directions(
     device: torch.device,
 ) -> None:
     """Replace every site, in place, by its factors at the rank of ``ranks`` with ``masks`` on their directions."""
-    for block, name, site in _each(model, spec, sites):
+    for block, name, site in _each(model, tower, sites):
         weight = site_weight(block, site)
         factors = load_spectrum(spectra, site, device).factors(weight.to(device, torch.float64), ranks[name])
         left, right = (factor.to(weight) for factor in Absorb(0.5).split(*factors))
@@ -80,9 +80,9 @@ def mask_directions(
         install(block, site, masked, partial(_rows_of, left))
 
 
-def mask_activations(model: nn.Module, spec: ArchSpec, sites: Sites, masks: Mapping[str, Mask]) -> None:
+def mask_activations(model: nn.Module, tower: Tower, sites: Sites, masks: Mapping[str, Mask]) -> None:
     """Replace every site, in place, by one whose outputs are truncated batch by batch under ``masks``."""
-    for block, name, site in _each(model, spec, sites):
+    for block, name, site in _each(model, tower, sites):
         truncated = TruncatedActivation(plain_linear(site_weight(block, site), None), masks[name])
         install(block, site, truncated, Rows)
 
@@ -91,8 +91,8 @@ def _rows_of(left: Tensor, rows: slice, bias: Tensor | None) -> nn.Module:
     return plain_linear(left[rows], bias)
 
 
-def _each(model: nn.Module, spec: ArchSpec, sites: Sites) -> Iterator[tuple[nn.Module, str, Site]]:
-    blocks = blocks_of(model, spec)
+def _each(model: nn.Module, tower: Tower, sites: Sites) -> Iterator[tuple[nn.Module, str, Site]]:
+    blocks = blocks_of(model, tower)
     for block, here in zip(blocks, by_block(sites, len(blocks)), strict=True):
         for name, site in here.items():
             yield block, name, site

@@ -12,7 +12,7 @@ from typing import Any
 from lowrank_lab import checks
 from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.lowrank.ranks import Site
-from lowrank_lab.models.families import ArchSpec
+from lowrank_lab.models.families import Tower
 
 ROLES = ("all", "attention", "mlp", "qkv", "kv", "gate_up")
 RATIO_OF = ("parameters", "kv_cache")
@@ -69,7 +69,7 @@ class Grouping:
 
 
 def sites_of(
-    spec: ArchSpec,
+    tower: Tower,
     shapes: Sequence[Mapping[str, tuple[int, int]]],
     grouping: Grouping,
     targets: Targets,
@@ -80,14 +80,14 @@ def sites_of(
     ``shapes`` has by block the (out, in) of every compressible linear; ``storage`` says what a rank costs.
     Raises SkippedCell where the architecture lacks a role that is asked for, UserError where it lacks a block.
     """
-    wanted = spec.linears if targets.linears == "all" else _role(spec, targets.linears)
-    joint = [_role(spec, role) for role in grouping.joint]
+    wanted = tower.linears if targets.linears == "all" else _role(tower, targets.linears)
+    joint = [_role(tower, role) for role in grouping.joint]
     blocks = targets.blocks_of(len(shapes))
     sites = {}
     for index, of_block in enumerate(shapes):
         if index not in blocks:
             continue
-        for members in _groups(spec, joint):
+        for members in _groups(tower, joint):
             members = tuple(name for name in members if name in wanted)
             if not members:
                 continue
@@ -99,21 +99,21 @@ def sites_of(
             else:
                 dense, per_rank = out * inp, storage.cost_per_rank(out, inp)
             site = Site(index, members, outs, inp, dense, per_rank)
-            sites[f"{spec.blocks}.{index}.{site.key}"] = site
+            sites[f"{tower.blocks}.{index}.{site.key}"] = site
     return sites
 
 
-def _groups(spec: ArchSpec, joint: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+def _groups(tower: Tower, joint: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """The linears of a block in their order; those of a joint role stand together at the place of the first."""
     groups: list[tuple[str, ...]] = []
-    for name in spec.linears:
+    for name in tower.linears:
         group = next((members for members in joint if name in members), (name,))
         if group not in groups:
             groups.append(group)
     return groups
 
 
-def _role(spec: ArchSpec, role: str) -> tuple[str, ...]:
-    if role not in spec.roles:
+def _role(tower: Tower, role: str) -> tuple[str, ...]:
+    if role not in tower.roles:
         raise SkippedCell(f"this architecture has no separate {role} linears")
-    return spec.roles[role]
+    return tower.roles[role]

@@ -21,7 +21,7 @@ from lowrank_lab.lowrank.metric.base import Metric, OutputStatistics
 from lowrank_lab.lowrank.ranks import Site, Sites
 from lowrank_lab.lowrank.solver import Spectrum, decompose, decompose_by_cholesky
 from lowrank_lab.lowrank.storage.base import Storage
-from lowrank_lab.models.families import ArchSpec
+from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import block_file, blocks_of
 from lowrank_lab.modules.factorized import dense_weight, site_weight
 from lowrank_lab.out_of_memory import unless_out_of_memory
@@ -29,15 +29,15 @@ from lowrank_lab.out_of_memory import unless_out_of_memory
 log = logging.getLogger(__name__)
 
 
-def linear_shapes(model: nn.Module, spec: ArchSpec) -> list[dict[str, tuple[int, int]]]:
+def linear_shapes(model: nn.Module, tower: Tower) -> list[dict[str, tuple[int, int]]]:
     """By block, the (out, in) of every compressible linear."""
 
     def shape(linear: nn.Module) -> tuple[int, int]:
         out, inp = dense_weight(linear).shape
         return int(out), int(inp)
 
-    blocks = blocks_of(model, spec)
-    return [{name: shape(block.get_submodule(name)) for name in spec.linears} for block in blocks]
+    blocks = blocks_of(model, tower)
+    return [{name: shape(block.get_submodule(name)) for name in tower.linears} for block in blocks]
 
 
 def by_block(sites: Sites, count: int) -> list[dict[str, Site]]:
@@ -51,7 +51,7 @@ def by_block(sites: Sites, count: int) -> list[dict[str, Site]]:
 def make_spectra(
     folder: Path,
     model: nn.Module,
-    spec: ArchSpec,
+    tower: Tower,
     sites: Sites,
     metric: Metric,
     statistics: Path | None,
@@ -64,12 +64,12 @@ def make_spectra(
     the metric does not need them. Bases are kept in float32 where they are the left factor itself, and in float64
     where the left factor is W · basis: an ill-conditioned W would magnify their rounding.
     """
-    blocks = blocks_of(model, spec)
+    blocks = blocks_of(model, tower)
     of_blocks = list(zip(blocks, by_block(sites, len(blocks)), strict=True))
     for index, (block, here) in enumerate(progress.track(of_blocks, "decomposition", "block")):
         tensors = {}
         for name, site in here.items():
-            on = partial(_spectrum, name, block, site, spec, metric, statistics, gradients)
+            on = partial(_spectrum, name, block, site, tower, metric, statistics, gradients)
             spectrum = unless_out_of_memory(partial(on, device)) if device.type != "cpu" else on(device)
             if spectrum is None:
                 log.warning(
@@ -88,7 +88,7 @@ def _spectrum(
     name: str,
     block: nn.Module,
     site: Site,
-    spec: ArchSpec,
+    tower: Tower,
     metric: Metric,
     statistics: Path | None,
     gradients: Path | None,
@@ -98,7 +98,7 @@ def _spectrum(
     weight = site_weight(block, site).to(device, torch.float64)
     inputs = outputs = None
     if statistics is not None:
-        group = next(group for group in spec.inputs if site.members[0] in group)
+        group = next(group for group in tower.inputs if site.members[0] in group)
         inputs = load_statistics(statistics, site.block, group, device)
     if gradients is not None:
         outputs = _stack([load_gradients(gradients, site.block, linear, device) for linear in site.members])
@@ -171,7 +171,7 @@ def compress_block(
 
 def compress(
     model: nn.Module,
-    spec: ArchSpec,
+    tower: Tower,
     sites: Sites,
     ranks: Mapping[str, int | None],
     spectra: Path,
@@ -184,7 +184,7 @@ def compress(
     """
     return sum(
         compress_block(block, here, ranks, spectra, storage, device)
-        for block, here in blocks_with_sites(model, spec, sites)
+        for block, here in blocks_with_sites(model, tower, sites)
     )
 
 
@@ -194,10 +194,8 @@ def check_finite(name: str, *tensors: Tensor) -> None:
         raise FloatingPointError(f"{name}: a factor is not finite")
 
 
-def blocks_with_sites(
-    model: nn.Module, spec: ArchSpec, sites: Sites
-) -> Iterator[tuple[nn.Module, dict[str, Site]]]:
+def blocks_with_sites(model: nn.Module, tower: Tower, sites: Sites) -> Iterator[tuple[nn.Module, dict[str, Site]]]:
     """Each block with its sites, shown as progress of the factorization."""
-    blocks = blocks_of(model, spec)
+    blocks = blocks_of(model, tower)
     pairs = list(zip(blocks, by_block(sites, len(blocks)), strict=True))
     yield from progress.track(pairs, "factorization", "block")

@@ -1,6 +1,6 @@
 """Architectures as data: which modules are the blocks, and which linears inside one may be compressed.
 
-A new architecture is a new row of ``ARCHITECTURES``. This module imports no torch.
+A new architecture is a new row of ``FAMILIES``. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from lowrank_lab.errors import UserError
 
 
 @dataclass(frozen=True)
-class ArchSpec:
+class Tower:
     """One decoder family.
 
     ``blocks`` is the path of the list of transformer blocks. ``inputs`` lists the compressible linears of a
@@ -41,7 +41,7 @@ class ArchSpec:
         return tuple(name for group in self.inputs for name in group)
 
 
-LLAMA = ArchSpec(
+LLAMA = Tower(
     blocks="model.layers",
     inputs=(
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -71,7 +71,7 @@ GEMMA = replace(
     residual=(),
 )
 
-OPT = ArchSpec(
+OPT = Tower(
     blocks="model.decoder.layers",
     inputs=(
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -93,7 +93,7 @@ OPT = ArchSpec(
 )
 
 # transformers stores these weights as Conv1D, shape (in, out); q, k and v are one fused matrix.
-GPT2 = ArchSpec(
+GPT2 = Tower(
     blocks="transformer.h",
     inputs=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
     roles={
@@ -109,7 +109,7 @@ GPT2 = ArchSpec(
 )
 
 # q|k|v and gate|up are each one fused linear, compressed as one matrix.
-PHI3 = ArchSpec(
+PHI3 = Tower(
     blocks="model.layers",
     inputs=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
     roles={
@@ -125,7 +125,7 @@ PHI3 = ArchSpec(
     feeds={},
 )
 
-ARCHITECTURES: dict[str, ArchSpec] = {  # by config.json's model_type
+FAMILIES: dict[str, Tower] = {  # by config.json's model_type
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": LLAMA,
@@ -138,14 +138,14 @@ ARCHITECTURES: dict[str, ArchSpec] = {  # by config.json's model_type
 }
 
 
-def spec_for(model_type: str) -> ArchSpec:
+def tower_for(model_type: str) -> Tower:
     """The row of an architecture. Raises UserError for one without compressible layers known here."""
-    if model_type not in ARCHITECTURES:
+    if model_type not in FAMILIES:
         raise UserError(
             f"model type '{model_type}' has no compressible layer known to lowrank_lab; known types: "
-            f"{', '.join(sorted(ARCHITECTURES))} (to add one, see CONTRIBUTING.md)"
+            f"{', '.join(sorted(FAMILIES))} (to add one, see CONTRIBUTING.md)"
         )
-    return ARCHITECTURES[model_type]
+    return FAMILIES[model_type]
 
 
 def kv_cache_values_per_token(config: Any) -> int:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lab import progress
-from lowrank_lab.models.families import ArchSpec
+from lowrank_lab.models.families import Tower
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class BlockCall:
     kwargs: dict[str, Any]
 
 
-def blocks_of(model: nn.Module, spec: ArchSpec) -> nn.ModuleList:
-    blocks = model.get_submodule(spec.blocks)
+def blocks_of(model: nn.Module, tower: Tower) -> nn.ModuleList:
+    blocks = model.get_submodule(tower.blocks)
     assert isinstance(blocks, nn.ModuleList)
     return blocks
 
@@ -46,7 +46,7 @@ def block_file(index: int) -> str:
 
 def walk(
     model: nn.Module,
-    spec: ArchSpec,
+    tower: Tower,
     batches: Iterable[Tensor],
     device: torch.device,
     hidden: list[Tensor] | None = None,
@@ -65,8 +65,8 @@ def walk(
     """
     hidden = [] if hidden is None else hidden
     keep = partial(offloaded, folder=offload) if offload is not None else lambda states: states
-    hidden[:], calls = _embed(model, spec, batches, keep)
-    for index, block in enumerate(blocks_of(model, spec)):
+    hidden[:], calls = _embed(model, tower, batches, keep)
+    for index, block in enumerate(blocks_of(model, tower)):
         with on_device(block, device):
             yield index, block, partial(_advance, block, index, hidden, calls, device, keep)
 
@@ -102,13 +102,13 @@ def offloaded(states: Tensor, folder: Path) -> Tensor:
 
 
 @contextmanager
-def entering_at(model: nn.Module, spec: ArchSpec, index: int, states: Tensor) -> Iterator[None]:
+def entering_at(model: nn.Module, tower: Tower, index: int, states: Tensor) -> Iterator[None]:
     """Within it, the model's forward skips the blocks before ``index`` and enters that one with ``states``.
 
     ``states`` are the hidden states (batch, length, width) that block ``index`` is given for the same token ids.
     Embedding, masks, the last norm and lm_head are the model's own, whatever the architecture.
     """
-    skipped = blocks_of(model, spec)[:index]
+    skipped = blocks_of(model, tower)[:index]
     try:
         for block in skipped:
             block.forward = lambda *_args, **_kwargs: states
@@ -120,14 +120,14 @@ def entering_at(model: nn.Module, spec: ArchSpec, index: int, states: Tensor) ->
 
 @torch.no_grad()
 def _embed(
-    model: nn.Module, spec: ArchSpec, batches: Iterable[Tensor], keep: Callable[[Tensor], Tensor]
+    model: nn.Module, tower: Tower, batches: Iterable[Tensor], keep: Callable[[Tensor], Tensor]
 ) -> tuple[list[Tensor], dict[int, list[BlockCall]]]:
     """The inputs of the first block for every batch, and by batch size what each block is called with.
 
     The model's own forward runs with blocks that only take notes and pass the hidden states through, so the
     masks and position embeddings are the model's own, whatever the architecture.
     """
-    blocks = blocks_of(model, spec)
+    blocks = blocks_of(model, tower)
     backbone = getattr(model, str(model.base_model_prefix))
     home = next(backbone.parameters()).device
     noted: list[tuple[Tensor, BlockCall]] = []

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank_lab.errors import SkippedCell
-from lowrank_lab.models.families import kv_cache_shape, spec_for
+from lowrank_lab.models.families import kv_cache_shape, tower_for
 from lowrank_lab.modules.steps import Hadamard, Round
 from lowrank_lab.quantization.kv_cache import KvCache
 
@@ -65,7 +65,7 @@ class RoundedCache(nn.Module):
 
 def _attentions(model: Any) -> Iterator[nn.Module]:
     """The modules of ``model`` that hold the query projections."""
-    query = spec_for(model.config.model_type).roles["qkv"][0].rpartition(".")[2]
+    query = tower_for(model.config.model_type).roles["qkv"][0].rpartition(".")[2]
     return (module for module in model.modules() if query in module._modules)
 
 

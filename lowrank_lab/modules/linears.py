@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_lab.models.families import ArchSpec
+from lowrank_lab.models.families import Tower
 from lowrank_lab.modules.factorized import FactorizedLinear, SharedLatent, dense_weight, plain_linear
 from lowrank_lab.modules.mixed import MixedLinear
 
@@ -75,11 +75,11 @@ def linears_in(block: nn.Module, members: Iterable[str]) -> list[str]:
     return found
 
 
-def shared_inputs(block: nn.Module, spec: ArchSpec, members: Iterable[str]) -> list[list[str]]:
+def shared_inputs(block: nn.Module, tower: Tower, members: Iterable[str]) -> list[list[str]]:
     """The paths of ``linears_in``, grouped by the input that they are given."""
     members, groups = list(members), []
     latents: dict[int, list[str]] = {}
-    for inputs in spec.inputs:
+    for inputs in tower.inputs:
         here = [member for member in inputs if member in members]
         groups.append(list(dict.fromkeys(input_side(block, member) for member in here)))
         for member in here:

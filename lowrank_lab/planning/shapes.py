@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.lowrank.ranks import Ranks, Site, rank_within
 from lowrank_lab.lowrank.spectra import linear_shapes
-from lowrank_lab.models.families import ARCHITECTURES, kv_cache_shape, spec_for
+from lowrank_lab.models.families import FAMILIES, kv_cache_shape, tower_for
 from lowrank_lab.models.load import load_config, skeleton
 from lowrank_lab.models.tiny import CONFIGS
 from lowrank_lab.models.walk import blocks_of
@@ -66,17 +66,17 @@ def with_sites(shapes: Shapes, cell: Cell) -> Shapes:
         return replace(shapes, sites=cell.source.saved.sites)
     if not cell.compresses:
         return shapes
-    return replace(shapes, sites=sites_of_cell(cell, spec_for(shapes.model_type), shapes.linears))
+    return replace(shapes, sites=sites_of_cell(cell, tower_for(shapes.model_type), shapes.linears))
 
 
 def shapes_of(cell: Cell) -> Shapes:
     """Of the cell's dense model. Raises UserError for one that needs its own code."""
     model_config = config_of(cell)
     model = skeleton(model_config, cell.cfg.model.trust_remote_code)
-    spec = ARCHITECTURES.get(model_config.model_type)
-    shapes = linear_shapes(model, spec) if spec is not None else []
-    inputs = [[of_block[group[0]][1] for group in spec.inputs] for of_block in shapes] if spec is not None else []
-    blocks: Iterable[nn.Module] = blocks_of(model, spec) if spec is not None else []
+    tower = FAMILIES.get(model_config.model_type)
+    shapes = linear_shapes(model, tower) if tower is not None else []
+    inputs = [[of_block[group[0]][1] for group in tower.inputs] for of_block in shapes] if tower is not None else []
+    blocks: Iterable[nn.Module] = blocks_of(model, tower) if tower is not None else []
     head = model.get_output_embeddings()
     layers, _, head_size = kv_cache_shape(model_config)
     linears = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]

@@ -129,7 +129,7 @@ class Planner:
         yield self._step("factorization", work=largest, flops=count)
 
     def _gradients(self) -> Iterator[Step]:
-        """The passes of ``Bench.gradients`` and ``Bench.weight_fisher``."""
+        """The passes of ``Context.gradients`` and ``Context.weight_fisher``."""
         cell, shapes = self.cell, self.shapes
         wanted = {cell.weight_fisher_key: (False, True)} if cell.needs_weight_fisher else {}
         if (key := cell.gradients_key) is not None and not cell.one_backward_pass:

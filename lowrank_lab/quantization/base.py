@@ -15,16 +15,16 @@ from lowrank_lab.modules.formats import Format
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowrank_lab.models.families import ArchSpec
+    from lowrank_lab.models.families import Tower
     from lowrank_lab.modules.codec import Quantized
     from lowrank_lab.quantization.activations import Activations
     from lowrank_lab.quantization.inputs import Inputs
     from lowrank_lab.quantization.kv_cache import KvCache
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 class Transform:
-    """Changes ``bench.model`` in place, but not what it computes, so that less is lost when it is quantized.
+    """Changes ``context.model`` in place, but not what it computes, so that less is lost when it is quantized.
 
     label              as tables show it
     needs_calibration  whether it reads the calibration text
@@ -39,10 +39,10 @@ class Transform:
     online = False
     no_influence: tuple[str, ...] = ()
 
-    def check(self, spec: ArchSpec, quantization: Quantization) -> None:
+    def check(self, tower: Tower, quantization: Quantization) -> None:
         """Raises SkippedCell, before any work, where the architecture or what is rounded does not allow it."""
 
-    def __call__(self, bench: Bench, quantization: Quantization) -> None:
+    def __call__(self, context: Context, quantization: Quantization) -> None:
         raise NotImplementedError
 
 
@@ -163,11 +163,11 @@ class Quantization:
         parts += [*of_weights, *(part.label for part in after if part is not None)]
         return " ".join(part for part in parts if part)
 
-    def check(self, spec: ArchSpec) -> None:
+    def check(self, tower: Tower) -> None:
         """Raises SkippedCell, before any work, where the architecture or what is rounded does not allow it."""
         for part in (self.transform, self.latent):
             if part is not None:
-                part.check(spec, self)
+                part.check(tower, self)
 
     def check_installed(self) -> None:
         """Raises UserError where a library that rounds the weights is not there."""
@@ -175,8 +175,8 @@ class Quantization:
         if library is not None and importlib.util.find_spec(library) is None:
             raise UserError(f"{library} is not installed; run: pip install 'lowrank_lab[quantization]'")
 
-    def __call__(self, bench: Bench) -> None:
-        """Quantize ``bench.model`` in place."""
+    def __call__(self, context: Context) -> None:
+        """Quantize ``context.model`` in place."""
         from lowrank_lab.quantization.apply import apply
 
-        apply(bench, self)
+        apply(context, self)

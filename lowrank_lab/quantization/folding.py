@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lowrank_lab import progress
 from lowrank_lab.calibration.statistics import Accumulator, gather
-from lowrank_lab.models.families import ArchSpec
+from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.factorized import FactorizedLinear, dense_weight
 from lowrank_lab.modules.linears import (
@@ -31,7 +31,7 @@ from lowrank_lab.modules.steps import Scale
 from lowrank_lab.quantization.apply import members_by_block
 
 if TYPE_CHECKING:
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 Source = Literal["norm", "linear", "step", "latent"]
 SOURCES: dict[str, tuple[Source, ...]] = {  # what the setting ``where`` of a transform allows
@@ -73,42 +73,42 @@ class Input:
         return values if self.heads is None else values.view(self.heads)[:, 0].reshape(-1)
 
 
-def inputs_in(block: nn.Module, spec: ArchSpec, config: Any, targets: Collection[str]) -> list[Input]:
+def inputs_in(block: nn.Module, tower: Tower, config: Any, targets: Collection[str]) -> list[Input]:
     """The inputs in ``block`` that linears of ``targets`` read, then the latents of those that are factored.
 
     ``config`` is the model's.
     """
     quantized = set(linears_in(block, targets))
     found = []
-    for members, norm in zip(spec.inputs, spec.norms, strict=True):
+    for members, norm in zip(tower.inputs, tower.norms, strict=True):
         readers = list(dict.fromkeys(input_side(block, member) for member in members))
         rounded = [path for path in readers if path in quantized]
         if norm is not None and _scales(block, norm, config):
             found.append(Input(readers, rounded, "norm", norm))
-        elif norm is None and members[0] in spec.feeds:
-            path = output_side(block, spec.feeds[members[0]])
+        elif norm is None and members[0] in tower.feeds:
+            path = output_side(block, tower.feeds[members[0]])
             found.append(Input(readers, rounded, "linear", path, _heads(block, readers[0], path, config)))
         else:
             found.append(Input(rounded, rounded, "step"))
     found += [
         Input(left, [path for path in left if path in quantized], "latent", right)
-        for right, left in latents_in(block, spec).items()
+        for right, left in latents_in(block, tower).items()
     ]
     return [one for one in found if one.rounded]
 
 
-def latents_in(block: nn.Module, spec: ArchSpec) -> dict[str, list[str]]:
+def latents_in(block: nn.Module, tower: Tower) -> dict[str, list[str]]:
     """By the path of every right factor in ``block``, those of the left factors that read what it gives."""
     latents: dict[str, list[str]] = {}
-    for member in spec.linears:
+    for member in tower.linears:
         if isinstance(block.get_submodule(member), FactorizedLinear):
             latents.setdefault(input_side(block, member), []).append(output_side(block, member))
     return latents
 
 
-def is_factored(model: nn.Module, spec: ArchSpec) -> bool:
+def is_factored(model: nn.Module, tower: Tower) -> bool:
     """Whether any site of the model is factored."""
-    return any(latents_in(block, spec) for block in blocks_of(model, spec))
+    return any(latents_in(block, tower) for block in blocks_of(model, tower))
 
 
 def _scales(block: nn.Module, norm: str, config: Any) -> bool:
@@ -132,7 +132,7 @@ def _heads(block: nn.Module, reader: str, source: str, config: Any) -> tuple[int
     return given // head, width // given, head
 
 
-def fold(block: nn.Module, spec: ArchSpec, scales: Sequence[tuple[Input, Tensor]]) -> None:
+def fold(block: nn.Module, tower: Tower, scales: Sequence[tuple[Input, Tensor]]) -> None:
     """Multiply the columns of the readers of each input by its scale, and divide what they read by it, in place.
 
     A scale (width,) is above 0, with one value for all channels that are one of the source (``Input.shared``).
@@ -142,7 +142,7 @@ def fold(block: nn.Module, spec: ArchSpec, scales: Sequence[tuple[Input, Tensor]
             change_weight(block, reader, partial(torch.mul, scale))
         rows = at.of_source(scale)
         if at.source == "norm":
-            _divide_norm(block.get_submodule(at.path), scale, plus_one=spec.norm == "rms_plus_one")
+            _divide_norm(block.get_submodule(at.path), scale, plus_one=tower.norm == "rms_plus_one")
         elif at.source != "step":
             change_weight(block, at.path, partial(torch.mul, 1 / rows.unsqueeze(1)))
             change_bias(block, at.path, partial(torch.mul, 1 / rows))
@@ -163,19 +163,19 @@ def _divide_norm(norm: Any, scale: Tensor, plus_one: bool) -> None:
 
 
 def calibrated(
-    bench: Bench, sources: Collection[Source]
+    context: Context, sources: Collection[Source]
 ) -> Iterator[tuple[nn.Module, list[tuple[Input, Accumulator]]]]:
-    """Every block of ``bench.model`` with its inputs of these ``sources``, and their statistics.
+    """Every block of ``context.model`` with its inputs of these ``sources``, and their statistics.
 
     These are of the calibration text and of the blocks as they were; the one that is given may be changed. Raises
     FloatingPointError, naming the linear, where an input is not finite.
     """
-    targets = members_by_block(bench)
-    blocks = bench.walk(bench.model)
+    targets = members_by_block(context)
+    blocks = context.walk(context.model)
     for index, block, run in progress.track(blocks, "smoothing", "block", len(targets)):
-        inputs = inputs_in(block, bench.spec, bench.model_config, targets[index])
+        inputs = inputs_in(block, context.tower, context.model_config, targets[index])
         inputs = [one for one in inputs if one.source in sources]
-        sums = gather(block, [one.readers[0] for one in inputs], run, bench.device)
+        sums = gather(block, [one.readers[0] for one in inputs], run, context.device)
         for path, accumulator in sums.items():
             if not torch.isfinite(accumulator.abs_max).all():
                 raise FloatingPointError(f"block {index}: the input of {path} is not finite during calibration")

@@ -9,7 +9,7 @@ from lowrank_lab import checks
 from lowrank_lab.modules.formats import Format, Granularity
 
 if TYPE_CHECKING:
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class KvCache:
         one_scale = 4 if self.scale_dtype == "float32" else 2
         return 2 * layers * (self.form.packed(rows) + one_scale * scales[0] * scales[1] + zeros)
 
-    def __call__(self, bench: Bench) -> None:
-        """Have ``bench.model`` attend to rounded keys and values."""
+    def __call__(self, context: Context) -> None:
+        """Have ``context.model`` attend to rounded keys and values."""
         from lowrank_lab.modules.attention import round_cache
 
-        round_cache(bench.model, self)
+        round_cache(context.model, self)

@@ -26,7 +26,7 @@ from lowrank_lab.running.training import Recipe, train
 if TYPE_CHECKING:
     from lowrank_lab.quantization.base import Quantization
     from lowrank_lab.quantization.transform.spinquant import SpinQuant
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 log = logging.getLogger(__name__)
 JUDGED = 4  # sequences whose loss is told before and after
@@ -39,20 +39,20 @@ def load(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 @torch.enable_grad()
-def learn(bench: Bench, quantization: Quantization, settings: SpinQuant, folder: Path) -> None:
+def learn(context: Context, quantization: Quantization, settings: SpinQuant, folder: Path) -> None:
     """Write R1 and R2, and ``facts.json``: the losses before and after of the first sequences.
 
-    ``bench.model``, whose norms are folded already, stays as it is: a copy of it in float32 is trained.
+    ``context.model``, whose norms are folded already, stays as it is: a copy of it in float32 is trained.
     """
-    model: Any = copy.deepcopy(bench.model)
+    model: Any = copy.deepcopy(context.model)
     nn.Module.float(model)  # transformers' own refuses the model of a checkpoint with a quantization_config
-    model.to(bench.device).requires_grad_(False)
-    r1, r2 = (nn.Parameter(r.to(bench.device)) for r in start(model, bench.cell.cfg.seed))
-    attach(model, bench, quantization, settings.round_weights, r1, r2)
-    ids = bench.calibration_ids
+    model.to(context.device).requires_grad_(False)
+    r1, r2 = (nn.Parameter(r.to(context.device)) for r in start(model, context.cell.cfg.seed))
+    attach(model, context, quantization, settings.round_weights, r1, r2)
+    ids = context.calibration_ids
 
     def loss_of(rows: Tensor) -> Tensor:
-        batch = rows.to(bench.device)
+        batch = rows.to(context.device)
         logits = model(batch, use_cache=False).logits[:, :-1]
         return cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
@@ -65,7 +65,7 @@ def learn(bench: Bench, quantization: Quantization, settings: SpinQuant, folder:
         batch_size=settings.batch_size,
         micro_batch=settings.micro_batch,
         learning_rate=settings.learning_rate,
-        seed=bench.cell.cfg.seed,
+        seed=context.cell.cfg.seed,
     )
     before = judged()
     train(folder, "rotations", [r1, r2], loss_of, ids, recipe, optimizer_of=CayleySgd)
@@ -80,15 +80,20 @@ def learn(bench: Bench, quantization: Quantization, settings: SpinQuant, folder:
 
 
 def attach(
-    model: Any, bench: Bench, quantization: Quantization, round_weights: bool, r1: nn.Parameter, r2: nn.Parameter
+    model: Any,
+    context: Context,
+    quantization: Quantization,
+    round_weights: bool,
+    r1: nn.Parameter,
+    r2: nn.Parameter,
 ) -> None:
     """Let ``model`` follow ``r1`` and ``r2``, and round straight through what ``quantization`` will round."""
     values = values_width(model.config)
-    members = members_by_block(bench)
-    for index, block in enumerate(blocks_of(model, bench.spec)):
-        following = turns(block, bench.spec)
+    members = members_by_block(context)
+    for index, block in enumerate(blocks_of(model, context.tower)):
+        following = turns(block, context.tower)
         rounded_here = linears_in(block, members[index])
-        groups = shared_inputs(block, bench.spec, members[index])
+        groups = shared_inputs(block, context.tower, members[index])
         for path in dict.fromkeys([*following, *rounded_here]):
             linear: Any = block.get_submodule(path)
             form = format_of(path, quantization) if round_weights and path in rounded_here else None
@@ -99,7 +104,7 @@ def attach(
         if quantization.activations is not None:
             for group in groups:
                 set_steps(block, group, [Rounded(quantization.activations.form)])
-    norm = model.get_submodule(bench.spec.final_norm)
+    norm = model.get_submodule(context.tower.final_norm)
     gain = norm.weight.detach().clone()
     norm.weight.data = torch.ones_like(gain)
     norm.register_forward_hook(lambda _module, _inputs, states: (states @ r1.T.to(states)) * gain)

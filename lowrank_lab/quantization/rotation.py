@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lab.errors import SkippedCell
-from lowrank_lab.models.families import ArchSpec
+from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.factorized import FactorizedLinear
 from lowrank_lab.modules.hadamard import randomized, transform
@@ -43,13 +43,13 @@ def start(model: Any, seed: int) -> tuple[Tensor, Tensor]:
     return randomized(config.hidden_size, seed * 1000), torch.stack(of_heads)
 
 
-def check(spec: ArchSpec, label: str) -> None:
+def check(tower: Tower, label: str) -> None:
     """Raises SkippedCell for an architecture whose residual stream cannot be rotated."""
-    if spec.norm == "layer":
+    if tower.norm == "layer":
         raise SkippedCell(
             f"{label} rotates the residual stream, which a LayerNorm, unlike an RMSNorm, does not allow"
         )
-    if not spec.residual:
+    if not tower.residual:
         raise SkippedCell(f"{label} rotates the residual stream, which norms after attention and MLP do not allow")
 
 
@@ -65,22 +65,22 @@ class Turn:
     outputs: Literal["residual", "heads"] | None = None
 
 
-def turns(block: nn.Module, spec: ArchSpec) -> dict[str, Turn]:
+def turns(block: nn.Module, tower: Tower) -> dict[str, Turn]:
     """The plain linears of ``block`` that follow the rotations, by path."""
     found: dict[str, Turn] = defaultdict(Turn)
-    for path, _ in behind_norms(block, spec):
+    for path, _ in behind_norms(block, tower):
         found[path].inputs = "residual"
-    for member in spec.residual:
+    for member in tower.residual:
         found[output_side(block, member)].outputs = "residual"
-    values, output = spec.roles["qkv"][-1], spec.roles["attention"][-1]
+    values, output = tower.roles["qkv"][-1], tower.roles["attention"][-1]
     found[output_side(block, values)].outputs = "heads"
     found[input_side(block, output)].inputs = "heads"
     return dict(found)
 
 
-def behind_norms(block: nn.Module, spec: ArchSpec) -> Iterator[tuple[str, Any]]:
+def behind_norms(block: nn.Module, tower: Tower) -> Iterator[tuple[str, Any]]:
     """The plain linears that read the residual stream, each once, with the norm before them."""
-    for group, norm in zip(spec.inputs, spec.norms, strict=True):
+    for group, norm in zip(tower.inputs, tower.norms, strict=True):
         if norm is not None:
             for path in dict.fromkeys(input_side(block, member) for member in group):
                 yield path, block.get_submodule(norm)
@@ -118,11 +118,11 @@ def values_width(config: Any) -> int:
     return (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_size(config)
 
 
-def fold_norms(model: nn.Module, spec: ArchSpec) -> None:
+def fold_norms(model: nn.Module, tower: Tower) -> None:
     """Move the weights of all norms but the last into the linears that they feed."""
-    for block in blocks_of(model, spec):
+    for block in blocks_of(model, tower):
         norms = {}
-        for path, norm in behind_norms(block, spec):
+        for path, norm in behind_norms(block, tower):
             norms[id(norm)] = norm
             change_weight(block, path, partial(torch.mul, norm.weight.detach().double()))
         for norm in norms.values():
@@ -136,11 +136,11 @@ def rotate_online(block: nn.Module, member: str, step: Step) -> None:
     set_steps(block, [path], [step])
 
 
-def hadamards(model: Any, spec: ArchSpec, heads: bool, down: bool) -> None:
+def hadamards(model: Any, tower: Tower, heads: bool, down: bool) -> None:
     """QuaRot's online transforms: of the input of down_proj, and over the ``heads`` before o_proj."""
-    for block in blocks_of(model, spec):
+    for block in blocks_of(model, tower):
         device = next(block.parameters()).device
-        output, last = spec.roles["attention"][-1], spec.roles["mlp"][-1]
+        output, last = tower.roles["attention"][-1], tower.roles["mlp"][-1]
         if heads:
             size = head_size(model.config)
             rotate_online(block, output, Hadamard(model.config.num_attention_heads * size, size).to(device))
@@ -148,7 +148,7 @@ def hadamards(model: Any, spec: ArchSpec, heads: bool, down: bool) -> None:
             rotate_online(block, last, Hadamard(model.config.intermediate_size, 1).to(device))
 
 
-def rotate(model: Any, spec: ArchSpec, r1: Tensor, r2: Tensor) -> None:
+def rotate(model: Any, tower: Tower, r1: Tensor, r2: Tensor) -> None:
     """Fold ``r1`` (hidden, hidden) and ``r2`` (blocks, head, head), orthogonal, float64, into ``model``, in place.
 
     The weights of the norms in the blocks must be 1 (``fold_norms``). That of the last, g, moves into lm_head;
@@ -156,21 +156,21 @@ def rotate(model: Any, spec: ArchSpec, r1: Tensor, r2: Tensor) -> None:
     R1ᵀ diag(g) R1.
     """
     values = values_width(model.config)
-    for block, of_heads in zip(blocks_of(model, spec), r2, strict=True):
-        for path, turn in turns(block, spec).items():
+    for block, of_heads in zip(blocks_of(model, tower), r2, strict=True):
+        for path, turn in turns(block, tower).items():
             device = next(block.parameters()).device
             here = {"turn": turn, "r1": r1.to(device), "r2": of_heads.to(device), "values": values}
             change_weight(block, path, partial(turned, **here))
             change_bias(block, path, partial(turned_rows, **here))
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    norm: Any = model.get_submodule(spec.final_norm)
+    norm: Any = model.get_submodule(tower.final_norm)
     r1, gain = r1.to(norm.weight.device), norm.weight.detach().double()
     norm.weight.data = torch.ones_like(norm.weight)
     if head.weight is embedding.weight:
         step = Rotate(len(r1), len(r1)).to(norm.weight)
         step.blocks.data[0] = r1.T @ (gain.unsqueeze(1) * r1)
-        model.set_submodule(spec.final_norm, Followed(norm, [step]))
+        model.set_submodule(tower.final_norm, Followed(norm, [step]))
     else:
         head.weight.data = _by_rows(head.weight, gain.unsqueeze(1) * r1)
     embedding.weight.data = _by_rows(embedding.weight, r1)
@@ -182,10 +182,10 @@ def _by_rows(weight: Tensor, right: Tensor) -> Tensor:
     return torch.cat([(rows.double() @ right).to(weight.dtype) for rows in weight.detach().split(ROWS)])
 
 
-def rotate_latent(model: nn.Module, spec: ArchSpec) -> None:
+def rotate_latent(model: nn.Module, tower: Tower) -> None:
     """Rotate the latent values of all factors by Hadamard matrices, folded into both."""
-    for block in blocks_of(model, spec):
-        factorized = [name for name in spec.linears if isinstance(block.get_submodule(name), FactorizedLinear)]
+    for block in blocks_of(model, tower):
+        factorized = [name for name in tower.linears if isinstance(block.get_submodule(name), FactorizedLinear)]
         for path in dict.fromkeys(input_side(block, member) for member in factorized):
             change_weight(block, path, lambda right: transform(right.T).T)
         for member in factorized:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_lab.lowrank.ranks import Site, Sites, total_cost
-from lowrank_lab.models.families import ArchSpec, kv_cache_shape, kv_cache_values_per_token
+from lowrank_lab.models.families import Tower, kv_cache_shape, kv_cache_values_per_token
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.attention import cache_of
 from lowrank_lab.modules.mixed import MixedLinear
@@ -18,7 +18,7 @@ from lowrank_lab.modules.steps import Step
 
 
 def sizes(
-    model: nn.Module, spec: ArchSpec | None, sites: Sites, ranks: Mapping[str, int | None], ratio: float
+    model: nn.Module, tower: Tower | None, sites: Sites, ranks: Mapping[str, int | None], ratio: float
 ) -> dict[str, Any]:
     """What was asked for and what came out.
 
@@ -36,7 +36,7 @@ def sizes(
                              with one latent for all three r (E + q + k + v) / E (q + k + v) and r / (k + v)
     """
     value_bytes = model.get_input_embeddings().weight.element_size()  # type: ignore[operator]
-    members = [linear for site in sites.values() for linear in _members(model, spec, site)]
+    members = [linear for site in sites.values() for linear in _members(model, tower, site)]
     online = [step for step in model.modules() if isinstance(step, Step)]
     of_sites = {id(p): p for linear in members for n, p in linear.named_parameters() if not n.endswith("bias")}
     of_sites |= {id(p): p for step in online for p in step.parameters()}
@@ -45,7 +45,7 @@ def sizes(
     assert counted == parameters, "the tensors do not have the planned ranks"
     dense = sum(site.dense for site in sites.values())
     cached, shape, cache = kv_cache_values_per_token(model.config), kv_cache_shape(model.config), cache_of(model)
-    latent = None if spec is not None and "kv" not in spec.roles else cached - _latent_saves(spec, sites, ranks)
+    latent = None if tower is not None and "kv" not in tower.roles else cached - _latent_saves(tower, sites, ranks)
     return {
         "ratio_asked": ratio,
         "ratio_reached": total_cost(sites, ranks) / dense if sites else 1.0,
@@ -61,7 +61,7 @@ def sizes(
         "kv_cache_bytes_per_token": cached * value_bytes if cache is None else cache.bytes_per_token(*shape),
         "kv_latent_bytes_per_token": None if latent is None else latent * value_bytes,
         "hardware_cost": {
-            "r1": _kept_of_qkv(model, spec, sites, ranks),
+            "r1": _kept_of_qkv(model, tower, sites, ranks),
             "r2": None if latent is None else latent / cached,
         },
     }
@@ -98,31 +98,31 @@ def _parameters(model: nn.Module) -> int:
     return others + sum(_linear(module)[1] for module in in_few_bits)
 
 
-def _members(model: nn.Module, spec: ArchSpec | None, site: Site) -> list[nn.Module]:
+def _members(model: nn.Module, tower: Tower | None, site: Site) -> list[nn.Module]:
     """The linears of a site, dense or factorized."""
-    assert spec is not None
-    block = blocks_of(model, spec)[site.block]
+    assert tower is not None
+    block = blocks_of(model, tower)[site.block]
     return [block.get_submodule(member) for member in site.members]
 
 
-def _kept_of_qkv(model: nn.Module, spec: ArchSpec | None, sites: Sites, ranks: Mapping[str, int | None]) -> float:
+def _kept_of_qkv(model: nn.Module, tower: Tower | None, sites: Sites, ranks: Mapping[str, int | None]) -> float:
     """The fraction kept of the parameters of all query, key and value projections, compressed or not."""
-    if spec is None:
+    if tower is None:
         return 1.0
-    of_qkv = {name: site for name, site in sites.items() if set(site.members) <= set(spec.roles["qkv"])}
+    of_qkv = {name: site for name, site in sites.items() if set(site.members) <= set(tower.roles["qkv"])}
     saved = sum(site.parameters(None) - site.parameters(ranks[name]) for name, site in of_qkv.items())
-    projections = [block.get_submodule(name) for block in blocks_of(model, spec) for name in spec.roles["qkv"]]
+    projections = [block.get_submodule(name) for block in blocks_of(model, tower) for name in tower.roles["qkv"]]
     kept = sum(macs_per_token(projection) for projection in projections)
     return kept / (kept + saved)
 
 
-def _latent_saves(spec: ArchSpec | None, sites: Sites, ranks: Mapping[str, int | None]) -> int:
+def _latent_saves(tower: Tower | None, sites: Sites, ranks: Mapping[str, int | None]) -> int:
     """How many values a token fewer the latents of the key and value projections are than their outputs."""
     saved = 0
     for name, site in sites.items():
         rank = ranks[name]
-        assert spec is not None
-        keys_values = spec.roles["kv"]
+        assert tower is not None
+        keys_values = tower.roles["kv"]
         cached = sum(out for out, member in zip(site.outs, site.members, strict=True) if member in keys_values)
         if rank is not None:
             saved += max(0, cached - rank)

@@ -13,7 +13,7 @@ from lowrank_lab.artifacts.store import Artifact, Store
 from lowrank_lab.cells.config import build_recorded
 from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.ranks import Site
-from lowrank_lab.models.families import spec_for
+from lowrank_lab.models.families import tower_for
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting.kinds.errors import linear_names
 
@@ -75,9 +75,9 @@ def sites(record: dict[str, Any], results: Results) -> dict[str, Site]:
         raise UserError(
             f"the shapes of {record['model']} are not on this machine; to have them, {again(record, results)}"
         ) from None
-    spec = spec_for(config.model_type)
+    tower = tower_for(config.model_type)
     answers = (build_recorded(record["config"][name]) for name in ("grouping", "targets", "storage"))
-    return sites_of(spec, linear_shapes(skeleton(config, False), spec), *answers)
+    return sites_of(tower, linear_shapes(skeleton(config, False), tower), *answers)
 
 
 def artifact(record: dict[str, Any], stage: str, results: Results) -> Artifact | None:

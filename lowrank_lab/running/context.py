@@ -24,7 +24,7 @@ from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.lowrank.ranks import Site
 from lowrank_lab.lowrank.sites import sites_of
 from lowrank_lab.lowrank.spectra import linear_shapes, load_tails, make_spectra
-from lowrank_lab.models.families import ArchSpec, spec_for
+from lowrank_lab.models.families import Tower, tower_for
 from lowrank_lab.models.load import convert, load_config, load_model, load_tokenizer, skeleton
 from lowrank_lab.models.walk import walk
 from lowrank_lab.records.results import Record
@@ -33,11 +33,11 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Bench:
+class Context:
     """``model`` is dense until it is compressed in place; evaluators find the compressed one.
 
-    Allocations and refinements are given a bench, and read from it what they need. ``facts`` is what the allocation
-    found on its way to the ranks, as plain data for the record.
+    Allocations and refinements are given a context, and read from it what they need. ``facts`` is what the
+    allocation found on its way to the ranks, as plain data for the record.
     """
 
     cell: Cell
@@ -90,15 +90,15 @@ class Bench:
         return self.cell.ratio
 
     @cached_property
-    def spec(self) -> ArchSpec:
-        return spec_for(self.model_config.model_type)
+    def tower(self) -> Tower:
+        return tower_for(self.model_config.model_type)
 
     @cached_property
     def sites(self) -> dict[str, Site]:
         """What is factored, by full name, in the order of the model. Raises UserError where there is nothing."""
         if self.cell.source.saved is not None:
             return self.cell.source.saved.sites
-        return sites_of_cell(self.cell, self.spec, linear_shapes(self.skeleton(), self.spec))
+        return sites_of_cell(self.cell, self.tower, linear_shapes(self.skeleton(), self.tower))
 
     @cached_property
     def calibration_ids(self) -> torch.Tensor:
@@ -161,7 +161,7 @@ class Bench:
         self, model: nn.Module, samples: int | None = None, hidden: list[torch.Tensor] | None = None
     ) -> Iterator[tuple[int, nn.Module, Callable[..., None]]]:
         """``model`` block by block over the calibration text, or its first ``samples`` (models/walk.py)."""
-        return walk(model, self.spec, self.calibration_batches(samples), self.device, hidden, self.offload)
+        return walk(model, self.tower, self.calibration_batches(samples), self.device, hidden, self.offload)
 
     @cached_property
     def statistics(self) -> Path | None:
@@ -170,7 +170,7 @@ class Bench:
         if key is None:
             return None
         batches, offload = self.calibration_batches(), self.offload
-        make = lambda folder: make_statistics(folder, self.model, self.spec, batches, self.device, offload)
+        make = lambda folder: make_statistics(folder, self.model, self.tower, batches, self.device, offload)
         return self.made("calibration", "statistics", key, make)
 
     @cached_property
@@ -182,14 +182,16 @@ class Bench:
         if self.cell.one_backward_pass:
             return self.weight_fisher  # holds all of the others as well
         ids, outer = self.calibration_ids, self.cell.metric.needs_outer
-        make = lambda folder: make_gradients(folder, self.float32_model(), self.spec, ids, self.device, outer)
+        make = lambda folder: make_gradients(folder, self.float32_model(), self.tower, ids, self.device, outer)
         return self.made("gradients", "gradients", key, make)
 
     @cached_property
     def weight_fisher(self) -> Path:
         """The artifact of the mean (dL/dW)² of every compressible linear, as large as the model."""
         ids, key = self.calibration_ids, self.cell.weight_fisher_key
-        make = lambda folder: make_gradients(folder, self.float32_model(), self.spec, ids, self.device, weight=True)
+        make = lambda folder: make_gradients(
+            folder, self.float32_model(), self.tower, ids, self.device, weight=True
+        )
         return self.made("weight gradients", "gradients", key, make)
 
     @cached_property
@@ -197,7 +199,7 @@ class Bench:
         """The artifact of all spectra, with the calibration passes that its metric asks for."""
         statistics, gradients = self.statistics, self.gradients
         make = lambda folder: make_spectra(
-            folder, self.model, self.spec, self.sites, self.cell.metric, statistics, gradients, self.device
+            folder, self.model, self.tower, self.sites, self.cell.metric, statistics, gradients, self.device
         )
         return self.made("decomposition", "spectra", self.cell.spectra_key, make)
 
@@ -254,10 +256,10 @@ class Bench:
         return self.tokenizer.bos_token_id
 
 
-def sites_of_cell(cell: Cell, spec: ArchSpec, shapes: list[dict[str, tuple[int, int]]]) -> dict[str, Site]:
+def sites_of_cell(cell: Cell, tower: Tower, shapes: list[dict[str, tuple[int, int]]]) -> dict[str, Site]:
     """What the cell's answers choose of linears of ``shapes``. Raises UserError where there is nothing."""
     answers = (config.build(node) for node in (cell.cfg.grouping, cell.cfg.targets, cell.cfg.storage))
-    if found := sites_of(spec, shapes, *answers):
+    if found := sites_of(tower, shapes, *answers):
         return found
     raise UserError(f"model {cell.source.name} has no compressible layer")
 

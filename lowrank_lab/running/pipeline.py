@@ -1,7 +1,7 @@
 """The flow of one cell, read from top to bottom. Everything that needs torch begins here.
 
 model → sites → statistics*, gradients* → spectra* → ranks → factors → refinement* → storage → checkpoint → metrics*
-(* a cached artifact; bench.py makes the first ones when an answer asks for them)
+(* a cached artifact; context.py makes the first ones when an answer asks for them)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lowrank_lab.lowrank.ranks import Ranks, Site
 from lowrank_lab.lowrank.spectra import compress
 from lowrank_lab.records.results import CHECKPOINTS, Record
 from lowrank_lab.records.sizes import sizes
-from lowrank_lab.running.context import Bench, pick_device
+from lowrank_lab.running.context import Context, pick_device
 
 log = logging.getLogger(__name__)
 
@@ -40,72 +40,72 @@ def compute(cell: Cell, record: Record) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what counts memory by the current device then counts on this one
     record.data["hardware"] = environment.hardware(device)
-    bench = Bench(cell, record, device)
-    _check_lengths(cell, bench.model_config)
+    context = Context(cell, record, device)
+    _check_lengths(cell, context.model_config)
     if cell.quantization is not None:
-        cell.quantization.check(bench.spec)
+        cell.quantization.check(context.tower)
     left_out = record.data["left_out"]
-    for bench.evaluator, evaluator in cell.evaluators.items():
+    for context.evaluator, evaluator in cell.evaluators.items():
         try:
-            _check_positions(f"eval.{bench.evaluator}", evaluator.lengths(), cell, bench.model_config)
-            evaluator.check(bench)
+            _check_positions(f"eval.{context.evaluator}", evaluator.lengths(), cell, context.model_config)
+            evaluator.check(context)
         except SkippedCell as why:
-            left_out[bench.evaluator] = str(why)
+            left_out[context.evaluator] = str(why)
     _stop_without_numbers(cell, record)
 
     saved = cell.source.saved
     ranks: Ranks = dict(saved.ranks) if saved is not None else {}
     if cell.compresses:
         with record.stage("allocation"):
-            ranks = cell.allocation(bench)
-        squared_error = _compress(cell, record, bench, ranks)
+            ranks = cell.allocation(context)
+        squared_error = _compress(cell, record, context, ranks)
         record.data["compression"] = {
             "ranks": ranks,
             "squared_error": squared_error,
-            "sites": {name: _described(site) for name, site in bench.sites.items()},
-            **bench.facts,
+            "sites": {name: _described(site) for name, site in context.sites.items()},
+            **context.facts,
         }
     if cell.quantization is not None:
-        ranks = ranks or dict.fromkeys(bench.sites)
+        ranks = ranks or dict.fromkeys(context.sites)
         with record.stage("quantization"):
-            cell.quantization(bench)
+            cell.quantization(context)
     changed = bool(ranks)
-    spec, sites = (bench.spec, bench.sites) if changed else (None, {})
-    record.data["sizes"] = sizes(bench.model, spec, sites, ranks, cell.ratio)
+    tower, sites = (context.tower, context.sites) if changed else (None, {})
+    record.data["sizes"] = sizes(context.model, tower, sites, ranks, cell.ratio)
     if changed and cell.checkpoints:
-        saved = checkpoint.describe(bench.model, bench.spec, sites, ranks, cell.described, cell.ratio)
+        saved = checkpoint.describe(context.model, context.tower, sites, ranks, cell.described, cell.ratio)
     if "checkpoint" in cell.checkpoints:
-        _save(cell, record, bench, "checkpoint", saved)
+        _save(cell, record, context, "checkpoint", saved)
 
     for name in cell.evaluators:
         if name not in left_out:
             try:
-                record.data["metrics"][name] = _measured(cell, bench, name)
+                record.data["metrics"][name] = _measured(cell, context, name)
             except SkippedCell as why:  # the other numbers of the job are kept
                 left_out[name] = str(why)
     _stop_without_numbers(cell, record)
 
     if saved is not None and "merged_checkpoint" in cell.checkpoints:
-        checkpoint.merge(bench.model, saved)  # the last thing that is done with it
-        _save(cell, record, bench, "merged_checkpoint", None)
+        checkpoint.merge(context.model, saved)  # the last thing that is done with it
+        _save(cell, record, context, "merged_checkpoint", None)
 
 
-def _compress(cell: Cell, record: Record, bench: Bench, ranks: Ranks) -> float | None:
+def _compress(cell: Cell, record: Record, context: Context, ranks: Ranks) -> float | None:
     """Put the factors into the model; returns their squared error, None once refinement has changed it."""
     if all(rank is None for rank in ranks.values()):
         return 0.0
     storage = config.build(cell.cfg.storage)
-    spectra = bench.spectra
+    spectra = context.spectra
     if cell.refinement is None:
         with record.stage("factorization"):
-            return compress(bench.model, bench.spec, bench.sites, ranks, spectra, storage, bench.device)
-    cell.refinement.prepare(bench)
-    refine = partial(cell.refinement, bench, ranks)
-    factors = bench.made("refinement", "factors", cell.factors_key, refine, resumable=True)
+            return compress(context.model, context.tower, context.sites, ranks, spectra, storage, context.device)
+    cell.refinement.prepare(context)
+    refine = partial(cell.refinement, context, ranks)
+    factors = context.made("refinement", "factors", cell.factors_key, refine, resumable=True)
     if (facts := factors / "facts.json").exists():
         record.data["refinement"] = json.loads(facts.read_text())
     with record.stage("factorization"):
-        install_factors(bench.model, bench.spec, bench.sites, ranks, factors, storage, bench.device)
+        install_factors(context.model, context.tower, context.sites, ranks, factors, storage, context.device)
     return None
 
 
@@ -119,11 +119,11 @@ def _described(site: Site) -> dict[str, Any]:
     }
 
 
-def _save(cell: Cell, record: Record, bench: Bench, what: str, saved: Saved | None) -> None:
+def _save(cell: Cell, record: Record, context: Context, what: str, saved: Saved | None) -> None:
     """Write one of the checkpoints that are asked for, unless it is there already."""
     name, store = cell.checkpoints[what], Store(cell.cfg.results)
-    use_cache = getattr(bench.model_config, "use_cache", True)
-    make = lambda folder: checkpoint.save(folder, bench.model, bench.tokenizer, use_cache, saved)
+    use_cache = getattr(context.model_config, "use_cache", True)
+    make = lambda folder: checkpoint.save(folder, context.model, context.tokenizer, use_cache, saved)
     made = record.artifact(what.replace("_", " "), store.get_or_make(CHECKPOINTS, name, make))
     record.data[what] = f"{CHECKPOINTS}/{name}"
     log.info("%s: %s", what.replace("_", " "), made.path)
@@ -152,19 +152,19 @@ def _check_positions(of: str, lengths: dict[str, int], cell: Cell, model_config:
             )
 
 
-def _measured(cell: Cell, bench: Bench, name: str) -> dict[str, Any]:
+def _measured(cell: Cell, context: Context, name: str) -> dict[str, Any]:
     """What an evaluator finds, each of its parts an artifact."""
-    evaluator, bench.evaluator = cell.evaluators[name], name
+    evaluator, context.evaluator = cell.evaluators[name], name
     if evaluator.reads_text:
-        bench.make_text_tokens()  # before the metric, so that its seconds are its own
+        context.make_text_tokens()  # before the metric, so that its seconds are its own
 
     def measure(part: str, folder: Path) -> None:
-        (folder / "metric.json").write_text(json.dumps(evaluator(bench, part), indent=1, allow_nan=False))
+        (folder / "metric.json").write_text(json.dumps(evaluator(context, part), indent=1, allow_nan=False))
 
     measured = {}
     for part, key in cell.metric_keys(name).items():
         stage = f"eval.{name}.{part}" if part else f"eval.{name}"
-        folder = bench.made(stage, "metric", key, partial(measure, part))
+        folder = context.made(stage, "metric", key, partial(measure, part))
         measured[part] = json.loads((folder / "metric.json").read_text())
     combined = evaluator.combine(measured)
     if evaluator.reads_text:

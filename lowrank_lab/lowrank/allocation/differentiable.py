@@ -9,7 +9,7 @@ from lowrank_lab import checks
 from lowrank_lab.lowrank.ranks import Ranks, Site, Sites, budget, fit
 
 if TYPE_CHECKING:
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 STATES = 21  # of a training, whose ranks the record keeps: the first, the last, and evenly between
 
@@ -52,26 +52,29 @@ class Differentiable:
         self.learning_rate = learning_rate
         self.seed = seed
 
-    def __call__(self, bench: Bench) -> Ranks:
-        if bench.ratio >= 1:
-            return dict.fromkeys(bench.sites)
+    def __call__(self, context: Context) -> Ranks:
+        if context.ratio >= 1:
+            return dict.fromkeys(context.sites)
         from lowrank_lab.lowrank.allocation.rank_training import train_ranks
 
-        cell = bench.cell
+        cell = context.cell
         parts = {
             "differentiable": vars(self),
             "spectra": cell.spectra_key,
             "tokens": cell.calibration_tokens_key,
             "counted": cell.allocation_key["counted"],
-            "ratio": bench.ratio,
+            "ratio": context.ratio,
         }
-        ids, _ = bench.calibration_ids, bench.spectra  # made before the training, so that its seconds are its own
-        make = lambda folder: train_ranks(folder, bench, ids, self)
-        folder = bench.artifact("rank training", "ranks", parts, make, resumable=True)
+        ids, _ = (
+            context.calibration_ids,
+            context.spectra,
+        )  # before the training, whose seconds are its own
+        make = lambda folder: train_ranks(folder, context, ids, self)
+        folder = context.artifact("rank training", "ranks", parts, make, resumable=True)
         learned = json.loads((folder / "ranks.json").read_text())
         history = json.loads((folder / "history.json").read_text())
-        bench.facts["training"] = told(history, bench.sites, bench.ratio, self.gamma)
-        return fit(bench.sites, learned, budget(bench.sites, bench.ratio))
+        context.facts["training"] = told(history, context.sites, context.ratio, self.gamma)
+        return fit(context.sites, learned, budget(context.sites, context.ratio))
 
 
 def starting_share(site: Site, ratio: float) -> float:

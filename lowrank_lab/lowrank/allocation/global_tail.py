@@ -15,7 +15,7 @@ from lowrank_lab.lowrank.ranks import Ranks, Site, Sites, budget, total_cost
 if TYPE_CHECKING:
     import numpy as np
 
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 # By the full name of a site, its squared error at every rank 0 … min(out, in), float64.
 Tails: TypeAlias = "Mapping[str, np.ndarray]"
@@ -39,8 +39,8 @@ class GlobalTail:
                 raise ValueError(f"weights: {pattern}: {weight} is not valid; it must be a number above 0")
         self.weights = dict(weights)
 
-    def __call__(self, bench: Bench) -> Ranks:
-        return water_fill(bench.sites, self._weighted(bench.tails), budget(bench.sites, bench.ratio))
+    def __call__(self, context: Context) -> Ranks:
+        return water_fill(context.sites, self._weighted(context.tails), budget(context.sites, context.ratio))
 
     def _weighted(self, tails: Tails) -> Tails:
         for pattern in self.weights:

@@ -10,7 +10,7 @@ from lowrank_lab.errors import SkippedCell
 from lowrank_lab.lowrank.ranks import Ranks, Sites, budget, fit, rank_for_ratio
 
 if TYPE_CHECKING:
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 class LossBased:
@@ -23,17 +23,17 @@ class LossBased:
 
     needs_calibration = True
 
-    def __call__(self, bench: Bench) -> Ranks:
-        if bench.ratio >= 1:
-            return dict.fromkeys(bench.sites)
+    def __call__(self, context: Context) -> Ranks:
+        if context.ratio >= 1:
+            return dict.fromkeys(context.sites)
         # The spectra are of the mean over tokens; the paper's loss is of their sum.
-        tokens = bench.calibration_ids.numel() if bench.statistics is not None else 1
+        tokens = context.calibration_ids.numel() if context.statistics is not None else 1
         losses = {}
-        for name, site in bench.sites.items():
-            rank = rank_for_ratio(site, bench.ratio)
-            squared = 0.0 if rank is None else float(bench.tails[name][rank])
+        for name, site in context.sites.items():
+            rank = rank_for_ratio(site, context.ratio)
+            squared = 0.0 if rank is None else float(context.tails[name][rank])
             losses[name] = math.sqrt(squared * tokens)
-        return loss_based(bench.sites, bench.ratio, losses)
+        return loss_based(context.sites, context.ratio, losses)
 
 
 def loss_based(sites: Sites, ratio: float, losses: dict[str, float]) -> Ranks:

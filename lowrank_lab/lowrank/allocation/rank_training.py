@@ -18,7 +18,7 @@ from lowrank_lab.running.training import Recipe, train
 
 if TYPE_CHECKING:
     from lowrank_lab.lowrank.allocation.differentiable import Differentiable
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 class LearnedRank:
@@ -45,7 +45,7 @@ class LearnedRank:
         return 0.5 * torch.tanh(self.beta * (self.k - i)) + 0.5
 
 
-def train_ranks(folder: Path, bench: Bench, ids: Tensor, settings: Differentiable) -> None:
+def train_ranks(folder: Path, context: Context, ids: Tensor, settings: Differentiable) -> None:
     """Write ``history.json``, the loss and all k of each step, then ``ranks.json``, the learned k of every site.
 
     Training is in float32 whatever the model's dtype: the gradients of single directions are small.
@@ -53,15 +53,15 @@ def train_ranks(folder: Path, bench: Bench, ids: Tensor, settings: Differentiabl
     if (folder / "ranks.json").exists():  # an earlier call was stopped while it tidied up
         (folder / "ranks.state").unlink(missing_ok=True)
         return
-    device, sites = bench.device, bench.sites
-    learned = {name: LearnedRank(site, bench.ratio, settings.beta, device) for name, site in sites.items()}
+    device, sites = context.device, context.sites
+    learned = {name: LearnedRank(site, context.ratio, settings.beta, device) for name, site in sites.items()}
     masks = {name: rank.mask for name, rank in learned.items()}
-    model = bench.take_model().float().requires_grad_(False)
+    model = context.take_model().float().requires_grad_(False)
     if settings.forward == "pooled":
         last = {name: site.last for name, site in sites.items()}
-        mask_directions(model, bench.spec, sites, bench.spectra, last, masks, device)
+        mask_directions(model, context.tower, sites, context.spectra, last, masks, device)
     else:
-        mask_activations(model, bench.spec, sites, masks)
+        mask_activations(model, context.tower, sites, masks)
     model.to(device)
     dense = sum(site.dense for site in sites.values())
 
@@ -73,7 +73,7 @@ def train_ranks(folder: Path, bench: Bench, ids: Tensor, settings: Differentiabl
         batch = batch.to(device)
         logits = model(batch, use_cache=False).logits[:, :-1].float()
         task = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        return task + settings.gamma * (ratio_now() - bench.ratio).abs()  # Algorithm 1, line 11
+        return task + settings.gamma * (ratio_now() - context.ratio).abs()  # Algorithm 1, line 11
 
     def after_step() -> dict[str, Any]:
         return {"ratio": ratio_now().item(), "k": [round(rank.k.item(), 3) for rank in learned.values()]}

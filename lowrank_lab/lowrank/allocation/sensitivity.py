@@ -21,19 +21,19 @@ from lowrank_lab.artifacts.store import write_json
 from lowrank_lab.lowrank.ranks import Ranks, Site, Sites, rank_within
 from lowrank_lab.lowrank.spectra import by_block, compress, load_spectrum
 from lowrank_lab.lowrank.storage.absorb import Absorb
-from lowrank_lab.models.families import ArchSpec
+from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import blocks_of, entering_at, walk
 from lowrank_lab.modules.factorized import factorize, site_weight
 
 if TYPE_CHECKING:
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 @torch.no_grad()
 def measure(
     folder: Path,
     model: nn.Module,
-    spec: ArchSpec,
+    tower: Tower,
     sites: Sites,
     spectra: Path,
     batches: Sequence[Tensor],
@@ -46,15 +46,17 @@ def measure(
     One file a block, {site: {rank: nats}}, each whole or absent; those that are there are not measured again.
     """
     model.to(device)
-    here_of = by_block(sites, len(blocks_of(model, spec)))
+    here_of = by_block(sites, len(blocks_of(model, tower)))
     entering: list[Tensor] = []
-    stops = walk(model, spec, batches, device, entering, offload)
+    stops = walk(model, tower, batches, device, entering, offload)
     for index, _, run in progress.track(stops, "sensitivities", "block", len(here_of)):
         file = folder / f"block_{index:03d}.json"
         if not file.exists():
             named = list(here_of[index].items())
             found = {
-                name: _of_site(model, spec, site, entering, batches, spectra, candidate_ranks(site, ratios), device)
+                name: _of_site(
+                    model, tower, site, entering, batches, spectra, candidate_ranks(site, ratios), device
+                )
                 for name, site in progress.track(named, "linears", "linear")
             }
             write_json(file, found)
@@ -69,7 +71,7 @@ def candidate_ranks(site: Site, ratios: Sequence[float]) -> list[int]:
 
 def _of_site(
     model: nn.Module,
-    spec: ArchSpec,
+    tower: Tower,
     site: Site,
     entering: Sequence[Tensor],
     batches: Sequence[Tensor],
@@ -77,7 +79,7 @@ def _of_site(
     candidates: Sequence[int],
     device: torch.device,
 ) -> dict[int, float]:
-    block = blocks_of(model, spec)[site.block]
+    block = blocks_of(model, tower)[site.block]
     dense = {member: block.get_submodule(member) for member in site.members}
     weight = site_weight(block, site).to(device, torch.float64)
     factors = load_spectrum(spectra, site, device).factors(weight, max(candidates, default=1))
@@ -86,7 +88,7 @@ def _of_site(
     try:
         for rank in candidates:
             factorize(block, site, left[:, :rank], right[:rank])
-            found[rank] = mean_nll(model, spec, batches, site.block, entering)
+            found[rank] = mean_nll(model, tower, batches, site.block, entering)
             restore(block, dense)
     finally:
         restore(block, dense)
@@ -102,14 +104,14 @@ def restore(block: nn.Module, members: dict[str, nn.Module]) -> None:
 
 
 def mean_nll(
-    model: nn.Module, spec: ArchSpec, batches: Sequence[Tensor], block: int = 0, entering: Sequence[Tensor] = ()
+    model: nn.Module, tower: Tower, batches: Sequence[Tensor], block: int = 0, entering: Sequence[Tensor] = ()
 ) -> float:
     """The mean negative log-likelihood of all predicted tokens, in nats, entering ``block`` with these states."""
     device = next(model.parameters()).device
     total, count = 0.0, 0
     for number, batch in enumerate(batches):
         batch = batch.to(device)
-        with entering_at(model, spec, block, entering[number].to(device)) if block else nullcontext():
+        with entering_at(model, tower, block, entering[number].to(device)) if block else nullcontext():
             logits = model(batch, use_cache=False).logits[:, :-1].float()
         total += cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
         count += batch[:, 1:].numel()
@@ -117,16 +119,16 @@ def mean_nll(
 
 
 @torch.no_grad()
-def perplexity_of(bench: Bench, ranks: Ranks, batches: Sequence[Tensor]) -> float:
+def perplexity_of(context: Context, ranks: Ranks, batches: Sequence[Tensor]) -> float:
     """The perplexity of ``batches`` (batch, length) with every site at its rank of ``ranks``."""
-    model, blocks = bench.model, blocks_of(bench.model, bench.spec)
+    model, blocks = context.model, blocks_of(context.model, context.tower)
     dense = [
         (blocks[site.block], {member: blocks[site.block].get_submodule(member) for member in site.members})
-        for site in bench.sites.values()
+        for site in context.sites.values()
     ]
     try:
-        compress(model, bench.spec, bench.sites, ranks, bench.spectra, Absorb(0.5), bench.device)
-        return math.exp(mean_nll(model.to(bench.device), bench.spec, batches))
+        compress(model, context.tower, context.sites, ranks, context.spectra, Absorb(0.5), context.device)
+        return math.exp(mean_nll(model.to(context.device), context.tower, batches))
     finally:
         for block, members in dense:
             restore(block, members)

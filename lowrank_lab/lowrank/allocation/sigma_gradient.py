@@ -12,7 +12,7 @@ from lowrank_lab.lowrank.ranks import Ranks, Sites, budget, fit
 if TYPE_CHECKING:
     import numpy as np
 
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 class SigmaGradient:
@@ -31,26 +31,26 @@ class SigmaGradient:
         self.form = form
         self.samples = samples
 
-    def __call__(self, bench: Bench) -> Ranks:
-        if bench.ratio >= 1:
-            return dict.fromkeys(bench.sites)
+    def __call__(self, context: Context) -> Ranks:
+        if context.ratio >= 1:
+            return dict.fromkeys(context.sites)
         from lowrank_lab.lowrank.allocation.sigma_statistics import load_sigma_gradients, make_sigma_gradients
 
-        ids, spectra = bench.calibration_ids[: self.samples], bench.spectra
+        ids, spectra = context.calibration_ids[: self.samples], context.spectra
         parts = {
             "sigma": self.samples,
-            "spectra": bench.cell.spectra_key,
-            "tokens": bench.cell.calibration_tokens_key,
+            "spectra": context.cell.spectra_key,
+            "tokens": context.cell.calibration_tokens_key,
         }
         make = lambda folder: make_sigma_gradients(
-            folder, bench.take_model().float(), bench.spec, bench.sites, spectra, ids, bench.device
+            folder, context.take_model().float(), context.tower, context.sites, spectra, ids, context.device
         )
-        folder = bench.artifact("singular value gradients", "sigma", parts, make)
-        sigma, mean_abs, mean_square = load_sigma_gradients(folder, bench.sites)
-        limit = budget(bench.sites, bench.ratio)
+        folder = context.artifact("singular value gradients", "sigma", parts, make)
+        sigma, mean_abs, mean_square = load_sigma_gradients(folder, context.sites)
+        limit = budget(context.sites, context.ratio)
         if self.form == "layer":
-            return fit(bench.sites, {name: float(g.sum()) for name, g in mean_abs.items()}, limit)
-        return water_fill(bench.sites, score_tails(bench.sites, sigma, mean_square), limit)
+            return fit(context.sites, {name: float(g.sum()) for name, g in mean_abs.items()}, limit)
+        return water_fill(context.sites, score_tails(context.sites, sigma, mean_square), limit)
 
 
 def score_tails(

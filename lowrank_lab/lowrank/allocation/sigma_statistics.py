@@ -17,12 +17,12 @@ from lowrank_lab import progress
 from lowrank_lab.lowrank.masked import mask_directions
 from lowrank_lab.lowrank.ranks import Sites
 from lowrank_lab.lowrank.spectra import by_block, load_singular_values
-from lowrank_lab.models.families import ArchSpec
+from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import block_file, blocks_of
 
 
 def make_sigma_gradients(
-    folder: Path, model: nn.Module, spec: ArchSpec, sites: Sites, spectra: Path, ids: Tensor, device: torch.device
+    folder: Path, model: nn.Module, tower: Tower, sites: Sites, spectra: Path, ids: Tensor, device: torch.device
 ) -> None:
     """Means of |dL/dσ| and (dL/dσ)² over the sequences ``ids`` (samples, length); one file a block.
 
@@ -34,7 +34,7 @@ def make_sigma_gradients(
     masks = {name: partial(_relative, leaves[name], sigma[name]) for name in sites}
     full = {name: site.full for name, site in sites.items()}
     model.requires_grad_(False)
-    mask_directions(model, spec, sites, spectra, full, masks, device)
+    mask_directions(model, tower, sites, spectra, full, masks, device)
     model.to(device)
     mean_abs = {name: torch.zeros_like(value) for name, value in sigma.items()}
     mean_square = {name: torch.zeros_like(value) for name, value in sigma.items()}
@@ -49,7 +49,7 @@ def make_sigma_gradients(
             mean_abs[name] += leaf.grad.abs() / len(ids)
             mean_square[name] += leaf.grad.square() / len(ids)
             leaf.grad = None
-    for index, here in enumerate(by_block(sites, len(blocks_of(model, spec)))):
+    for index, here in enumerate(by_block(sites, len(blocks_of(model, tower)))):
         tensors = {}
         for name, site in here.items():
             found = {"sigma": sigma[name], "abs": mean_abs[name], "square": mean_square[name]}

@@ -12,7 +12,7 @@ from lowrank_lab.errors import SkippedCell
 from lowrank_lab.lowrank.ranks import Ranks, Sites, budget, total_cost
 
 if TYPE_CHECKING:
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 @dataclass(frozen=True)
@@ -44,55 +44,55 @@ class Strs:
         self.samples = samples
         self.target_perplexity = target_perplexity
 
-    def __call__(self, bench: Bench) -> Ranks:
-        if bench.ratio >= 1:
-            return dict.fromkeys(bench.sites)
-        steps = self._steps(bench)
-        limit = budget(bench.sites, bench.ratio)
-        index = index_within_budget(bench.sites, steps, limit)
+    def __call__(self, context: Context) -> Ranks:
+        if context.ratio >= 1:
+            return dict.fromkeys(context.sites)
+        steps = self._steps(context)
+        limit = budget(context.sites, context.ratio)
+        index = index_within_budget(context.sites, steps, limit)
         if self.target_perplexity is not None:
-            perplexity = lambda i: self._perplexity(bench, plan(bench.sites, steps, i))
+            perplexity = lambda i: self._perplexity(context, plan(context.sites, steps, i))
             within = index_within_perplexity(index, self.target_perplexity, perplexity)
             if within < index:
-                return plan(bench.sites, steps, within)
-        return finish(bench.sites, steps, index, limit)
+                return plan(context.sites, steps, within)
+        return finish(context.sites, steps, index, limit)
 
-    def _steps(self, bench: Bench) -> list[Step]:
+    def _steps(self, context: Context) -> list[Step]:
         """Every candidate of every site, least sensitive first. The sensitivities are an artifact."""
         from lowrank_lab.lowrank.allocation.sensitivity import measure
 
-        cell = bench.cell
+        cell = context.cell
         parts = {
             "strs": {"ratios": self.ratios, "samples": self.samples},
             "spectra": cell.spectra_key,
             "tokens": cell.calibration_tokens_key,
             "counted": cell.allocation_key["counted"],
         }
-        batches, spectra = bench.calibration_batches(self.samples), bench.spectra
+        batches, spectra = context.calibration_batches(self.samples), context.spectra
         make = lambda folder: measure(
             folder,
-            bench.model,
-            bench.spec,
-            bench.sites,
+            context.model,
+            context.tower,
+            context.sites,
             spectra,
             batches,
             self.ratios,
-            bench.device,
-            bench.offload,
+            context.device,
+            context.offload,
         )
-        folder = bench.artifact("sensitivities", "sensitivities", parts, make, resumable=True)
+        folder = context.artifact("sensitivities", "sensitivities", parts, make, resumable=True)
         found: dict[str, dict[str, float]] = {}
         for file in sorted(folder.glob("block_*.json")):
             found |= json.loads(file.read_text())
-        bench.facts["sensitivities"] = found  # by site and rank, the mean negative log-likelihood in nats
+        context.facts["sensitivities"] = found  # by site and rank, the mean negative log-likelihood in nats
         steps = [Step(site, int(rank), nll) for site, of_site in found.items() for rank, nll in of_site.items()]
         # Equal sensitivities in an order that does not depend on the machine: the mildest truncation first.
         return sorted(steps, key=lambda step: (step.sensitivity, -step.rank, step.site))
 
-    def _perplexity(self, bench: Bench, ranks: Ranks) -> float:
+    def _perplexity(self, context: Context, ranks: Ranks) -> float:
         from lowrank_lab.lowrank.allocation.sensitivity import perplexity_of
 
-        return perplexity_of(bench, ranks, bench.calibration_batches(self.samples))
+        return perplexity_of(context, ranks, context.calibration_batches(self.samples))
 
 
 def plan(sites: Sites, steps: Sequence[Step], index: int) -> Ranks:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from lowrank_lab.lowrank.ranks import Ranks, Sites, rank_for_ratio
 
 if TYPE_CHECKING:
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 class Uniform:
     needs_calibration = False
 
-    def __call__(self, bench: Bench) -> Ranks:
-        return uniform(bench.sites, bench.ratio)
+    def __call__(self, context: Context) -> Ranks:
+        return uniform(context.sites, context.ratio)
 
 
 def uniform(sites: Sites, ratio: float) -> Ranks:

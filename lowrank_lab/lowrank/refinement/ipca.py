@@ -12,7 +12,7 @@ from lowrank_lab.lowrank.ranks import Ranks
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 class Ipca:
@@ -32,10 +32,10 @@ class Ipca:
         checks.whole(1, optional=True, samples=samples)
         self.samples = samples
 
-    def prepare(self, bench: Bench) -> None:
-        _ = bench.calibration_ids
+    def prepare(self, context: Context) -> None:
+        _ = context.calibration_ids
 
-    def __call__(self, bench: Bench, ranks: Ranks, folder: Path) -> None:
+    def __call__(self, context: Context, ranks: Ranks, folder: Path) -> None:
         """Raises FloatingPointError, naming the site, where an activation is not finite."""
         from lowrank_lab import progress
         from lowrank_lab.lowrank.factors import save_factors
@@ -43,9 +43,9 @@ class Ipca:
         from lowrank_lab.models.walk import block_file, blocks_of
         from lowrank_lab.modules.factorized import site_weight
 
-        spec, device, length = bench.spec, bench.device, bench.calibration_ids.shape[1]
-        sites = by_block(bench.sites, len(blocks_of(bench.model, spec)))
-        blocks = bench.walk(bench.model, self.samples)
+        tower, device, length = context.tower, context.device, context.calibration_ids.shape[1]
+        sites = by_block(context.sites, len(blocks_of(context.model, tower)))
+        blocks = context.walk(context.model, self.samples)
         for index, block, run in progress.track(blocks, "IPCA", "block", len(sites)):
             if (folder / block_file(index)).exists():
                 run()

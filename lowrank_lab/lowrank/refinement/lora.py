@@ -9,7 +9,7 @@ from lowrank_lab import checks
 from lowrank_lab.lowrank.ranks import Ranks
 
 if TYPE_CHECKING:
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 class Lora:
@@ -21,7 +21,7 @@ class Lora:
     micro_batch        sequences a forward; changes speed and memory, and which activations dropout takes
     seed               of the windows, their order, LoRA's initial values and dropout
 
-    The other settings are the windows of text (``bench.training_ids``). The loss is that of the next token, every
+    The other settings are the windows of text (``context.training_ids``). The loss is that of the next token, every
     token counts, and training is in float32.
     """
 
@@ -58,10 +58,10 @@ class Lora:
         self.max_norm = max_norm
         self.seed = seed
 
-    def prepare(self, bench: Bench) -> None:
-        _ = bench.training_ids
+    def prepare(self, context: Context) -> None:
+        _ = context.training_ids
 
-    def __call__(self, bench: Bench, ranks: Ranks, folder: Path) -> None:
+    def __call__(self, context: Context, ranks: Ranks, folder: Path) -> None:
         from lowrank_lab.lowrank.refinement.lora_training import refine
 
-        refine(bench, ranks, folder, self)
+        refine(context, ranks, folder, self)

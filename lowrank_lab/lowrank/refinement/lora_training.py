@@ -17,31 +17,34 @@ from lowrank_lab.lowrank.factors import save_factors
 from lowrank_lab.lowrank.ranks import Ranks, Sites
 from lowrank_lab.lowrank.spectra import by_block, check_finite, compress
 from lowrank_lab.lowrank.storage.absorb import Absorb
-from lowrank_lab.models.families import ArchSpec
+from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.factorized import FactorizedLinear, SharedLatent, factors_of
 from lowrank_lab.running.training import Recipe, train
 
 if TYPE_CHECKING:
     from lowrank_lab.lowrank.refinement.lora import Lora
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 SIDES = ("left", "right")  # in the order of their training: U, then V
 
 
-def refine(bench: Bench, ranks: Ranks, folder: Path, settings: Lora) -> None:
+def refine(context: Context, ranks: Ranks, folder: Path, settings: Lora) -> None:
     """Write the fine-tuned factors of every site, a file a block, and ``facts.json``: by side, steps and losses.
 
     A finished phase is kept in ``folder/<side>.state`` until the end, and is only read again after an interruption.
     """
     if not (folder / "facts.json").exists():
-        ids, spectra = bench.training_ids, bench.spectra  # the spectra read the dense model: before it is changed
-        model = bench.take_model().float()  # the weights that the spectra are of, whatever their dtype
+        ids, spectra = (
+            context.training_ids,
+            context.spectra,
+        )  # the spectra read the dense model
+        model = context.take_model().float()  # the weights that the spectra are of, whatever their dtype
         # √Σ in each factor, whatever the storage: both phases then start from factors of one scale.
-        compress(model, bench.spec, bench.sites, ranks, spectra, Absorb(0.5), bench.device)
-        model.to(bench.device)
+        compress(model, context.tower, context.sites, ranks, spectra, Absorb(0.5), context.device)
+        model.to(context.device)
         facts = {side: train_side(model, side, ids, folder, settings) for side in SIDES}
-        save_all(model, bench.spec, bench.sites, folder)
+        save_all(model, context.tower, context.sites, folder)
         write_json(folder / "facts.json", facts)  # the last: with it all factors are there
     # A phase whose successor's state is still there must not lose its own.
     for leftover in (*(folder / f"{side}.state" for side in reversed(SIDES)), *folder.glob(".*.tmp-*")):
@@ -125,9 +128,9 @@ def merge(model: nn.Module, layers: dict[str, LoraLayer]) -> None:
     model.requires_grad_(False)
 
 
-def save_all(model: nn.Module, spec: ArchSpec, sites: Sites, folder: Path) -> None:
+def save_all(model: nn.Module, tower: Tower, sites: Sites, folder: Path) -> None:
     """Write the factors of every site that has them. Raises FloatingPointError, naming one that is not finite."""
-    blocks = blocks_of(model, spec)
+    blocks = blocks_of(model, tower)
     for index, (block, here) in enumerate(zip(blocks, by_block(sites, len(blocks)), strict=True)):
         factors = {}
         for name, site in here.items():

@@ -11,7 +11,7 @@ from lowrank_lab.lowrank.ranks import Ranks
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 # Fraction of the largest below which a direction of C', which is summed in float32, is rounding.
 RESOLUTION = 1e-6
@@ -30,10 +30,10 @@ class SequentialUpdate:
 
     needs_calibration = True
 
-    def prepare(self, bench: Bench) -> None:
-        _ = bench.calibration_ids
+    def prepare(self, context: Context) -> None:
+        _ = context.calibration_ids
 
-    def __call__(self, bench: Bench, ranks: Ranks, folder: Path) -> None:
+    def __call__(self, context: Context, ranks: Ranks, folder: Path) -> None:
         """Raises FloatingPointError, naming the site, where its input or a factor is not finite."""
         from lowrank_lab import progress
         from lowrank_lab.calibration.statistics import gather
@@ -42,14 +42,14 @@ class SequentialUpdate:
         from lowrank_lab.models.walk import block_file, blocks_of
         from lowrank_lab.modules.factorized import factorize, site_weight
 
-        spec, device, spectra = bench.spec, bench.device, bench.spectra
-        model = bench.take_model()
-        sites = by_block(bench.sites, len(blocks_of(model, spec)))
-        blocks = bench.walk(model)
+        tower, device, spectra = context.tower, context.device, context.spectra
+        model = context.take_model()
+        sites = by_block(context.sites, len(blocks_of(model, tower)))
+        blocks = context.walk(model)
         for index, block, run in progress.track(blocks, "update", "block", len(sites)):
             here = {name: (site, k) for name, site in sites[index].items() if (k := ranks[name]) is not None}
             if not (folder / block_file(index)).exists():
-                input_of = {linear: group[0] for group in spec.inputs for linear in group}
+                input_of = {linear: group[0] for group in tower.inputs for linear in group}
                 linears = dict.fromkeys(input_of[site.members[0]] for site, _ in here.values())
                 inputs = gather(block, linears, partial(run, advance=False), device)
                 factors = {}

@@ -9,7 +9,7 @@ from lowrank_lab import checks
 from lowrank_lab.lowrank.ranks import Ranks
 
 if TYPE_CHECKING:
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 class WeightedDescent:
@@ -32,10 +32,10 @@ class WeightedDescent:
         self.steps = steps
         self.floor = floor
 
-    def prepare(self, bench: Bench) -> None:
-        _ = bench.weight_fisher
+    def prepare(self, context: Context) -> None:
+        _ = context.weight_fisher
 
-    def __call__(self, bench: Bench, ranks: Ranks, folder: Path) -> None:
+    def __call__(self, context: Context, ranks: Ranks, folder: Path) -> None:
         from lowrank_lab.lowrank.refinement.weighted_error import refine
 
-        refine(bench, ranks, folder, self.steps, self.floor)
+        refine(context, ranks, folder, self.steps, self.floor)

@@ -30,12 +30,12 @@ from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.factorized import site_weight
 
 if TYPE_CHECKING:
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 RIDGE = 1e-6  # of the preconditioner, relative to its mean: float32 must factor it where a direction is empty
 
 
-def refine(bench: Bench, ranks: Ranks, folder: Path, steps: int, floor: float) -> None:
+def refine(context: Context, ranks: Ranks, folder: Path, steps: int, floor: float) -> None:
     """Write the refined factors of every site, a file a block, and ``facts.json``.
 
     The facts are by site the weighted error of the closed form (``before``) and of the factors as written
@@ -44,9 +44,9 @@ def refine(bench: Bench, ranks: Ranks, folder: Path, steps: int, floor: float) -
     if (folder / "facts.json").exists():  # an earlier call was stopped while it tidied up
         _tidy(folder)
         return
-    fisher, spectra, device = bench.weight_fisher, bench.spectra, bench.device
-    blocks = blocks_of(bench.model, bench.spec)
-    for index, here in enumerate(progress.track(by_block(bench.sites, len(blocks)), "refinement", "block")):
+    fisher, spectra, device = context.weight_fisher, context.spectra, context.device
+    blocks = blocks_of(context.model, context.tower)
+    for index, here in enumerate(progress.track(by_block(context.sites, len(blocks)), "refinement", "block")):
         facts = folder / f"facts_{index:03d}.json"  # written after the factors: a block with facts is done
         if facts.exists():
             continue

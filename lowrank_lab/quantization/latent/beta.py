@@ -13,9 +13,9 @@ from lowrank_lab.quantization.base import Quantization, Transform
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lowrank_lab.models.families import ArchSpec
+    from lowrank_lab.models.families import Tower
     from lowrank_lab.quantization.inputs import Inputs
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 class BetaSplit(Transform):
@@ -39,24 +39,24 @@ class BetaSplit(Transform):
         checks.flag(rotate=rotate)
         self.betas, self.rotate = list(betas), rotate
 
-    def check(self, spec: ArchSpec, quantization: Quantization) -> None:
+    def check(self, tower: Tower, quantization: Quantization) -> None:
         if quantization.method is None and quantization.activations is None:
             raise SkippedCell("latent=beta splits for what is rounded; choose a quantization/method or activations")
 
-    def __call__(self, bench: Bench, quantization: Quantization) -> None:
+    def __call__(self, context: Context, quantization: Quantization) -> None:
         from lowrank_lab import progress
         from lowrank_lab.models.walk import blocks_of
         from lowrank_lab.quantization.folding import is_factored, latents_in
         from lowrank_lab.quantization.inputs import gather_inputs
 
-        if not is_factored(bench.model, bench.spec):
+        if not is_factored(context.model, context.tower):
             return
-        count = len(blocks_of(bench.model, bench.spec))
-        blocks = bench.walk(bench.model)
+        count = len(blocks_of(context.model, context.tower))
+        blocks = context.walk(context.model)
         for _, block, run in progress.track(blocks, "split", "block", count):
-            latents = latents_in(block, bench.spec)
+            latents = latents_in(block, context.tower)
             rows = quantization.activations is not None
-            inputs = gather_inputs(block, list(latents), run, bench.calibration_ids.numel(), rows, bench.device)
+            inputs = gather_inputs(block, list(latents), run, context.calibration_ids.numel(), rows, context.device)
             for right, lefts in latents.items():
                 self._split(block, right, lefts, inputs.pop(right), quantization)
 

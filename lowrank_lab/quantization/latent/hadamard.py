@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lowrank_lab.quantization.base import Quantization, Transform
 
 if TYPE_CHECKING:
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 class LatentHadamard(Transform):
@@ -19,7 +19,7 @@ class LatentHadamard(Transform):
 
     label = "latent Hadamard"
 
-    def __call__(self, bench: Bench, quantization: Quantization) -> None:
+    def __call__(self, context: Context, quantization: Quantization) -> None:
         from lowrank_lab.quantization.rotation import rotate_latent
 
-        rotate_latent(bench.model, bench.spec)
+        rotate_latent(context.model, context.tower)

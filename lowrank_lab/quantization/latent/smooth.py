@@ -8,7 +8,7 @@ from lowrank_lab import checks
 from lowrank_lab.quantization.base import Quantization, Transform
 
 if TYPE_CHECKING:
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 class LatentSmooth(Transform):
@@ -27,15 +27,15 @@ class LatentSmooth(Transform):
         checks.share(alpha=alpha)
         self.alpha = alpha
 
-    def __call__(self, bench: Bench, quantization: Quantization) -> None:
+    def __call__(self, context: Context, quantization: Quantization) -> None:
         from lowrank_lab.quantization.folding import calibrated, fold, is_factored, weights_of
         from lowrank_lab.quantization.scales import largest, smoothing
 
-        if not is_factored(bench.model, bench.spec):
+        if not is_factored(context.model, context.tower):
             return
-        for block, inputs in calibrated(bench, ["latent"]):
+        for block, inputs in calibrated(context, ["latent"]):
             scales = []
             for at, sums in inputs:
                 weights = largest(weights_of(block, at.readers))
                 scales.append((at, smoothing(sums.abs_max, weights, self.alpha)))
-            fold(block, bench.spec, scales)
+            fold(block, context.tower, scales)

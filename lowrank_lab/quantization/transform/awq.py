@@ -9,8 +9,8 @@ from lowrank_lab.errors import SkippedCell
 from lowrank_lab.quantization.base import Quantization, Transform
 
 if TYPE_CHECKING:
-    from lowrank_lab.models.families import ArchSpec
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.models.families import Tower
+    from lowrank_lab.running.context import Context
 
 
 class Awq(Transform):
@@ -35,16 +35,16 @@ class Awq(Transform):
         self.points, self.where = points, where
         self.online = where == "all"
 
-    def check(self, spec: ArchSpec, quantization: Quantization) -> None:
+    def check(self, tower: Tower, quantization: Quantization) -> None:
         if quantization.method is None:
             raise SkippedCell("AWQ scales weights that are rounded; choose a quantization/method")
 
-    def __call__(self, bench: Bench, quantization: Quantization) -> None:
+    def __call__(self, context: Context, quantization: Quantization) -> None:
         from lowrank_lab.quantization.apply import format_of
         from lowrank_lab.quantization.folding import SOURCES, calibrated, fold, weights_of
         from lowrank_lab.quantization.scales import awq_candidates, awq_losses
 
-        for block, inputs in calibrated(bench, (*SOURCES[self.where], "latent")):
+        for block, inputs in calibrated(context, (*SOURCES[self.where], "latent")):
             scales = []
             for at, sums in inputs:
                 abs_mean = at.shared(sums.abs_sum / sums.tokens, lambda x: x.mean(1))
@@ -53,4 +53,4 @@ class Awq(Transform):
                 weights = list(zip(weights_of(block, at.rounded), forms, strict=True))
                 best = awq_losses(candidates, sums.second_moment(), weights).argmin()
                 scales.append((at, candidates[best]))
-            fold(block, bench.spec, scales)
+            fold(block, context.tower, scales)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lowrank_lab.quantization.outliers import Spreading
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 SAMPLE = 256  # tokens that the search looks at, evenly taken: with the largest ones, output errors are the same
 
@@ -38,21 +38,23 @@ class DuQuant(Transform):
         checks.whole(0, steps=steps)
         self.alpha, self.block_size, self.steps = alpha, block_size, steps
 
-    def __call__(self, bench: Bench, quantization: Quantization) -> None:
+    def __call__(self, context: Context, quantization: Quantization) -> None:
         """Raises FloatingPointError, naming the linear, where an activation is not finite."""
         from lowrank_lab import progress
         from lowrank_lab.modules.linears import linears_in, shared_inputs
         from lowrank_lab.quantization.apply import members_by_block
         from lowrank_lab.quantization.inputs import look_at_inputs
 
-        members, seed = members_by_block(bench), bench.cell.cfg.seed
-        blocks = bench.walk(bench.model)
+        members, seed = members_by_block(context), context.cell.cfg.seed
+        blocks = context.walk(context.model)
         for index, block, run in progress.track(blocks, "DuQuant", "block", len(members)):
             targets = linears_in(block, members[index])
-            groups = [g for g in shared_inputs(block, bench.spec, bench.spec.linears) if set(g) & set(targets)]
+            groups = [
+                g for g in shared_inputs(block, context.tower, context.tower.linears) if set(g) & set(targets)
+            ]
             if quantization.latent is not None:
                 groups = [group for group in groups if not _reads_latent(group)]
-            tokens = bench.calibration_ids.numel()
+            tokens = context.calibration_ids.numel()
             seen = look_at_inputs(block, [group[0] for group in groups], run, tokens, SAMPLE)
             for group in groups:
                 try:

@@ -8,8 +8,8 @@ from lowrank_lab import checks
 from lowrank_lab.quantization.base import Quantization, Transform
 
 if TYPE_CHECKING:
-    from lowrank_lab.models.families import ArchSpec
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.models.families import Tower
+    from lowrank_lab.running.context import Context
 
 
 class QuaRot(Transform):
@@ -29,14 +29,14 @@ class QuaRot(Transform):
         checks.flag(heads=heads, down=down)
         self.heads, self.down = heads, down
 
-    def check(self, spec: ArchSpec, quantization: Quantization) -> None:
+    def check(self, tower: Tower, quantization: Quantization) -> None:
         from lowrank_lab.quantization.rotation import check
 
-        check(spec, self.label)
+        check(tower, self.label)
 
-    def __call__(self, bench: Bench, quantization: Quantization) -> None:
+    def __call__(self, context: Context, quantization: Quantization) -> None:
         from lowrank_lab.quantization import rotation
 
-        rotation.fold_norms(bench.model, bench.spec)
-        rotation.hadamards(bench.model, bench.spec, self.heads, self.down)
-        rotation.rotate(bench.model, bench.spec, *rotation.start(bench.model, bench.cell.cfg.seed))
+        rotation.fold_norms(context.model, context.tower)
+        rotation.hadamards(context.model, context.tower, self.heads, self.down)
+        rotation.rotate(context.model, context.tower, *rotation.start(context.model, context.cell.cfg.seed))

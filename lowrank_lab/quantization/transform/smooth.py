@@ -8,7 +8,7 @@ from lowrank_lab import checks
 from lowrank_lab.quantization.base import Quantization, Transform
 
 if TYPE_CHECKING:
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.running.context import Context
 
 
 class SmoothQuant(Transform):
@@ -31,14 +31,14 @@ class SmoothQuant(Transform):
         self.alpha, self.where = alpha, where
         self.online = where == "all"
 
-    def __call__(self, bench: Bench, quantization: Quantization) -> None:
+    def __call__(self, context: Context, quantization: Quantization) -> None:
         from lowrank_lab.quantization.folding import SOURCES, calibrated, fold, weights_of
         from lowrank_lab.quantization.scales import largest, smoothing
 
-        for block, inputs in calibrated(bench, SOURCES[self.where]):
+        for block, inputs in calibrated(context, SOURCES[self.where]):
             scales = []
             for at, sums in inputs:
                 weights = largest(weights_of(block, at.readers))
                 activations, weights = (at.shared(each, lambda x: x.amax(1)) for each in (sums.abs_max, weights))
                 scales.append((at, smoothing(activations, weights, self.alpha)))
-            fold(block, bench.spec, scales)
+            fold(block, context.tower, scales)

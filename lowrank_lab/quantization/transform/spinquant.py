@@ -11,8 +11,8 @@ from lowrank_lab.errors import SkippedCell
 from lowrank_lab.quantization.base import Quantization, Transform
 
 if TYPE_CHECKING:
-    from lowrank_lab.models.families import ArchSpec
-    from lowrank_lab.running.context import Bench
+    from lowrank_lab.models.families import Tower
+    from lowrank_lab.running.context import Context
 
 
 class SpinQuant(Transform):
@@ -41,24 +41,24 @@ class SpinQuant(Transform):
         self.steps, self.learning_rate, self.batch_size = steps, learning_rate, batch_size
         self.micro_batch, self.round_weights, self.down = micro_batch, round_weights, down
 
-    def check(self, spec: ArchSpec, quantization: Quantization) -> None:
+    def check(self, tower: Tower, quantization: Quantization) -> None:
         from lowrank_lab.quantization.rotation import check
 
-        check(spec, self.label)
+        check(tower, self.label)
         if quantization.activations is None and not (self.round_weights and quantization.method is not None):
             raise SkippedCell(
                 "SpinQuant learns from rounded numbers; choose quantization/activations=int4 or "
                 "quantization.transform.round_weights=true"
             )
 
-    def __call__(self, bench: Bench, quantization: Quantization) -> None:
+    def __call__(self, context: Context, quantization: Quantization) -> None:
         from lowrank_lab.quantization import learned_rotation, rotation
 
-        rotation.fold_norms(bench.model, bench.spec)
-        rotation.hadamards(bench.model, bench.spec, False, self.down)
-        cfg, cell = bench.cell.cfg, bench.cell
+        rotation.fold_norms(context.model, context.tower)
+        rotation.hadamards(context.model, context.tower, False, self.down)
+        cfg, cell = context.cell.cfg, context.cell
         forms = ("weights", "left", "right") if self.round_weights else ()
-        learned = bench.artifact(
+        learned = context.artifact(
             "rotations",
             "rotations",
             {
@@ -71,7 +71,7 @@ class SpinQuant(Transform):
                 "tokens": cell.calibration_tokens_key,
                 "seed": cfg.seed,
             },
-            partial(learned_rotation.learn, bench, quantization, self),
+            partial(learned_rotation.learn, context, quantization, self),
             resumable=True,
         )
-        rotation.rotate(bench.model, bench.spec, *learned_rotation.load(learned))
+        rotation.rotate(context.model, context.tower, *learned_rotation.load(learned))
