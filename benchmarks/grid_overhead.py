@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             of_cell = seconds(lambda cell=cell, record=record: record.update(runner.run(cell.cfg)))
             for stage in record["stages"]:
                 stages[stage["stage"]] += stage["seconds"]
-            of_calibration, of_evaluation = forwards(cell, record["compression"]["ranks"])
+            of_calibration, of_evaluation = forwards(cell, record["compressions"]["lowrank"]["plan"])
             took += of_cell
             unavoidable += of_evaluation + (of_calibration if number == 0 else 0)
             line = {"calibration_forward": of_calibration, "evaluation_forward": of_evaluation}

@@ -251,9 +251,9 @@ def test_gptq_of_a_model_is_llm_compressors(lab, act_order):
     ]  # fmt: skip
     [cell] = lab.cells(*settings)
     ours, theirs = (Context(cell, Record(cell, None), pick_device("cpu")) for _ in range(2))
-    cell.quantization(ours)
+    cell.compressions["quantization"].apply(ours, {})
     windows = [{"input_ids": ids.unsqueeze(0)} for ids in theirs.calibration_ids]
-    scheme = QuantizationScheme(targets=["Linear"], weights=arguments(cell.quantization.weights))
+    scheme = QuantizationScheme(targets=["Linear"], weights=arguments(cell.compressions["quantization"].weights))
     recipe = GPTQModifier(
         config_groups={"all": scheme}, ignore=["lm_head"], actorder="static" if act_order else None
     )

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from lowrank_lab.cells import config, grid
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.errors import UserError
+from lowrank_lab.lowrank.answers import answers_of
 
 from .conftest import REPOSITORY
 
@@ -216,7 +217,7 @@ def test_options_of_ones_own_in_a_folder_of_ones_own(lab, tmp_path):
         "_target_: lowrank_lab.lowrank.metric.activation_scale.ActivationScale\nstatistic: abs_max\nalpha: 0.1\n"
     )
     [cell] = lab.cells("metric=mine", f"hydra.searchpath=[file://{conf}]")
-    assert cell.metric.alpha == 0.1
+    assert answers_of(cell).metric.alpha == 0.1
     done = lab.cli("--config-dir", str(conf), "metric=mine", "calibration.samples=3")
     assert "done (perplexity" in done.stderr
 
@@ -345,8 +346,8 @@ def test_the_name_of_a_method_is_not_its_identity(lab):
     """SVD-LLM asked for by its answers shares its artifacts; only the record has its own name."""
     [by_answers] = lab.cells("method=svd", "metric=second_moment")
     [by_name] = lab.cells("method=svdllm")
-    assert by_answers.compressed_key == by_name.compressed_key
-    assert by_answers.metric_keys("ppl") == by_name.metric_keys("ppl")
+    assert by_answers.keys.compressed == by_name.keys.compressed
+    assert by_answers.keys.metrics("ppl") == by_name.keys.metrics("ppl")
     assert by_answers.key != by_name.key
 
 

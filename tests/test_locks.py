@@ -137,8 +137,8 @@ def test_an_artifact_that_another_process_makes_is_not_made_again(lab):
     """The cell gives up without a record, and what it had made by then counts as its own."""
     key, cfg = config(lab)
     [cell] = lab.cells()
-    lock = cell.store.path("statistics", cell.statistics_key).parent / f".{cell.statistics_key}.lease"
-    with another_process_holds(lock), pytest.raises(Busy, match=f"statistics {cell.statistics_key}: process"):
+    lock = cell.store.path("statistics", cell.keys.statistics).parent / f".{cell.keys.statistics}.lease"
+    with another_process_holds(lock), pytest.raises(Busy, match=f"statistics {cell.keys.statistics}: process"):
         runner.run(cfg, wait=False)
     assert lab.results.records() == []
     assert lab.results.begun(key).exists()

@@ -25,6 +25,7 @@ from lowrank_lab.evaluation.factors import distribution
 from lowrank_lab.evaluation.held import peak_bytes
 from lowrank_lab.evaluation.ipca_memory import WAYS, directions
 from lowrank_lab.lowrank.allocation.sensitivity import perplexity_of
+from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.lowrank.ranks import Site, budget, fit
 from lowrank_lab.records.results import Record
 from lowrank_lab.reporting.paper_figures import PAPER_FIGURES
@@ -83,8 +84,9 @@ def without_entries(record: dict[str, Any]) -> dict[str, Any]:
     """A record as it was written before figures were made of it, and without measurements."""
     old = copy.deepcopy(record)
     old["metrics"] = {}
-    if "compression" in old:
-        old["compression"] = {name: old["compression"][name] for name in ("ranks", "squared_error")}
+    if "lowrank" in old["compressions"]:
+        found = old["compressions"]["lowrank"]
+        old["compressions"]["lowrank"] = {name: found[name] for name in ("plan", "squared_error")}
     return old
 
 
@@ -120,7 +122,7 @@ def test_sensitivities_are_those_that_strs_measured(paper_lab: Lab, run: Run):
     [record] = run("asvd_figure4")
     frame = PAPER_FIGURES["asvd/figure4"].data([record])
     context = context_of(paper_lab, "experiment=asvd_figure4")
-    assert len(frame) == sum(len(found) for found in record["compression"]["sensitivities"].values())
+    assert len(frame) == sum(len(found) for found in record["compressions"]["lowrank"]["sensitivities"].values())
     assert set(zip(frame["block"], frame["linear"], strict=True)) == {
         (s.block, s.key) for s in context.sites.values()
     }
@@ -133,7 +135,7 @@ def test_sensitivities_are_those_that_strs_measured(paper_lab: Lab, run: Run):
         by_hand = perplexity_of(context, ranks, [context.calibration_ids[:1]])
         assert row["perplexity"] == pytest.approx(by_hand, rel=1e-5)
         assert math.log(row["perplexity"]) == pytest.approx(
-            record["compression"]["sensitivities"][name][str(row["rank"])]
+            record["compressions"]["lowrank"]["sensitivities"][name][str(row["rank"])]
         )
 
 
@@ -165,12 +167,12 @@ def test_only_the_targeted_blocks_are_compressed(run: Run):
     assert set(frame["linears"]) == {"none", "attention"}
     for record in records:
         asked = record["config"]["targets"]["blocks"]
-        sites = record["compression"]["sites"]
+        sites = record["compressions"]["lowrank"]["sites"]
         assert {site["block"] for site in sites.values()} == {index % 3 for index in asked}
         assert len(sites) == 4 * len(asked)
         of_one_block = 48 * 48 * 2 + 48 * 24 * 2
         assert record["sizes"]["sites"]["parameters_dense"] == of_one_block * len(asked)
-        ranks = record["compression"]["ranks"]
+        ranks = record["compressions"]["lowrank"]["plan"]
         assert list(ranks) == list(sites)
         cost = sum(ranks[name] * site["per_rank"] for name, site in sites.items())
         assert record["sizes"]["ratio_reached"] == cost / sum(site["dense"] for site in sites.values())
@@ -193,7 +195,7 @@ def test_blocks_by_index_or_from_the_last(paper_lab: Lab):
     config = copy.deepcopy(of_all.cfg)
     del config.targets["blocks"]
     without_setting = Cell.from_config(config)
-    assert of_one.spectra_key != of_all.spectra_key
+    assert LowRankKeys(of_one).spectra != LowRankKeys(of_all).spectra
     assert of_one.key != of_all.key
     assert without_setting.key == of_all.key
     with pytest.raises(UserError, match=r"targets\.blocks=3: this model has the blocks 0 to 2"):
@@ -337,7 +339,7 @@ def test_losses_of_the_training_are_those_of_its_history(paper_lab: Lab, run: Ru
     for record in run("dobi_figure8"):
         [artifact] = [s["artifact"] for s in record["stages"] if s["stage"] == "rank training"]
         history = json.loads((paper_lab.root / "artifacts" / artifact / "history.json").read_text())
-        training, gamma = record["compression"]["training"], record["config"]["allocation"]["gamma"]
+        training, gamma = record["compressions"]["lowrank"]["training"], record["config"]["allocation"]["gamma"]
         assert [step["loss"] for step in training["steps"]] == [step["loss"] for step in history["steps"]]
         for before, step in zip(history["steps"], training["steps"][1:], strict=False):
             assert step["ratio"] == before["ratio"]
@@ -360,7 +362,7 @@ def test_ranks_start_at_the_target_ratio_and_end_at_what_is_deployed(run: Run):
         assert frame["epoch"].max() == 60 * 2 / 12
         sites = {
             name: Site(s["block"], tuple(s["linears"]), (1,), 1, s["dense"], s["per_rank"])
-            for name, s in record["compression"]["sites"].items()
+            for name, s in record["compressions"]["lowrank"]["sites"].items()
         }
         k = {(row["block"], row["linear"], row["step"]): row["k"] for _, row in frame.iterrows()}
         start = {name: k[site.block, site.key, 0] for name, site in sites.items()}

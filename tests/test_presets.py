@@ -56,7 +56,7 @@ def test_a_preset_is_three_perplexities_with_the_settings_of_ppl(lab, preset):
     [alone] = lab.cells()
     [cell] = lab.cells(f"eval=[ppl,{preset}]")
     assert list(cell.evaluators) == ["ppl", *(f"{preset}_{text}" for text in TEXTS)]
-    assert cell.metric_keys("ppl") == alone.metric_keys("ppl")
+    assert cell.keys.metrics("ppl") == alone.keys.metrics("ppl")
     usual = {"seqlen": 2048, "max_windows": None, "bos": "text", "batch_size": 1}
     for text in TEXTS:
         node = OmegaConf.to_container(cell.cfg.eval[f"{preset}_{text}"])

@@ -307,7 +307,7 @@ def test_each_factor_may_have_a_format_of_its_own(lab):
     bits = {name.rpartition(".")[2]: form["bits"] for name, form in settings["quantized"].items()}
     assert bits == {"left": 8, "right": 4}
     [cell] = lab.cells("method=svdllm", "quantization=int4", "quantization.left.bits=8")
-    assert cell.quantization.name == "INT4 (INT8·INT4)"
+    assert cell.compressions["quantization"].name == "INT4 (INT8·INT4)"
 
 
 def test_calibration_on_unquantized_blocks_differs_from_the_second_block_on(lab):
@@ -344,7 +344,7 @@ def test_fixed_scales_are_those_of_the_model_that_is_not_rounded(lab):
     job = ["method=dense", "quantization=int8", "quantization/method=none", "quantization/activations=int8_static"]
     [cell] = lab.cells(*job)
     context, plain = (Context(cell, Record(cell, None), pick_device("cpu")) for _ in range(2))
-    cell.quantization(context)
+    cell.compressions["quantization"].apply(context, {})
     seen: dict[str, float] = {}
     members = context.tower.linears
     for name in members:

@@ -19,11 +19,9 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from lowrank_lab.cells import config
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.checkpoints import checkpoint
 from lowrank_lab.errors import SkippedCell, UserError
-from lowrank_lab.lowrank.spectra import compress
 from lowrank_lab.models.load import load_model
 from lowrank_lab.models.tiny import CONFIGS
 from lowrank_lab.modules.quantized import QuantizedLinear
@@ -119,15 +117,15 @@ def made(lab: Lab, model: Path, method: str, *quantization: str) -> tuple[Contex
         for part in (cfg.quantization.transform, cfg.quantization.latent, cfg.quantization.method):
             if part is not None:
                 part.update(SHORTER.get(part._target_.rpartition(".")[2], {}))
+    cfg.compressions.quantization = cfg.quantization
     cell = Cell.from_config(cfg)
     context = Context(cell, Record(cell, None), pick_device("cpu"))
     ranks = dict.fromkeys(context.sites)
-    if cell.compresses:
-        ranks, storage = cell.allocation(context), config.build(cell.cfg.storage)
-        compress(context.model, context.tower, context.sites, ranks, context.spectra, storage, context.device)
-    if cell.quantization is not None:
-        cell.quantization.check(context.tower)
-        cell.quantization(context)
+    for name, compression in cell.compressions.items():
+        compression.check(context)
+        plan = compression.plan(context)
+        ranks = plan if name == "lowrank" else ranks
+        compression.apply(context, plan)
     return context, ranks
 
 
@@ -170,7 +168,7 @@ def plain(shared, lively) -> Callable[[str, str], torch.Tensor]:
 def test_a_preset_runs_and_comes_back_as_it_was(shared, lively, plain, tmp_path, preset, method):
     needs(preset)
     context, ranks = made(shared, lively["llama"], method, f"quantization={preset}")
-    quantization, found = context.cell.quantization, logits(context, context.model)
+    quantization, found = context.cell.compressions["quantization"], logits(context, context.model)
     away = distance(found, plain("llama", method))
     assert math.isfinite(perplexity(context, found))
     assert 0 < away < (0.05 if fewest_bits(quantization) == 8 else 0.8)
@@ -218,7 +216,7 @@ def test_every_family_in_8_bits_says_what_it_said(shared, lively, plain, family,
 def test_every_cache_runs(shared, lively, plain, kv_cache):
     context, _ = made(shared, lively["llama"], "dense", "quantization=int8", f"quantization/kv_cache={kv_cache}")
     away = distance(logits(context, context.model), plain("llama", "dense"))
-    assert 0 < away < (0.05 if fewest_bits(context.cell.quantization) == 8 else 0.8)
+    assert 0 < away < (0.05 if fewest_bits(context.cell.compressions["quantization"]) == 8 else 0.8)
 
 
 # What a method needs of the format beside the bits.

@@ -42,7 +42,7 @@ def test_svd_svdllm_and_the_dense_model(lab):
 
     [model_folder] = (lab.root / "artifacts" / "model").glob("[0-9a-f]*")
     [cell] = lab.cells(*small, "method=svd")
-    ids, _ = load_tokens(cell.store.path("tokens", cell.text_tokens_key("ppl")))
+    ids, _ = load_tokens(cell.store.path("tokens", cell.keys.text_tokens("ppl")))
     model = load_model(str(model_folder), None, "float32", False)
     losses = []
     with torch.inference_mode():

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from lowrank_lab.cells import config
 from lowrank_lab.errors import UserError
+from lowrank_lab.lowrank.answers import answers_of
+from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.factors import load_factors
 from lowrank_lab.lowrank.refinement import lora_training, weighted_error
 from lowrank_lab.lowrank.refinement.lora import Lora
@@ -49,9 +51,9 @@ def context_of(lab: Lab, *overrides: str) -> Context:
 def refined(lab: Lab, folder: Path, *overrides: str) -> tuple[Context, dict[str, int | None]]:
     """Run the refinement of a cell into ``folder``."""
     context = context_of(lab, *overrides)
-    ranks = context.cell.allocation(context)
+    ranks = answers_of(context.cell).allocation(context)
     folder.mkdir(exist_ok=True)
-    context.cell.refinement(context, ranks, folder)
+    answers_of(context.cell).refinement(context, ranks, folder)
     return context, ranks
 
 
@@ -61,9 +63,9 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def compressed(context: Context, ranks: dict[str, int | None]) -> Any:
     """The model at the start of a refinement, in float32."""
-    spectra = context.spectra
+    made = spectra(context)
     model = context.take_model()
-    compress(model, context.tower, context.sites, ranks, spectra, Absorb(0.5), CPU)
+    compress(model, context.tower, context.sites, ranks, made, Absorb(0.5), CPU)
     return model
 
 
@@ -81,7 +83,7 @@ def test_every_family_runs_end_to_end(lab, method, family):
     record = lab.run(*method, *short, *joint, f"model.path=tiny:{family}", "ratio=0.5")
     assert record["status"] == "done"
     assert record["sizes"]["ratio_reached"] <= 0.5
-    assert record["compression"]["squared_error"] is None
+    assert record["compressions"]["lowrank"]["squared_error"] is None
     [folder] = (lab.root / "artifacts" / "factors").glob("[!.]*")
     kept = {"artifact.json", "facts.json", *(f.name for f in folder.glob("block_*.safetensors"))}
     assert {f.name for f in folder.iterdir()} == kept
@@ -104,13 +106,15 @@ def test_lora_lowers_the_loss_and_keeps_the_ranks(lab, tmp_path, dtype):
 @pytest.mark.parametrize("grouping", ["each", "qkv"])
 def test_a_phase_changes_its_side_alone(lab, tmp_path, grouping):
     context = context_of(lab, *LORA, f"grouping={grouping}")
-    ranks = context.cell.allocation(context)
+    ranks = answers_of(context.cell).allocation(context)
     model = compressed(context, ranks)
     before = all_factors(context, model)
     names = {name for name, _ in model.named_modules()}
     others = {n: p.clone() for n, p in model.named_parameters() if ".left" not in n and ".right" not in n}
     for side, changed in (("left", 0), ("right", 1)):
-        lora_training.train_side(model, side, context.training_ids, tmp_path, context.cell.refinement)
+        lora_training.train_side(
+            model, side, context.text_ids("refinement"), tmp_path, answers_of(context.cell).refinement
+        )
         after = all_factors(context, model)
         for name in before:
             assert not torch.equal(before[name][changed], after[name][changed])
@@ -122,11 +126,13 @@ def test_a_phase_changes_its_side_alone(lab, tmp_path, grouping):
 
 def test_merged_is_what_was_trained(lab):
     context = context_of(lab, *LORA, "refinement.dropout=0", "grouping=qkv")
-    model = compressed(context, context.cell.allocation(context))
-    layers = lora_training.attach(model, lora_training.linears_of(model, "right"), context.cell.refinement)
+    model = compressed(context, answers_of(context.cell).allocation(context))
+    layers = lora_training.attach(
+        model, lora_training.linears_of(model, "right"), answers_of(context.cell).refinement
+    )
     for layer in layers.values():
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
-    ids = context.training_ids[:2]
+    ids = context.text_ids("refinement")[:2]
     with torch.no_grad():
         trained = model(ids).logits
         lora_training.merge(model, layers)
@@ -242,7 +248,7 @@ def test_the_weighted_error_is_the_measured_one_and_falls(lab, tmp_path, groupin
         for name, site in context.sites.items():
             fisher = load_file(context.weight_fisher / f"block_{site.block:03d}.safetensors")
             a2 = torch.cat([fisher[f"{member}.weight"] for member in site.members]).double()
-            a2 = a2 / a2.mean() + context.cell.refinement.floor
+            a2 = a2 / a2.mean() + answers_of(context.cell).refinement.floor
             weight = site_weight(blocks[site.block], site).double()
             left, right = (factor.double() for factor in load_factors(folder, site))
             measured = (a2 * (weight - left @ right) ** 2).sum() / (a2 * weight**2).sum()

@@ -120,7 +120,7 @@ def test_a_rotation_changes_no_logits(lab, checkpoints, family, transform, sites
     if sites != "dense":
         factor(context, 9)
     before, weights = logits_of(context.model), {n: p.clone() for n, p in context.model.named_parameters()}
-    quantization = context.cell.quantization
+    quantization = context.cell.compressions["quantization"]
     with torch.no_grad():
         (quantization.transform or quantization.latent)(context, quantization)
     after = logits_of(context.model)
@@ -159,7 +159,7 @@ def test_rotations_lose_less_in_few_bits_where_channels_stand_out(lab, checkpoin
             factor(context, 24)
         outliers(context.model)
         exact = logits_of(context.model)
-        context.cell.quantization(context)
+        context.cell.compressions["quantization"].apply(context, {})
         errors[preset] = (logits_of(context.model) - exact).norm() / exact.norm()
     assert errors["quarot"] < 0.85 * errors["w4a4"]
     assert errors["spinquant"] < 0.85 * errors["w4a4"]
@@ -173,7 +173,7 @@ def test_latent_hadamards_spread_the_latent_values(lab, checkpoints):
     sigma = torch.logspace(0, -2, 24)
     factors.right.weight.data, _ = torch.linalg.qr(factors.right.weight.data.T)
     factors.right.weight.data = sigma[:, None] * factors.right.weight.data.T
-    context.cell.quantization.latent(context, context.cell.quantization)
+    context.cell.compressions["quantization"].latent(context, context.cell.compressions["quantization"])
     sizes = context.model.model.layers[0].self_attn.q_proj.right.weight.norm(dim=1)
     assert sizes.max() / sizes.min() < 3 < (sigma.max() / sigma.min())
 
@@ -229,7 +229,7 @@ def test_learning_sees_the_network_that_is_made(lab, checkpoints, joint):
         context.model.double()
         if joint:
             factor(context, 16)
-        quantization = context.cell.quantization
+        quantization = context.cell.compressions["quantization"]
         rotation.fold_norms(context.model, context.tower)
         rotation.hadamards(context.model, context.tower, False, True)
         r1, r2 = rotation.start(context.model, 0)
@@ -238,7 +238,7 @@ def test_learning_sees_the_network_that_is_made(lab, checkpoints, joint):
         else:
             rotation.rotate(context.model, context.tower, r1, r2)
             quantization.transform = None
-            quantization(context)
+            quantization.apply(context, {})
         logits.append(logits_of(context.model))
     torch.testing.assert_close(*logits, rtol=0, atol=1e-9)
 
@@ -250,7 +250,7 @@ def test_without_rounding_the_loss_depends_on_no_rotation(lab, checkpoints, monk
     context.model.double().requires_grad_(False)
     rotation.fold_norms(context.model, context.tower)
     rotations = [torch.nn.Parameter(r) for r in rotation.start(context.model, 0)]
-    attach(context.model, context, context.cell.quantization, True, *rotations)
+    attach(context.model, context, context.cell.compressions["quantization"], True, *rotations)
     ids = context.calibration_ids
     context.model(ids, labels=ids).loss.backward()
     for r in rotations:
@@ -279,7 +279,7 @@ def test_learning_lowers_the_loss_of_the_rounded_model(lab, checkpoints, monkeyp
         context.model(ids, labels=ids).loss.backward()
         optimizer.step()
     with torch.no_grad():
-        context.cell.quantization.transform(context, context.cell.quantization)
+        context.cell.compressions["quantization"].transform(context, context.cell.compressions["quantization"])
     [file] = (lab.root / "artifacts" / "rotations").glob("*/facts.json")
     facts = json.loads(file.read_text())
     assert facts["loss_after"] < 0.95 * facts["loss_before"]
@@ -339,7 +339,7 @@ def test_what_is_done_online_is_counted(lab, checkpoints):
     """A full rotation after the last norm; in a block 4 heads, and 80 = 20 · 4 inputs of down_proj."""
     context = context_of(lab, checkpoints["llama"], "quantization=quarot")
     before = count_macs(context.model, torch.arange(3, 15)[None])
-    context.cell.quantization(context)
+    context.cell.compressions["quantization"].apply(context, {})
     after = count_macs(context.model, torch.arange(3, 15)[None])
     assert before["steps"] == 0
     assert after == {**before, "steps": 48 * 48 + 3 * (48 * 4 + 80 * (20 + 4))}

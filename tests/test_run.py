@@ -63,7 +63,7 @@ def test_a_record_says_all_that_is_needed_to_trust_it(grid_lab):
 def test_sizes_in_the_record_are_those_of_the_tensors(grid_lab):
     dense = by_cell(grid_lab)["dense", 1.0]["sizes"]
     record = by_cell(grid_lab)["svdllm", 0.6]
-    sizes, ranks = record["sizes"], record["compression"]["ranks"]
+    sizes, ranks = record["sizes"], record["compressions"]["lowrank"]["plan"]
     assert len(ranks) == sizes["sites"]["count"] == 3 * 7
     assert sizes["ratio_asked"] == 0.6
     assert sizes["ratio_reached"] == sizes["sites"]["parameters"] / sizes["sites"]["parameters_dense"]
@@ -136,7 +136,9 @@ def test_a_finished_cell_does_not_stand_for_others_of_its_label(lab):
 
 def test_more_rank_less_error(grid_lab):
     for method in ("svd", "asvd", "svdllm"):
-        errors = [by_cell(grid_lab)[method, ratio]["compression"]["squared_error"] for ratio in (0.8, 0.6)]
+        errors = [
+            by_cell(grid_lab)[method, ratio]["compressions"]["lowrank"]["squared_error"] for ratio in (0.8, 0.6)
+        ]
         assert 0 < errors[0] < errors[1]
 
 

@@ -323,7 +323,7 @@ def test_the_budget_of_learned_ranks_is_exact_after_rounding(lab):
         from lowrank_lab.running.context import Context
 
         sites = Context(cell, SimpleNamespace(artifact=lambda _n, made: made), CPU).sites
-        ranks = record["compression"]["ranks"]
+        ranks = record["compressions"]["lowrank"]["plan"]
         left = budget(sites, 0.55) - total_cost(sites, ranks)
         assert 0 <= left < min(site.per_rank for site in sites.values())
         assert record["sizes"]["ratio_reached"] <= 0.55

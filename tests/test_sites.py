@@ -115,7 +115,7 @@ def test_the_costs_of_qsvd_are_those_of_the_lecture(lab):
     With as many key and value heads as query heads that is 4rE / 3E² and r / 2E.
     """
     record = lab.run("method=qsvd", "ratio=0.6")
-    ranks = record["compression"]["ranks"]
+    ranks = record["compressions"]["lowrank"]["plan"]
     e, q, k, v, layers = 48, 48, 24, 24, 3
     assert len(ranks) == layers
     total = sum(ranks.values())
@@ -130,7 +130,7 @@ def test_the_costs_of_qsvd_are_those_of_the_lecture(lab):
 def test_asvd_for_the_cache_counts_latents(lab):
     for ratio in (0.9, 0.5):
         record = lab.run("method=asvd_kv", f"ratio={ratio}")
-        ranks = record["compression"]["ranks"]
+        ranks = record["compressions"]["lowrank"]["plan"]
         assert {name.rsplit(".", 1)[-1] for name in ranks} == {"k_proj", "v_proj"}
         kept = sum(24 if rank is None else rank for rank in ranks.values())
         assert record["sizes"]["kv_latent_bytes_per_token"] == 4 * kept
@@ -139,7 +139,7 @@ def test_asvd_for_the_cache_counts_latents(lab):
 
 def test_targets_leave_the_rest_dense(lab):
     record = lab.run("method=svd", "targets=mlp", "ratio=0.5")
-    assert {name.split(".")[3] for name in record["compression"]["ranks"]} == {"mlp"}
+    assert {name.split(".")[3] for name in record["compressions"]["lowrank"]["plan"]} == {"mlp"}
     assert record["sizes"]["ratio_reached"] <= 0.5
 
 

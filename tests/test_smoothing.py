@@ -132,14 +132,14 @@ def test_a_scaled_model_computes_the_same(lab, checkpoints, family, quantization
     options = [f"quantization={quantization}", f"quantization.transform.where={where}"]
     context = context_of(lab, checkpoints[family], *options, rank=rank)
     expected, before = logits(context.model), copy.deepcopy(context.model.state_dict())
-    context.cell.quantization.transform(context, context.cell.quantization)
+    context.cell.compressions["quantization"].transform(context, context.cell.compressions["quantization"])
     assert_same(logits(context.model), expected)
     after = context.model.state_dict()
     assert sum(not torch.equal(after[name], value) for name, value in before.items() if name in after) > 4
     online = [steps for block in blocks_of(context.model, context.tower) for _, steps in prepared_in(block)]
     unfolded = {"opt": 1, "gpt2": 2, "phi3": 2}.get(family, 0) if where == "all" else 0
     assert len(online) == unfolded * len(blocks_of(context.model, context.tower))
-    assert context.cell.quantization.online == (where == "all" or quantization == "smoothquant")
+    assert context.cell.compressions["quantization"].online == (where == "all" or quantization == "smoothquant")
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -153,7 +153,7 @@ def test_latents_change_the_factors_but_not_the_model(lab, checkpoints, family, 
     options = ["quantization=w8a8", *f"quantization/latent={latent}".split(), f"grouping={grouping}"]
     context = context_of(lab, checkpoints[family], *options, rank=20)
     expected, before = logits(context.model), copy.deepcopy(context.model.state_dict())
-    context.cell.quantization.latent(context, context.cell.quantization)
+    context.cell.compressions["quantization"].latent(context, context.cell.compressions["quantization"])
     assert_same(logits(context.model), expected)
     changed = {name for name, value in context.model.state_dict().items() if not torch.equal(value, before[name])}
     factors = {name for name in before if ".left." in name or ".right." in name}
@@ -164,7 +164,7 @@ def test_latents_change_the_factors_but_not_the_model(lab, checkpoints, family, 
 def test_a_latent_of_a_dense_model_is_nothing(lab, checkpoints, latent):
     context = context_of(lab, checkpoints["llama"], "quantization=w8a8", f"quantization/latent={latent}")
     before = copy.deepcopy(context.model.state_dict())
-    context.cell.quantization.latent(context, context.cell.quantization)
+    context.cell.compressions["quantization"].latent(context, context.cell.compressions["quantization"])
     assert all(torch.equal(value, before[name]) for name, value in context.model.state_dict().items())
 
 
@@ -180,7 +180,7 @@ def test_a_norm_behind_attention_is_not_folded_into(lab, tmp_path, where):
         lab, tmp_path / "model", "quantization=smoothquant", f"quantization.transform.where={where}"
     )
     expected, before = logits(context.model), copy.deepcopy(context.model.state_dict())
-    context.cell.quantization.transform(context, context.cell.quantization)
+    context.cell.compressions["quantization"].transform(context, context.cell.compressions["quantization"])
     assert_same(logits(context.model), expected)
     after = context.model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items() if "norm" in name)
@@ -194,7 +194,7 @@ def test_a_norm_behind_attention_is_not_folded_into(lab, tmp_path, where):
 def test_linears_that_are_no_targets_follow(lab, checkpoints, targets, quantization):
     context = context_of(lab, checkpoints["llama"], f"quantization={quantization}", f"targets={targets}")
     expected, before = logits(context.model), copy.deepcopy(context.model.state_dict())
-    context.cell.quantization.transform(context, context.cell.quantization)
+    context.cell.compressions["quantization"].transform(context, context.cell.compressions["quantization"])
     assert_same(logits(context.model), expected)
     same = {name for name, value in context.model.state_dict().items() if torch.equal(value, before[name])}
     norm = {"kv": "post_attention_layernorm", "mlp": "input_layernorm"}[targets]
@@ -227,7 +227,7 @@ def test_smoothing_helps_where_channels_stand_out(lab, checkpoints, rank):
         context = context_of(lab, checkpoints["llama"], f"quantization={quantization}", rank=rank)
         with_massive_activations(context)
         expected = logits(context.model)
-        apply(context, context.cell.quantization)
+        apply(context, context.cell.compressions["quantization"])
         errors.append(float((logits(context.model) - expected).norm() / expected.norm()))
     assert errors[1] < 0.5 * errors[0]
 
@@ -261,7 +261,7 @@ def test_awq_loses_no_more_than_rounding_at_any_input(lab, checkpoints, rank, gr
     options.append("quantization.weights.granularity=32")
     context = context_of(lab, checkpoints["llama"], *options, rank=rank)
     with_outliers(context, 30.0)
-    quantization = context.cell.quantization
+    quantization = context.cell.compressions["quantization"]
     before = seen(context)
     quantization.transform(context, quantization)
     after = seen(context)
@@ -288,7 +288,7 @@ def test_the_best_beta_of_the_grid_is_taken(lab, checkpoints, options):
     for betas in ("[0.0]", "[0.5]", "[1.0]", "[0.0,0.5,1.0]"):
         latent = ["quantization/latent=beta", f"quantization.latent.betas={betas}"]
         context = context_of(lab, checkpoints["llama"], "grouping=qkv", *options, *latent, rank=20)
-        quantization = context.cell.quantization
+        quantization = context.cell.compressions["quantization"]
         inputs = seen(context)
         quantization.latent(context, quantization)
         weights, errors[betas] = {path: weight for path, (_, weight) in seen(context).items()}, []
@@ -319,7 +319,7 @@ def latent_paths(context: Context) -> list[tuple[str, list[str]]]:
 def test_a_beta_of_one_half_is_the_square_root_in_each_factor(lab, checkpoints):
     options = ["quantization=int4", "quantization/latent=beta", "quantization.latent.betas=[0.5]"]
     context = context_of(lab, checkpoints["llama"], *options, rank=20)
-    context.cell.quantization.latent(context, context.cell.quantization)
+    context.cell.compressions["quantization"].latent(context, context.cell.compressions["quantization"])
     site = blocks_of(context.model, context.tower)[0].mlp.down_proj
     left, right = site.left.weight.norm(dim=0), site.right.weight.norm(dim=1)
     torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
@@ -349,7 +349,7 @@ def test_dead_and_loud_channels_give_numbers(lab, checkpoints, options, factor, 
             block.get_submodule(path).weight.data.zero_()
             if block.get_submodule(path).bias is not None:
                 block.get_submodule(path).bias.data.fill_(-1.0)
-    apply(context, context.cell.quantization)
+    apply(context, context.cell.compressions["quantization"])
     assert torch.isfinite(logits(context.model)).all()
 
 
@@ -373,11 +373,11 @@ def test_mistakes_stop_before_work(lab, overrides, message):
 def test_a_search_without_rounding_is_skipped(lab, checkpoints):
     context = context_of(lab, checkpoints["llama"], "quantization=awq", "quantization/method=none", rank=20)
     with pytest.raises(SkippedCell, match="AWQ"):
-        context.cell.quantization.check(context.tower)
+        context.cell.compressions["quantization"].check(context.tower)
     options = ["quantization/method=none", "quantization/latent=beta"]
     context = context_of(lab, checkpoints["llama"], "quantization=int4", *options, rank=20)
     with pytest.raises(SkippedCell, match="beta"):
-        context.cell.quantization.check(context.tower)
+        context.cell.compressions["quantization"].check(context.tower)
 
 
 @pytest.mark.parametrize(

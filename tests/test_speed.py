@@ -115,13 +115,13 @@ def test_hardware_costs_under_grouped_query_attention(lab):
     dense = layers * e * (q + k + v)
     assert lab.run("method=dense")["sizes"]["hardware_cost"] == {"r1": 1.0, "r2": 1.0}
     record = lab.run("method=qsvd", "ratio=0.6")
-    ranks = record["compression"]["ranks"].values()
+    ranks = record["compressions"]["lowrank"]["plan"].values()
     cost = record["sizes"]["hardware_cost"]
     assert cost["r1"] == pytest.approx(sum(r * (e + q + k + v) for r in ranks) / dense)
     assert cost["r2"] == pytest.approx(sum(min(r, k + v) for r in ranks) / (layers * (k + v)))
     record = lab.run("method=svd", "ratio=0.6")
     widths = {"q_proj": q, "k_proj": k, "v_proj": v}
-    of_qkv = [(r, name.split(".")[-1]) for name, r in record["compression"]["ranks"].items()]
+    of_qkv = [(r, name.split(".")[-1]) for name, r in record["compressions"]["lowrank"]["plan"].items()]
     of_qkv = [(r, widths[name]) for r, name in of_qkv if name in widths]
     cost = record["sizes"]["hardware_cost"]
     assert cost["r1"] == pytest.approx(sum(r * (e + width) for r, width in of_qkv) / dense)
@@ -244,13 +244,13 @@ def test_another_machine_is_another_key(lab, monkeypatch):
     assert lab.cells(*overrides)[0].key == here.key
     monkeypatch.setattr(environment, "_cpu_name", lambda: "another")
     [there] = lab.cells(*overrides)
-    assert there.metric_keys("speed") != here.metric_keys("speed")
-    assert there.metric_keys("ppl") == here.metric_keys("ppl")
+    assert there.keys.metrics("speed") != here.keys.metrics("speed")
+    assert there.keys.metrics("ppl") == here.keys.metrics("ppl")
     monkeypatch.setattr(environment, "_gpu_names", lambda: ("a GPU",))
     [on_gpu] = lab.cells(*overrides)
-    assert on_gpu.metric_keys("speed") != there.metric_keys("speed")
-    assert lab.cells(*overrides, "device=cuda")[0].metric_keys("speed") == on_gpu.metric_keys("speed")
-    assert lab.cells(*overrides, "device=cpu")[0].metric_keys("speed") != on_gpu.metric_keys("speed")
+    assert on_gpu.keys.metrics("speed") != there.keys.metrics("speed")
+    assert lab.cells(*overrides, "device=cuda")[0].keys.metrics("speed") == on_gpu.keys.metrics("speed")
+    assert lab.cells(*overrides, "device=cpu")[0].keys.metrics("speed") != on_gpu.keys.metrics("speed")
 
 
 def test_a_checkpoint_is_compared_with_its_merged_weights(lab):

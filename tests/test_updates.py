@@ -12,6 +12,7 @@ import torch
 from lowrank_lab.calibration.statistics import make_statistics
 from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank import factors
+from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.factors import load_factors
 from lowrank_lab.lowrank.metric.second_moment import SecondMoment
 from lowrank_lab.lowrank.ranks import rank_for_ratio
@@ -163,7 +164,7 @@ def test_the_refit_is_never_worse_on_what_the_compressed_prefix_feeds_it(context
             hook.remove()
         for name, site in here.items():
             x, weight = torch.cat(seen[name]), site_weight(block, site).double()
-            plain = load_spectrum(context.spectra, site, CPU).factors(weight, ranks[name])
+            plain = load_spectrum(spectra(context), site, CPU).factors(weight, ranks[name])
             left, right = (factor.double() for factor in load_factors(folder, site))
             torch.testing.assert_close(right, plain[1], rtol=1e-5, atol=1e-6)  # kept
             errors = [float((x @ (weight - product).T).norm()) for product in (plain[0] @ plain[1], left @ right)]

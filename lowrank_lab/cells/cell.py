@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -11,25 +12,39 @@ from omegaconf import DictConfig, OmegaConf
 from lowrank_lab.artifacts.store import Store
 from lowrank_lab.calibration.corpora import Corpus, Part
 from lowrank_lab.cells import config
-from lowrank_lab.cells.keys import Keys, text_of
+from lowrank_lab.cells.compression import Compression
+from lowrank_lab.cells.keys import Keys
 from lowrank_lab.checkpoints.description import Saved
 from lowrank_lab.errors import UserError
+from lowrank_lab.evaluation.base import Evaluator
 from lowrank_lab.models.families import tower_for
-from lowrank_lab.models.source import resolve
+from lowrank_lab.models.source import ModelSource, resolve
 from lowrank_lab.redaction import redacted
 
-KINDS = {
-    "dense": "the dense model",
-    "quantized": "a dense model in few bits",
-    "compressed": "a compressed model",
-    "checkpoint": "a model that is compressed already, whose dense original is not known",
-}
 LONGEST_NAME = 150  # bytes of a checkpoint's folder: file systems allow 255
 
 
 @dataclass(frozen=True)
-class Cell(Keys):
-    """A validated configuration with its model and data found, and by ``Keys`` the keys of what it makes."""
+class Cell:
+    """A validated configuration with its model and data found.
+
+    ``compressions`` are what is done to the model, by name, in this order; nothing for the dense model.
+    ``evaluators`` are those that measure something on such a model; ``left_out`` are the names of the others.
+    ``calibration_data`` is the content hash of the calibration text (None where nothing reads it),
+    ``training_data`` that of each text that a compression reads itself, ``evaluation_data`` that of the text of
+    each evaluator that reads one. ``parts`` is what each evaluator measures separately, with what that depends on.
+    """
+
+    cfg: DictConfig
+    store: Store
+    source: ModelSource
+    compressions: dict[str, Compression]
+    calibration_data: str | None
+    training_data: dict[str, str]
+    evaluators: dict[str, Evaluator]
+    left_out: tuple[str, ...]
+    evaluation_data: dict[str, str | None]
+    parts: dict[str, dict[str, Any]]
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> Cell:
@@ -39,72 +54,108 @@ class Cell(Keys):
         """
         OmegaConf.resolve(cfg)
         cfg = config.with_asked_evaluators(config.with_save(cfg))
-        built = config.validated(cfg)
+        compressions, asked = config.validated(cfg)
         store = Store(cfg.artifacts)
         source = resolve(cfg.model.path, cfg.model.revision, store)
         if source.saved is not None:
-            cfg = _evaluation_only(cfg, source.saved)
-        metric = allocation = refinement = calibration_data = training_data = None
-        if source.model_type is not None and (cfg.allocation is not None or cfg.quantization is not None):
+            compressions = {name: one for name, one in compressions.items() if one.on_checkpoints}
+            cfg = _as_saved(cfg, source.saved)
+        if source.model_type is not None and compressions:
             tower_for(source.model_type)
-        if cfg.allocation is not None:
-            metric, allocation, refinement = (built[name] for name in ("metric", "allocation", "refinement"))
-            if refinement is not None and "dataset" in cfg.refinement:
-                training_data = _content(cfg.refinement.dataset, "calibration", cfg.data_root, store)
-        quantization = built["quantization"]
-        if quantization is not None and source.saved is not None and source.saved.is_quantized:
-            raise UserError(f"model.path={cfg.model.path} is quantized already; use quantization=none")
-        if quantization is not None:
-            quantization.check_installed()
-        if quantization is not None and quantization.online and cfg.save.merge:
-            raise UserError(f"save.merge=true: dense weights cannot hold {quantization.name}; use save=true")
-        if source.saved is not None and source.saved.online and cfg.save.merge:
-            raise UserError(f"save.merge=true: {cfg.model.path} does more than dense weights can hold")
-        if _calibrates(metric, allocation, refinement, quantization):
-            calibration_data = _content(cfg.calibration.dataset, "calibration", cfg.data_root, store)
-        kind = "compressed" if cfg.allocation is not None else "dense" if quantization is None else "quantized"
-        kind = "checkpoint" if source.saved is not None else kind
-        asked = {name: built[f"eval.{name}"] for name in cfg.eval}
-        evaluators = {name: evaluator for name, evaluator in asked.items() if kind in evaluator.models}
-        evaluation_data = {
-            name: _content(text_of(cfg, name), "eval", cfg.data_root, store) if evaluator.reads_text else None
-            for name, evaluator in evaluators.items()
-        }
-        parts = {name: evaluator.parts(cfg, store) for name, evaluator in evaluators.items()}
-        return cls(
+        texts = _texts_of(compressions, cfg)
+        content = lambda dataset, which: _content(dataset, which, cfg.data_root, store)
+        calibrates = any(one.needs_calibration for one in compressions.values())
+        kind = kind_of(compressions, source)
+        evaluators = {name: one for name, one in asked.items() if one.models is None or kind in one.models}
+        cell = cls(
             cfg,
             store,
             source,
-            kind,
-            metric,
-            allocation,
-            refinement,
-            quantization,
-            calibration_data,
-            evaluators,
-            tuple(name for name in asked if name not in evaluators),
-            evaluation_data,
-            training_data,
-            parts,
+            compressions,
+            calibration_data=content(cfg.calibration.dataset, "calibration") if calibrates else None,
+            training_data={name: content(node.dataset, "calibration") for name, node in texts.items()},
+            evaluators=evaluators,
+            left_out=tuple(name for name in asked if name not in evaluators),
+            evaluation_data={
+                name: content(text_of(cfg, name), "eval") if one.reads_text else None
+                for name, one in evaluators.items()
+            },
+            parts={name: one.parts(cfg, store) for name, one in evaluators.items()},
         )
+        for compression in compressions.values():
+            compression.check_cell(cell)
+            if compression.online and cfg.save.merge:
+                raise UserError(f"save.merge=true: dense weights cannot hold {compression.name}; use save=true")
+        if source.saved is not None and source.saved.online and cfg.save.merge:
+            raise UserError(f"save.merge=true: {cfg.model.path} does more than dense weights can hold")
+        return cell
+
+    @cached_property
+    def keys(self) -> Keys:
+        return Keys(self)
+
+    @property
+    def key(self) -> str:
+        """Identifies the record."""
+        return self.keys.record
+
+    @property
+    def kind(self) -> str:
+        """What the evaluated model is: ``dense``, ``quantized``, ``compressed``, a ``checkpoint``, …"""
+        return kind_of(self.compressions, self.source)
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether the model that is evaluated has factors."""
+        return self.source.saved is not None or any(one.makes_factors for one in self.compressions.values())
+
+    @property
+    def ratio(self) -> float:
+        """The ratio asked for; 1 where none was, a checkpoint's what was asked of it."""
+        if self.source.saved is not None:
+            return self.source.saved.ratio
+        ratios = (one.ratio(self.cfg) for one in self.compressions.values())
+        return next((ratio for ratio in ratios if ratio is not None), 1.0)
+
+    @property
+    def texts(self) -> dict[str, DictConfig]:
+        """The nodes of the texts that compressions read, by name, but for the calibration text."""
+        return _texts_of(self.compressions, self.cfg)
+
+    @cached_property
+    def site_rules(self) -> tuple[Any, Any, Any]:
+        """The answers that say which linears are compressed together: grouping, targets, storage."""
+        for compression in self.compressions.values():
+            if compression.site_rules is not None:
+                return compression.site_rules
+        grouping, targets, storage = (config.build(self.cfg[name]) for name in ("grouping", "targets", "storage"))
+        return grouping, targets, storage
+
+    def text_of(self, evaluator: str) -> DictConfig:
+        """The data set that an evaluator reads: its own, or that of the cell."""
+        return text_of(self.cfg, evaluator)
 
     @property
     def why_left_out(self) -> str:
         """One line about the evaluators that measure nothing on this cell's model."""
-        return f"eval={','.join(self.left_out)} measures nothing on {KINDS[self.kind]}"
+        words = [one.kind_in_words for one in self.compressions.values()]
+        model = words[0] if words else "the dense model"
+        if self.source.saved is not None:
+            model = "a model that is compressed already, whose dense original is not known"
+        return f"eval={','.join(self.left_out)} measures nothing on {model}"
 
     @property
     def label(self) -> str:
         name = self.cfg.method.name
-        what = f"{name} ratio={self.ratio:g}" if self.compressed else name
+        what = f"{name} ratio={self.ratio:g}" if self.is_factored else name
         what += self.described.removeprefix(redacted(name))
         return f"{what} {self.source.name} {self.cfg.dataset.name}"
 
     @property
     def described(self) -> str:
-        """The method and the quantization, as a checkpoint tells them."""
-        name = redacted(self.cfg.method.name)
-        return name if self.quantization is None else f"{name} {self.quantization.name}"
+        """The method and the other compressions, as a checkpoint tells them."""
+        names = (one.name for one in self.compressions.values())
+        return " ".join([redacted(self.cfg.method.name), *(name for name in names if name)])
 
     @property
     def asks_for_checkpoint(self) -> bool:
@@ -118,27 +169,30 @@ class Cell(Keys):
         Each is a folder in <results>/checkpoints. The dense model has none; a checkpoint can only be merged.
         """
         name = self.source.name
-        if self.compresses:
+        if any(one.makes_factors for one in self.compressions.values()):
             name = f"{self.cfg.method.name}-{self.ratio:g}-{name}"
-        if self.quantization is not None:
-            name += f"-{self.quantization.name}"
+        for one in self.compressions.values():
+            name += f"-{one.name}" if one.name else ""
         short = redacted(name).encode()[:LONGEST_NAME].decode(errors="ignore")
-        readable = re.sub(r"[^\w.-]+", "_", f"{short}-{self.compressed_key[:8]}")
+        readable = re.sub(r"[^\w.-]+", "_", f"{short}-{self.keys.compressed[:8]}")
         asked = {}
-        changed = self.compresses or self.quantization is not None
-        if self.cfg.save.checkpoint and changed:
+        if self.cfg.save.checkpoint and self.compressions:
             asked["checkpoint"] = readable
-        if self.cfg.save.merge and (changed or self.compressed):
+        if self.cfg.save.merge and (self.compressions or self.source.saved is not None):
             asked["merged_checkpoint"] = f"{readable}-merged"
         return asked
 
 
-def _evaluation_only(cfg: DictConfig, saved: Saved) -> DictConfig:
-    """The configuration of a compressed checkpoint: nothing is compressed, and what was is reported."""
-    cfg = cfg.copy()
-    cfg.method.name, cfg.ratio = saved.method, saved.ratio
-    cfg.allocation = cfg.refinement = None
-    return cfg
+def kind_of(compressions: dict[str, Compression], source: ModelSource) -> str:
+    """See ``Cell.kind``; where several compressions change the model, the first says what it is."""
+    if source.saved is not None:
+        return "checkpoint"
+    return next((one.kind for one in compressions.values()), "dense")
+
+
+def text_of(cfg: DictConfig, evaluator: str) -> DictConfig:
+    """The data set that an evaluator of ``cfg`` reads: its own, or that of the cell."""
+    return cfg.eval[evaluator].get("dataset") or cfg.dataset
 
 
 def corpus_part(dataset: DictConfig, which: str) -> tuple[Corpus, Part]:
@@ -146,12 +200,18 @@ def corpus_part(dataset: DictConfig, which: str) -> tuple[Corpus, Part]:
     return config.build(dataset.corpus), Part(**config.plain(dataset[which]))
 
 
+def _texts_of(compressions: dict[str, Compression], cfg: DictConfig) -> dict[str, DictConfig]:
+    return {name: node for one in compressions.values() for name, node in one.texts(cfg).items()}
+
+
+def _as_saved(cfg: DictConfig, saved: Saved) -> DictConfig:
+    """The configuration of a compressed checkpoint: no rank is spent anew, and what was done is reported."""
+    cfg = cfg.copy()
+    cfg.method.name, cfg.ratio = saved.method, saved.ratio
+    cfg.allocation = cfg.refinement = None
+    return cfg
+
+
 def _content(dataset: DictConfig, which: str, data_root: str | None, store: Store) -> str:
     corpus, part = corpus_part(dataset, which)
     return corpus.content(part.split, data_root, store)
-
-
-def _calibrates(metric: Any, *answers: Any) -> bool:
-    """Whether any answer that there is reads the calibration text."""
-    of_metric = metric is not None and (metric.needs_inputs or metric.needs_gradients)
-    return of_metric or any(answer is not None and answer.needs_calibration for answer in answers)

@@ -109,18 +109,30 @@ def with_asked_evaluators(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
-def validated(cfg: DictConfig) -> dict[str, Any]:
-    """Check values that YAML cannot; returns the object that each node describes, by the node's name.
+def validated(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Check values that YAML cannot; returns the cell's compressions and its evaluators, by name.
 
     Raises UserError with one line that says what would be right.
     """
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise UserError(f"{missing[0]} must be given, for example {missing[0]}=...")
-    groups = ["model", "method", "dataset", "calibration", "tracker", "eval"]
-    answers = ["metric", "grouping", "targets", "storage"]
-    for group in [*groups, *answers] if cfg.get("allocation") is not None else groups:
+    for group in ("model", "method", "dataset", "calibration", "tracker", "eval"):
         _check(group, cfg.get(group), bool(cfg.get(group)), "one of its options; see python run.py --help")
+    _check_values(cfg)
+    _check_texts(cfg)
+    _build_checked("tracker", cfg.tracker)
+    compressions = {
+        name: built
+        for name, node in cfg.compressions.items()
+        if node is not None and (built := _build_checked(str(name), node)) is not None
+    }
+    for compression in compressions.values():
+        compression.check_settings(cfg)
+    return compressions, {str(name): _build_checked(f"eval.{name}", node) for name, node in cfg.eval.items()}
+
+
+def _check_values(cfg: DictConfig) -> None:
     ratio = cfg.ratio
     _check("ratio", ratio, is_number(ratio) and 0 < ratio <= 1, "a number in (0, 1]: the fraction kept")
     _one_of("dtype", cfg.dtype, DTYPES)
@@ -138,32 +150,29 @@ def validated(cfg: DictConfig) -> dict[str, Any]:
         _check_writable(name, Path(cfg[name]))
     _check("model.path", cfg.model.path, isinstance(cfg.model.path, str), "a hub name, a folder or package:NAME")
     _check("data_root", cfg.data_root, isinstance(cfg.data_root, str | None), "a folder, or null for the hub")
-    _check_windows("calibration", cfg.calibration)
-    calibration_samples = cfg.calibration.samples
+
+
+def _check_texts(cfg: DictConfig) -> None:
+    check_windows("calibration", cfg.calibration)
     batch_size = cfg.calibration.batch_size
     _check("calibration.batch_size", batch_size, is_count(batch_size, 1), "a whole number from 1")
     offload = cfg.calibration.offload
     _check("calibration.offload", offload, isinstance(offload, bool), "true or false")
-    _check_part("dataset", cfg.dataset, "eval")
+    check_part("dataset", cfg.dataset, "eval")
     for name, node in cfg.eval.items():
         if node.get("dataset") is not None:
-            _check_part(f"eval.{name}.dataset", node.dataset, "eval")
-    _check_part("calibration.dataset", cfg.calibration.dataset, "calibration")
-    if cfg.get("refinement") is not None and "dataset" in cfg.refinement:
-        _check_windows("refinement", cfg.refinement)
-        _check_part("refinement.dataset", cfg.refinement.dataset, "calibration")
-    for name in ("allocation", "refinement"):
-        node = cfg.get(name)
-        few = node is not None and "dataset" not in node and is_count(node.get("samples"), calibration_samples + 1)
-        _check(f"{name}.samples", node.get("samples") if node else None, not few, "at most calibration.samples")
-    nodes = {name: cfg[name] for name in (*answers, "allocation", "refinement", "quantization", "tracker")}
-    built = {}
-    for name, node in {**nodes, **{f"eval.{name}": node for name, node in cfg.eval.items()}}.items():
-        try:
-            built[name] = build(node) if node is not None else None
-        except Exception as error:  # instantiate wraps whatever the class raised for a bad value
-            raise UserError(f"{name}: {error.__cause__ or error}".splitlines()[0]) from None
-    return built
+            check_part(f"eval.{name}.dataset", node.dataset, "eval")
+    check_part("calibration.dataset", cfg.calibration.dataset, "calibration")
+
+
+def _build_checked(name: str, node: DictConfig) -> Any:
+    """What ``node`` describes. Raises UserError, with its name on the command line, for a value that it refuses."""
+    try:
+        return build(node)
+    except Exception as error:  # instantiate wraps whatever the class raised for a bad value
+        if found := re.search(r"full_key: compressions\.lowrank\.(\w+)", str(error)):
+            name = found[1]  # an answer of a method is a node of its own
+        raise UserError(f"{name}: {error.__cause__ or error}".splitlines()[0]) from None
 
 
 def _check_writable(name: str, folder: Path) -> None:
@@ -173,7 +182,8 @@ def _check_writable(name: str, folder: Path) -> None:
         raise UserError(f"{name}={folder}: {there} cannot be written to; choose another folder with {name}=...")
 
 
-def _check_windows(name: str, sampling: DictConfig) -> None:
+def check_windows(name: str, sampling: DictConfig) -> None:
+    """Raise UserError for settings of ``name`` that describe no windows of a text."""
     for setting, smallest in (("samples", 1), ("seqlen", 2), ("seed", 0)):
         good = is_count(sampling[setting], smallest)
         _check(f"{name}.{setting}", sampling[setting], good, f"a whole number from {smallest}")
@@ -182,7 +192,8 @@ def _check_windows(name: str, sampling: DictConfig) -> None:
     _check(f"{name}.dataset", sampling.dataset, sampling.dataset is not None, "a data set")
 
 
-def _check_part(name: str, dataset: DictConfig, part: str) -> None:
+def check_part(name: str, dataset: DictConfig, part: str) -> None:
+    """Raise UserError where the data set ``name`` has no such part, or takes no number of documents from it."""
     if dataset[part] is None:
         raise UserError(f"{name}={dataset.name} is not valid; this data set has no {part} part, choose another")
     limit = dataset[part].max_documents

@@ -35,7 +35,7 @@ EVALUATORS = (
     "IPCA_MEMORY",
     "HARNESS",
 )
-ON_COMPRESSED = ("STATISTICS", "GRADIENTS", "SPECTRA", "COMPRESSION")  # have no part in a dense model's numbers
+COMPRESSIONS = ("STATISTICS", "GRADIENTS", "SPECTRA", "COMPRESSION", "QUANTIZATION")
 
 
 def current() -> dict[str, int]:
@@ -43,11 +43,10 @@ def current() -> dict[str, int]:
     return {name: value for name, value in globals().items() if name.isupper() and isinstance(value, int)}
 
 
-def used(compresses: bool, quantizes: bool, evaluators: Iterable[str]) -> dict[str, int]:
-    """Those that have a part in a record with the numbers of these ``evaluators`` (their ``component``).
+def used(components: Iterable[str]) -> dict[str, int]:
+    """Those that have a part in a record whose compressions and evaluators name these ``components``.
 
     A report leaves out records of other versions.
     """
-    left_out = set(EVALUATORS) - set(evaluators)
-    left_out |= set(() if compresses else ON_COMPRESSED) | set(() if quantizes else ("QUANTIZATION",))
+    left_out = {*EVALUATORS, *COMPRESSIONS} - set(components)
     return {name: value for name, value in current().items() if name not in left_out}

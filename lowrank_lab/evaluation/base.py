@@ -26,7 +26,8 @@ class Evaluator:
     add_special_tokens  whether the text's tokens begin with the tokenizer's special ones
     of_this_machine     whether its number, and so its key, is of the machine and the process that ask for it
     no_influence        settings that change its speed but no number
-    models              the kinds of model on which it measures anything (cell.py); cells of other kinds go without
+    models              the kinds of model on which it measures anything (``Cell.kind``), None for all; cells of
+                        other kinds go without
     """
 
     version: int
@@ -35,7 +36,7 @@ class Evaluator:
     add_special_tokens = True
     of_this_machine = False
     no_influence: tuple[str, ...] = ("batch_size",)
-    models: tuple[str, ...] = ("dense", "quantized", "compressed", "checkpoint")
+    models: tuple[str, ...] | None = None
 
     def settings(self, node: DictConfig) -> Any:
         """What of its config ``node`` every number depends on."""

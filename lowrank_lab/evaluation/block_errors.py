@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from lowrank_lab import progress
 from lowrank_lab.evaluation.robust import NotFiniteError
+from lowrank_lab.lowrank.answers import answers_of
+from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.factors import load_factors
+from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.lowrank.ranks import Site
 from lowrank_lab.lowrank.spectra import by_block, load_spectrum
 from lowrank_lab.models.families import Tower
@@ -136,7 +139,7 @@ def storage_errors(context: Context, dense: nn.Module) -> dict[str, dict[str, fl
     element, since it is what the model multiplies with. The exact factors are those of the decomposition, or of
     the refinement, before the storage rounds or quantizes them.
     """
-    ranks = context.record.data["compression"]["ranks"]
+    ranks = context.record.data["compressions"]["lowrank"]["plan"]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in context.tower.linears}
     blocks = list(zip(blocks_of(context.model, context.tower), blocks_of(dense, context.tower), strict=True))
     here_of = by_block(context.sites, len(blocks))
@@ -158,10 +161,10 @@ def storage_errors(context: Context, dense: nn.Module) -> dict[str, dict[str, fl
 
 def exact_factors(context: Context, dense_block: nn.Module, site: Site, rank: int) -> tuple[Tensor, Tensor]:
     """``left`` (out, k) and ``right`` (k, in) of a site before the storage touched them."""
-    if context.cell.refinement is not None:
-        return load_factors(context.cell.store.path("factors", context.cell.factors_key), site)
+    if answers_of(context.cell).refinement is not None:
+        return load_factors(context.cell.store.path("factors", LowRankKeys(context.cell).factors), site)
     weight = site_weight(dense_block, site).to(context.device, torch.float64)
-    left, right, _ = load_spectrum(context.spectra, site, context.device).factors(weight, rank)
+    left, right, _ = load_spectrum(spectra(context), site, context.device).factors(weight, rank)
     return left, right
 
 

@@ -9,6 +9,8 @@ from lowrank_lab.cells import versions
 from lowrank_lab.errors import SkippedCell
 from lowrank_lab.evaluation.windows import WindowEvaluator
 from lowrank_lab.lowrank.allocation.differentiable import STATES, Differentiable
+from lowrank_lab.lowrank.answers import answers_of
+from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.ranks import budget, fit
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ class LearnedRanks(WindowEvaluator):
 
     def check(self, context: Context) -> None:
         """Raises SkippedCell where no ranks are trained."""
-        if not isinstance(context.cell.allocation, Differentiable) or context.ratio >= 1:
+        if not isinstance(answers_of(context.cell).allocation, Differentiable) or context.ratio >= 1:
             raise SkippedCell("eval=learned_ranks needs allocation=differentiable and a ratio below 1")
 
     def __call__(self, context: Context, part: str) -> dict[str, Any]:
@@ -56,7 +58,7 @@ class LearnedRanks(WindowEvaluator):
         from lowrank_lab.lowrank.masked import mask_directions
 
         windows, protocol = self.windows(context)
-        training, sites = context.facts["training"], context.sites
+        training, sites = context.record.data["compressions"]["lowrank"]["training"], context.sites
         last = {name: site.last for name, site in sites.items()}
         ranks: dict[str, int | None] = {}
 
@@ -65,7 +67,7 @@ class LearnedRanks(WindowEvaluator):
 
         masks = {name: mask(name) for name in sites}
         model = context.dense_model()
-        mask_directions(model, context.tower, sites, context.spectra, last, masks, context.device)
+        mask_directions(model, context.tower, sites, spectra(context), last, masks, context.device)
         limit, known = budget(sites, context.ratio), len(training["states"])
         places = sorted({round(number * (known - 1) / (self.points - 1)) for number in range(self.points)})
         found = []

@@ -25,10 +25,11 @@ class OutputError(WindowEvaluator):
 
     def check(self, context: Context) -> None:
         """Raises SkippedCell where linears are given something else than those of the dense model."""
-        quantization = context.cell.quantization
-        if quantization is not None and quantization.transform is not None:
+        for compression in context.cell.compressions.values():
+            if not compression.changes_inputs:
+                continue
             raise SkippedCell(
-                f"{quantization.name} changes the inputs of linears, so that they cannot be compared one by one"
+                f"{compression.name} changes the inputs of linears, so that they cannot be compared one by one"
             )
 
     def __call__(self, context: Context, part: str) -> dict[str, Any]:

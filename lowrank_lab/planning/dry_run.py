@@ -65,9 +65,9 @@ def tell(cells: Sequence[Cell]) -> bool:
         elif runner.finished(cell) is None:
             state = "to be computed"
             try:
-                if cell.model_key not in models:
-                    models[cell.model_key] = shapes_of(cell)
-                planner = Planner(cell, with_sites(models[cell.model_key], cell), machine.gpu > 0)
+                if cell.keys.model not in models:
+                    models[cell.keys.model] = shapes_of(cell)
+                planner = Planner(cell, with_sites(models[cell.keys.model], cell), machine.gpu > 0)
                 steps = [step for step in planner.steps() if _is_missing(step, made)]
             except SkippedCell as why:
                 state = f"to be skipped: {why}"

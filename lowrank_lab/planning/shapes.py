@@ -64,7 +64,7 @@ def with_sites(shapes: Shapes, cell: Cell) -> Shapes:
     """What ``cell`` compresses. Raises SkippedCell or UserError where the cell itself will."""
     if cell.source.saved is not None:
         return replace(shapes, sites=cell.source.saved.sites)
-    if not cell.compresses:
+    if not any(compression.makes_factors for compression in cell.compressions.values()):
         return shapes
     return replace(shapes, sites=sites_of_cell(cell, tower_for(shapes.model_type), shapes.linears))
 
@@ -104,7 +104,7 @@ def config_of(cell: Cell) -> Any:
         return AutoConfig.for_model(source.location, **CONFIGS[source.location])
     if source.kind != "gguf":
         return load_config(source.location, source.revision, cell.cfg.model.trust_remote_code)
-    if (converted := cell.store.get("model", cell.model_key)) is not None:
+    if (converted := cell.store.get("model", cell.keys.model)) is not None:
         return load_config(str(converted.path), None, False)
     file = Path(source.location)
     return load_config(str(file.parent), None, False, gguf_file=file.name)

@@ -11,6 +11,8 @@ from lowrank_lab.artifacts.store import Store
 from lowrank_lab.calibration.tokens import load_tokens
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.evaluation.ppl import Perplexity
+from lowrank_lab.lowrank.answers import Answers, answers_of
+from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.lowrank.metric.base import InputStatistics, Metric, OutputStatistics
 from lowrank_lab.lowrank.ranks import Ranks
 from lowrank_lab.planning import flops, memory
@@ -74,21 +76,22 @@ class Planner:
         if cell.source.kind in ("gguf", "tiny"):
             in_float32 = 4 * self.shapes.parameters
             yield Step(
-                "model conversion", self._kept("model", cell.model_key), BASE + 2 * in_float32, disk=in_float32
+                "model conversion", self._kept("model", cell.keys.model), BASE + 2 * in_float32, disk=in_float32
             )
         if cell.calibration_data is not None:
             size = 8 * self.samples * self.length
-            yield Step("calibration tokens", self._kept("tokens", cell.calibration_tokens_key), BASE, disk=size)
-        if cell.compresses and self.factored:
-            yield from self._compression()
-        if cell.quantization is not None:
-            yield self._step("quantization", work=self._sums(), hidden=True, known=False)
+            yield Step("calibration tokens", self._kept("tokens", cell.keys.calibration_tokens), BASE, disk=size)
+        for name in cell.compressions:
+            if name != "lowrank":
+                yield self._step(name, work=self._sums(), hidden=True, known=False)
+            elif self.factored:
+                yield from self._low_rank()
         yield from self._evaluations()
         yield from self._checkpoints()
 
-    def _compression(self) -> Iterator[Step]:
-        cell, shapes = self.cell, self.shapes
-        if (key := cell.statistics_key) is not None:
+    def _low_rank(self) -> Iterator[Step]:
+        shapes, keys, answers = self.shapes, LowRankKeys(self.cell), answers_of(self.cell)
+        if (key := keys.statistics) is not None:
             yield self._step(
                 "calibration",
                 self._kept("statistics", key),
@@ -97,29 +100,29 @@ class Planner:
                 disk=sum(memory.statistics_file(shapes)),
                 flops=flops.statistics(shapes, self.samples, self.length),
             )
-        yield from self._gradients()
+        yield from self._gradients(keys, answers)
         outputs = "none"
-        if cell.metric.needs_gradients:
-            outputs = "matrix" if cell.metric.needs_outer else "vector"
+        if answers.metric.needs_gradients:
+            outputs = "matrix" if answers.metric.needs_outer else "vector"
         of_blocks = memory.spectra_file(shapes, outputs)
         largest = max(memory.decomposition(site) for site in shapes.sites.values())
         tokens = self.samples * self.length
-        weighs_fully = _has_full_input_metric(cell.metric)
+        weighs_fully = _has_full_input_metric(answers.metric)
         yield self._step(
             "decomposition",
-            self._kept("spectra", cell.spectra_key),
+            self._kept("spectra", keys.spectra),
             work=largest,
             results=max(of_blocks),
             disk=sum(of_blocks),
             flops=sum(flops.decomposition(site, weighs_fully, tokens) for site in shapes.sites.values()),
         )
-        if type(cell.allocation).__name__ not in WITHOUT_TRAINING:
+        if type(answers.allocation).__name__ not in WITHOUT_TRAINING:
             yield self._step("allocation", whole=True, work=largest, known=False)
         factors = {name: rank for name, rank in self.ranks.items() if rank is not None}
-        if cell.refinement is not None:
+        if answers.refinement is not None:
             yield self._step(
                 "refinement",
-                self._kept("factors", cell.factors_key),
+                self._kept("factors", keys.factors),
                 work=self._sums() + largest,
                 hidden=True,
                 disk=sum(4 * shapes.sites[name].parameters(rank) for name, rank in factors.items()),
@@ -128,12 +131,12 @@ class Planner:
         count = sum(flops.factorization(shapes.sites[name], rank) for name, rank in factors.items())
         yield self._step("factorization", work=largest, flops=count)
 
-    def _gradients(self) -> Iterator[Step]:
+    def _gradients(self, keys: LowRankKeys, answers: Answers) -> Iterator[Step]:
         """The passes of ``Context.gradients`` and ``Context.weight_fisher``."""
-        cell, shapes = self.cell, self.shapes
-        wanted = {cell.weight_fisher_key: (False, True)} if cell.needs_weight_fisher else {}
-        if (key := cell.gradients_key) is not None and not cell.one_backward_pass:
-            wanted[key] = (cell.metric.needs_outer, False)
+        shapes = self.shapes
+        wanted = {self.cell.keys.weight_fisher: (False, True)} if answers.needs_weight_fisher else {}
+        if (key := keys.gradients) is not None and not answers.one_backward_pass:
+            wanted[key] = (answers.metric.needs_outer, False)
         again = 0 if self.value == 4 else 4 * shapes.parameters  # the float32 model beside that of the cell
         for key, (outer, weight) in wanted.items():
             yield self._step(
@@ -149,7 +152,7 @@ class Planner:
     def _evaluations(self) -> Iterator[Step]:
         cell, shapes = self.cell, self.shapes
         for name, evaluator in cell.evaluators.items():
-            for key in cell.metric_keys(name).values():
+            for key in cell.keys.metrics(name).values():
                 kept = self._kept("metric", key)
                 if not isinstance(evaluator, Perplexity):
                     yield self._step(f"eval.{name}", kept, whole=True, known=False)
@@ -165,7 +168,7 @@ class Planner:
 
     def _windows(self, name: str, evaluator: Perplexity) -> int | None:
         """How many windows will be measured; None where only tokenizing the text will tell."""
-        found = self.cell.store.get("tokens", self.cell.text_tokens_key(name))
+        found = self.cell.store.get("tokens", self.cell.keys.text_tokens(name))
         if found is None:
             return evaluator.max_windows
         content = evaluator.seqlen - (evaluator.bos == "window")

@@ -9,6 +9,10 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from lowrank_lab import checks
+from lowrank_lab.artifacts.store import fingerprint
+from lowrank_lab.cells import config, versions
+from lowrank_lab.cells.cell import Cell
+from lowrank_lab.cells.compression import Compression, Plan
 from lowrank_lab.errors import UserError
 from lowrank_lab.modules.formats import Format
 
@@ -87,7 +91,7 @@ class WeightMethod:
         return made
 
 
-class Quantization:
+class Quantization(Compression):
     """What is done to a model, compressed or not, after it has its ranks.
 
     transform, latent  changes that lose nothing: of the whole model, and between the two factors of a site
@@ -98,6 +102,10 @@ class Quantization:
     sequential         whether a block is calibrated on what the quantized blocks before it give, or on what these
                        gave before they were quantized
     """
+
+    kind = "quantized"
+    kind_in_words = "a dense model in few bits"
+    components = ("QUANTIZATION",)
 
     def __init__(
         self,
@@ -133,6 +141,10 @@ class Quantization:
         return of_weights or (self.activations is not None and self.activations.static)
 
     @property
+    def changes_inputs(self) -> bool:
+        return self.transform is not None
+
+    @property
     def needs_seed(self) -> bool:
         return any(part is not None and part.needs_seed for part in (self.transform, self.latent, self.method))
 
@@ -163,20 +175,52 @@ class Quantization:
         parts += [*of_weights, *(part.label for part in after if part is not None)]
         return " ".join(part for part in parts if part)
 
-    def check(self, tower: Tower) -> None:
+    def key(self, cell: Cell, before: str) -> str:
+        settings = cell.cfg.quantization
+        without = ("left", "right") if not cell.is_factored or self.method is None else ()
+        answers = config.for_key(settings, without=without)
+        if self.method is None:
+            answers["weights"] = None
+        if not self.calibrates_blocks:
+            answers["sequential"] = True
+        for name in ("transform", "latent"):
+            part = getattr(self, name)
+            if part is not None:
+                answers[name] = config.for_key(settings[name], without=part.no_influence)
+        return fingerprint(
+            {
+                "model": before,
+                "targets": None if cell.is_factored else cell.keys.targeted,
+                "quantization": answers,
+                "seed": cell.cfg.seed if self.needs_seed else None,
+                "tokens": cell.keys.calibration_tokens if self.needs_calibration else None,
+                "version": versions.QUANTIZATION,
+            }
+        )
+
+    def check(self, context: Context) -> None:
         """Raises SkippedCell, before any work, where the architecture or what is rounded does not allow it."""
         for part in (self.transform, self.latent):
             if part is not None:
-                part.check(tower, self)
+                part.check(context.tower, self)
 
-    def check_installed(self) -> None:
-        """Raises UserError where a library that rounds the weights is not there."""
+    def check_cell(self, cell: Cell) -> None:
+        """Raises UserError for a model that is quantized already, or where a library that rounds is not there."""
+        if cell.source.saved is not None and cell.source.saved.is_quantized:
+            raise UserError(f"model.path={cell.cfg.model.path} is quantized already; use quantization=none")
         library = self.method.library if self.method is not None else None
         if library is not None and importlib.util.find_spec(library) is None:
             raise UserError(f"{library} is not installed; run: pip install 'lowrank_lab[quantization]'")
 
-    def __call__(self, context: Context) -> None:
+    def plan(self, context: Context) -> Plan:
+        """The format of the weights, by site; None: they stay as they are."""
+        forms = dict.fromkeys((self.weights.name, self.left.name, self.right.name))
+        return dict.fromkeys(context.sites, None if self.method is None else " · ".join(forms))
+
+    def apply(self, context: Context, plan: Plan) -> dict[str, Any]:
         """Quantize ``context.model`` in place."""
         from lowrank_lab.quantization.apply import apply
 
-        apply(context, self)
+        with context.record.stage("quantization"):
+            apply(context, self)
+        return {}

@@ -80,20 +80,19 @@ class Record:
             "grid": grid,
             "started": now(),
             "command": sys.argv,
-            "config": config.plain(cell.cfg),
+            "config": _settings(cell),
             "content": {
                 "model": cell.source.content,
                 "revision": cell.source.revision,
                 "calibration_data": cell.calibration_data,
                 "evaluation_data": cell.evaluation_data,
-                "training_data": cell.training_data,
+                "training_data": next(iter(cell.training_data.values()), None),
             },
             "versions": environment.versions(),
-            "components": versions.used(
-                cell.compresses, cell.quantization is not None, (e.component for e in cell.evaluators.values())
-            ),
+            "components": versions.used(_components(cell)),
             "git": environment.git(),
             "stages": [],
+            "compressions": {},  # by name, what each planned (``plan``) and what came out
             "metrics": {},
             "left_out": {},  # by evaluator, why it measured nothing
         }
@@ -215,6 +214,29 @@ class Results:
     def grids(self) -> list[dict[str, Any]]:
         found = [read(file, IN_GRID) for file in sorted((self.root / "grids").glob("*.json"))]
         return [grid for grid in found if grid is not None]
+
+
+def _components(cell: Cell) -> Iterator[str]:
+    for compression in cell.compressions.values():
+        yield from compression.components
+    for evaluator in cell.evaluators.values():
+        yield evaluator.component
+
+
+def _settings(cell: Cell) -> dict[str, Any]:
+    """The configuration; of the compressions their order alone, as their settings have nodes of their own."""
+    settings = config.plain(cell.cfg)
+    return {**settings, "compressions": list(settings["compressions"])}
+
+
+def compression_of(record: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a record, also one of an older schema, says of a compression; empty where its cell has none of it."""
+    if "compressions" in record:
+        return record["compressions"].get(name, {})
+    if name != "lowrank" or "compression" not in record:
+        return {}
+    found = {"plan": record["compression"]["ranks"], **record["compression"]}
+    return {**found, "refinement": record["refinement"]} if "refinement" in record else found
 
 
 def _without_secrets(record: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lowrank_lab.cells.config import build_recorded
 from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.ranks import Site
 from lowrank_lab.models.families import tower_for
-from lowrank_lab.records.results import Results
+from lowrank_lab.records.results import Results, compression_of
 from lowrank_lab.reporting.kinds.errors import linear_names
 
 
@@ -23,9 +23,9 @@ def ranks(record: dict[str, Any]) -> pd.DataFrame:
 
     Linears that are factored together are one row, "q+k+v". Raises UserError for a record that compresses nothing.
     """
-    if "compression" not in record:
+    found = compression_of(record, "lowrank").get("plan")
+    if found is None:
         raise UserError(f"{record['label']} has no ranks; choose a record of a compressed model that is done")
-    found = record["compression"]["ranks"]
     places = [_place(name) for name in found]
     paths = [member for _, key in places for member in key.split("+")]
     short = linear_names(dict.fromkeys(paths))
@@ -47,7 +47,8 @@ def weights_and_bytes(record: dict[str, Any], sites: dict[str, Site]) -> pd.Data
     """
     table = ranks(record)
     of_site = [sites[name] for name in table["site"]]
-    kept = [record["compression"]["ranks"][name] for name in table["site"]]
+    plan = compression_of(record, "lowrank")["plan"]
+    kept = [plan[name] for name in table["site"]]
     total = record["sizes"]["sites"]
     table["full"] = [site.full for site in of_site]
     table["weights"] = [site.parameters(rank) for site, rank in zip(of_site, kept, strict=True)]

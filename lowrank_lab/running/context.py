@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,27 +17,28 @@ from lowrank_lab.artifacts.store import fingerprint
 from lowrank_lab.calibration.gradients import make_gradients
 from lowrank_lab.calibration.statistics import make_statistics
 from lowrank_lab.calibration.tokens import load_tokens, make_calibration_tokens, make_text_tokens
-from lowrank_lab.cells import config, versions
+from lowrank_lab.cells import versions
 from lowrank_lab.cells.cell import Cell, corpus_part
 from lowrank_lab.checkpoints import checkpoint
 from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.lowrank.ranks import Site
 from lowrank_lab.lowrank.sites import sites_of
-from lowrank_lab.lowrank.spectra import linear_shapes, load_tails, make_spectra
+from lowrank_lab.lowrank.spectra import linear_shapes
 from lowrank_lab.models.families import Tower, tower_for
 from lowrank_lab.models.load import convert, load_config, load_model, load_tokenizer, skeleton
 from lowrank_lab.models.walk import walk
 from lowrank_lab.records.results import Record
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass
 class Context:
     """``model`` is dense until it is compressed in place; evaluators find the compressed one.
 
-    Allocations and refinements are given a context, and read from it what they need. ``facts`` is what the
-    allocation found on its way to the ranks, as plain data for the record.
+    Compressions and evaluators are given a context, and read from it what they need. ``facts`` is what the running
+    compression found on its way, as plain data for the record. ``once`` keeps what several of its parts ask for.
     """
 
     cell: Cell
@@ -45,6 +46,13 @@ class Context:
     device: torch.device
     evaluator: str = field(default="", init=False)
     facts: dict[str, Any] = field(default_factory=dict, init=False)
+    _memory: dict[str, Any] = field(default_factory=dict, init=False)
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What ``make`` returned when ``name`` was first asked for in this cell."""
+        if name not in self._memory:
+            self._memory[name] = make()
+        return self._memory[name]
 
     @cached_property
     def location(self) -> str:
@@ -53,7 +61,7 @@ class Context:
         if source.kind in ("hub", "folder"):
             return source.location
         make = lambda folder: convert(source, folder)
-        return str(self.made("model conversion", "model", self.cell.model_key, make))
+        return str(self.made("model conversion", "model", self.cell.keys.model, make))
 
     @cached_property
     def model_config(self) -> Any:
@@ -104,7 +112,7 @@ class Context:
     def calibration_ids(self) -> torch.Tensor:
         """The calibration tokens (samples, seqlen); warns where they are few for the widest input."""
         calibration = self.cell.cfg.calibration
-        ids, facts = self._windows("calibration tokens", calibration, self.cell.calibration_tokens_key)
+        ids, facts = self._windows("calibration tokens", calibration, self.cell.keys.calibration_tokens)
         widest = max(site.inp for site in self.sites.values())
         warning = None
         if ids.size < 4 * widest:
@@ -116,14 +124,11 @@ class Context:
         self.record.data["calibration"] = {"dataset": calibration.dataset.name, **facts, "warning": warning}
         return torch.from_numpy(ids)
 
-    @cached_property
-    def training_ids(self) -> torch.Tensor:
-        """The tokens (samples, seqlen) of the text that the refinement trains on."""
-        key = self.cell.training_tokens_key
-        assert key is not None, "the refinement has no data set of its own"
-        dataset = self.cell.cfg.refinement.dataset
-        ids, facts = self._windows("training tokens", self.cell.cfg.refinement, key)
-        self.record.data["training"] = {"dataset": dataset.name, **facts}
+    def text_ids(self, name: str) -> torch.Tensor:
+        """The tokens (samples, seqlen) of the text that a compression calls ``name`` (``Compression.texts``)."""
+        node, key = self.cell.texts[name], self.cell.keys.text_windows(name)
+        ids, facts = self.once(f"text {name}", lambda: self._windows("training tokens", node, key))
+        self.record.data["training"] = {"dataset": node.dataset.name, **facts}
         return torch.from_numpy(ids)
 
     def _windows(self, stage: str, sampling: Any, key: str) -> tuple[np.ndarray, dict[str, Any]]:
@@ -164,49 +169,25 @@ class Context:
         return walk(model, self.tower, self.calibration_batches(samples), self.device, hidden, self.offload)
 
     @cached_property
-    def statistics(self) -> Path | None:
-        """The artifact of the input statistics; None where the metric needs none."""
-        key = self.cell.statistics_key
-        if key is None:
-            return None
+    def statistics(self) -> Path:
+        """The artifact of the input statistics of the dense model."""
         batches, offload = self.calibration_batches(), self.offload
         make = lambda folder: make_statistics(folder, self.model, self.tower, batches, self.device, offload)
-        return self.made("calibration", "statistics", key, make)
+        return self.made("calibration", "statistics", self.cell.keys.statistics, make)
 
-    @cached_property
-    def gradients(self) -> Path | None:
-        """The artifact of the output gradients' statistics; None where the metric needs none."""
-        key = self.cell.gradients_key
-        if key is None:
-            return None
-        if self.cell.one_backward_pass:
-            return self.weight_fisher  # holds all of the others as well
-        ids, outer = self.calibration_ids, self.cell.metric.needs_outer
-        make = lambda folder: make_gradients(folder, self.float32_model(), self.tower, ids, self.device, outer)
-        return self.made("gradients", "gradients", key, make)
+    def gradients(self, outer: bool) -> Path:
+        """The artifact of the output gradients' statistics of the dense model, with or without the mean of g gᵀ."""
+        ids, key = self.calibration_ids, self.cell.keys.gradients(outer)
+        model = self.float32_model
+        make = lambda folder: make_gradients(folder, model(), self.tower, ids, self.device, outer)
+        return self.once(f"gradients {outer}", lambda: self.made("gradients", "gradients", key, make))
 
     @cached_property
     def weight_fisher(self) -> Path:
         """The artifact of the mean (dL/dW)² of every compressible linear, as large as the model."""
-        ids, key = self.calibration_ids, self.cell.weight_fisher_key
-        make = lambda folder: make_gradients(
-            folder, self.float32_model(), self.tower, ids, self.device, weight=True
-        )
-        return self.made("weight gradients", "gradients", key, make)
-
-    @cached_property
-    def spectra(self) -> Path:
-        """The artifact of all spectra, with the calibration passes that its metric asks for."""
-        statistics, gradients = self.statistics, self.gradients
-        make = lambda folder: make_spectra(
-            folder, self.model, self.tower, self.sites, self.cell.metric, statistics, gradients, self.device
-        )
-        return self.made("decomposition", "spectra", self.cell.spectra_key, make)
-
-    @cached_property
-    def tails(self) -> dict[str, np.ndarray]:
-        """By site, its squared error at every rank 0 … min(out, in), float64, in the metric's units."""
-        return load_tails(self.spectra, self.sites)
+        ids, model = self.calibration_ids, self.float32_model
+        make = lambda folder: make_gradients(folder, model(), self.tower, ids, self.device, weight=True)
+        return self.made("weight gradients", "gradients", self.cell.keys.weight_fisher, make)
 
     def artifact(
         self, stage: str, kind: str, parts: Mapping[str, Any], make: Callable[[Path], None], resumable: bool = False
@@ -242,13 +223,13 @@ class Context:
         return self.made(
             "evaluation tokens",
             "tokens",
-            self.cell.text_tokens_key(self.evaluator),
+            self.cell.keys.text_tokens(self.evaluator),
             lambda folder: make_text_tokens(folder, self.tokenizer, corpus, part, self.cell.cfg.data_root, special),
         )
 
     def text_tokens(self) -> tuple[np.ndarray, dict[str, Any]]:
         """The tokens of the evaluation text, and what the protocol says about them."""
-        return load_tokens(self.cell.store.path("tokens", self.cell.text_tokens_key(self.evaluator)))
+        return load_tokens(self.cell.store.path("tokens", self.cell.keys.text_tokens(self.evaluator)))
 
     def bos_id(self) -> int:
         if self.tokenizer.bos_token_id is None:
@@ -258,8 +239,7 @@ class Context:
 
 def sites_of_cell(cell: Cell, tower: Tower, shapes: list[dict[str, tuple[int, int]]]) -> dict[str, Site]:
     """What the cell's answers choose of linears of ``shapes``. Raises UserError where there is nothing."""
-    answers = (config.build(node) for node in (cell.cfg.grouping, cell.cfg.targets, cell.cfg.storage))
-    if found := sites_of(tower, shapes, *answers):
+    if found := sites_of(tower, shapes, *cell.site_rules):
         return found
     raise UserError(f"model {cell.source.name} has no compressible layer")
 

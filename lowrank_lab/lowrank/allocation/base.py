@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 class Allocation(Protocol):
     """Spends ``context.ratio`` of the cost of ``context.sites``. Raises SkippedCell where that leaves no rank.
 
-    All that it may need is made when first asked for: ``context.tails`` and ``context.spectra`` by the metric,
-    ``context.calibration_ids``, ``context.model``, and artifacts of its own through ``context.artifact``.
-    What it finds beside the ranks it leaves in ``context.facts``, for the record. ``needs_calibration`` says that
-    it reads calibration tokens, whatever the metric does.
+    All that it may need is made when first asked for: ``tails(context)`` and ``spectra(context)`` of
+    lowrank/artifacts.py, ``context.calibration_ids``, ``context.model``, and artifacts of its own through
+    ``context.artifact``. What it finds apart from the ranks it puts into ``context.facts``, for the record.
+    ``needs_calibration`` says that it reads calibration tokens, whatever the metric does.
     """
 
     needs_calibration: bool

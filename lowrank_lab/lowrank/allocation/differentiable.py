@@ -6,6 +6,8 @@ import json
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowrank_lab import checks
+from lowrank_lab.lowrank.artifacts import spectra
+from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.lowrank.ranks import Ranks, Site, Sites, budget, fit
 
 if TYPE_CHECKING:
@@ -57,18 +59,16 @@ class Differentiable:
             return dict.fromkeys(context.sites)
         from lowrank_lab.lowrank.allocation.rank_training import train_ranks
 
-        cell = context.cell
+        keys = LowRankKeys(context.cell)
         parts = {
             "differentiable": vars(self),
-            "spectra": cell.spectra_key,
-            "tokens": cell.calibration_tokens_key,
-            "counted": cell.allocation_key["counted"],
+            "spectra": keys.spectra,
+            "tokens": context.cell.keys.calibration_tokens,
+            "counted": keys.counted,
             "ratio": context.ratio,
         }
-        ids, _ = (
-            context.calibration_ids,
-            context.spectra,
-        )  # before the training, whose seconds are its own
+        spectra(context)  # before the training, whose seconds are its own
+        ids = context.calibration_ids
         make = lambda folder: train_ranks(folder, context, ids, self)
         folder = context.artifact("rank training", "ranks", parts, make, resumable=True)
         learned = json.loads((folder / "ranks.json").read_text())

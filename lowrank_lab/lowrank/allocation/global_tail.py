@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from lowrank_lab import checks
 from lowrank_lab.errors import SkippedCell, UserError
+from lowrank_lab.lowrank.artifacts import tails
 from lowrank_lab.lowrank.ranks import Ranks, Site, Sites, budget, total_cost
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class GlobalTail:
         self.weights = dict(weights)
 
     def __call__(self, context: Context) -> Ranks:
-        return water_fill(context.sites, self._weighted(context.tails), budget(context.sites, context.ratio))
+        return water_fill(context.sites, self._weighted(tails(context)), budget(context.sites, context.ratio))
 
     def _weighted(self, tails: Tails) -> Tails:
         for pattern in self.weights:

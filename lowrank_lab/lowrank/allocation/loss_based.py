@@ -7,6 +7,8 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from lowrank_lab.errors import SkippedCell
+from lowrank_lab.lowrank.answers import answers_of
+from lowrank_lab.lowrank.artifacts import tails
 from lowrank_lab.lowrank.ranks import Ranks, Sites, budget, fit, rank_for_ratio
 
 if TYPE_CHECKING:
@@ -27,11 +29,12 @@ class LossBased:
         if context.ratio >= 1:
             return dict.fromkeys(context.sites)
         # The spectra are of the mean over tokens; the paper's loss is of their sum.
-        tokens = context.calibration_ids.numel() if context.statistics is not None else 1
+        errors, metric = tails(context), answers_of(context.cell).metric
+        tokens = context.calibration_ids.numel() if metric.needs_inputs else 1
         losses = {}
         for name, site in context.sites.items():
             rank = rank_for_ratio(site, context.ratio)
-            squared = 0.0 if rank is None else float(context.tails[name][rank])
+            squared = 0.0 if rank is None else float(errors[name][rank])
             losses[name] = math.sqrt(squared * tokens)
         return loss_based(context.sites, context.ratio, losses)
 

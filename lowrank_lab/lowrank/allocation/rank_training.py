@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from lowrank_lab.artifacts.store import write_json
 from lowrank_lab.lowrank.allocation.differentiable import starting_share
+from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.masked import mask_activations, mask_directions
 from lowrank_lab.lowrank.ranks import Site
 from lowrank_lab.running.training import Recipe, train
@@ -59,7 +60,7 @@ def train_ranks(folder: Path, context: Context, ids: Tensor, settings: Different
     model = context.take_model().float().requires_grad_(False)
     if settings.forward == "pooled":
         last = {name: site.last for name, site in sites.items()}
-        mask_directions(model, context.tower, sites, context.spectra, last, masks, device)
+        mask_directions(model, context.tower, sites, spectra(context), last, masks, device)
     else:
         mask_activations(model, context.tower, sites, masks)
     model.to(device)

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from lowrank_lab import progress
 from lowrank_lab.artifacts.store import write_json
+from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.ranks import Ranks, Site, Sites, rank_within
 from lowrank_lab.lowrank.spectra import by_block, compress, load_spectrum
 from lowrank_lab.lowrank.storage.absorb import Absorb
@@ -127,7 +128,7 @@ def perplexity_of(context: Context, ranks: Ranks, batches: Sequence[Tensor]) -> 
         for site in context.sites.values()
     ]
     try:
-        compress(model, context.tower, context.sites, ranks, context.spectra, Absorb(0.5), context.device)
+        compress(model, context.tower, context.sites, ranks, spectra(context), Absorb(0.5), context.device)
         return math.exp(mean_nll(model.to(context.device), context.tower, batches))
     finally:
         for block, members in dense:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from lowrank_lab import checks
 from lowrank_lab.lowrank.allocation.global_tail import water_fill
+from lowrank_lab.lowrank.artifacts import spectra
+from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.lowrank.ranks import Ranks, Sites, budget, fit
 
 if TYPE_CHECKING:
@@ -36,14 +38,14 @@ class SigmaGradient:
             return dict.fromkeys(context.sites)
         from lowrank_lab.lowrank.allocation.sigma_statistics import load_sigma_gradients, make_sigma_gradients
 
-        ids, spectra = context.calibration_ids[: self.samples], context.spectra
+        ids, made = context.calibration_ids[: self.samples], spectra(context)
         parts = {
             "sigma": self.samples,
-            "spectra": context.cell.spectra_key,
-            "tokens": context.cell.calibration_tokens_key,
+            "spectra": LowRankKeys(context.cell).spectra,
+            "tokens": context.cell.keys.calibration_tokens,
         }
         make = lambda folder: make_sigma_gradients(
-            folder, context.take_model().float(), context.tower, context.sites, spectra, ids, context.device
+            folder, context.take_model().float(), context.tower, context.sites, made, ids, context.device
         )
         folder = context.artifact("singular value gradients", "sigma", parts, make)
         sigma, mean_abs, mean_square = load_sigma_gradients(folder, context.sites)

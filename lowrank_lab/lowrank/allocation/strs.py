@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from lowrank_lab import checks
 from lowrank_lab.errors import SkippedCell
+from lowrank_lab.lowrank.artifacts import spectra
+from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.lowrank.ranks import Ranks, Sites, budget, total_cost
 
 if TYPE_CHECKING:
@@ -61,20 +63,20 @@ class Strs:
         """Every candidate of every site, least sensitive first. The sensitivities are an artifact."""
         from lowrank_lab.lowrank.allocation.sensitivity import measure
 
-        cell = context.cell
+        keys = LowRankKeys(context.cell)
         parts = {
             "strs": {"ratios": self.ratios, "samples": self.samples},
-            "spectra": cell.spectra_key,
-            "tokens": cell.calibration_tokens_key,
-            "counted": cell.allocation_key["counted"],
+            "spectra": keys.spectra,
+            "tokens": context.cell.keys.calibration_tokens,
+            "counted": keys.counted,
         }
-        batches, spectra = context.calibration_batches(self.samples), context.spectra
+        batches, made = context.calibration_batches(self.samples), spectra(context)
         make = lambda folder: measure(
             folder,
             context.model,
             context.tower,
             context.sites,
-            spectra,
+            made,
             batches,
             self.ratios,
             context.device,

@@ -15,8 +15,8 @@ class Refinement(Protocol):
     """Better factors than the closed form's, of the same ranks.
 
     ``needs_calibration`` says that it reads calibration tokens, whatever the metric does. A refinement whose config
-    has a ``dataset`` is given windows of that text as well, as ``context.training_ids``; its config then also has
-    ``samples``, ``seqlen``, ``seed``, ``sampling`` and ``bos``.
+    has a ``dataset`` is given windows of that text as well, as ``context.text_ids("refinement")``; its config
+    then also has ``samples``, ``seqlen``, ``seed``, ``sampling`` and ``bos``.
     """
 
     needs_calibration: bool

@@ -21,7 +21,7 @@ class Lora:
     micro_batch        sequences a forward; changes speed and memory, and which activations dropout takes
     seed               of the windows, their order, LoRA's initial values and dropout
 
-    The other settings are the windows of text (``context.training_ids``). The loss is that of the next token, every
+    The other settings are the windows of text (``context.text_ids``). The loss is that of the next token, every
     token counts, and training is in float32.
     """
 
@@ -59,7 +59,7 @@ class Lora:
         self.seed = seed
 
     def prepare(self, context: Context) -> None:
-        _ = context.training_ids
+        context.text_ids("refinement")
 
     def __call__(self, context: Context, ranks: Ranks, folder: Path) -> None:
         from lowrank_lab.lowrank.refinement.lora_training import refine

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lowrank_lab.artifacts.store import write_json
+from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.factors import save_factors
 from lowrank_lab.lowrank.ranks import Ranks, Sites
 from lowrank_lab.lowrank.spectra import by_block, check_finite, compress
@@ -35,13 +36,10 @@ def refine(context: Context, ranks: Ranks, folder: Path, settings: Lora) -> None
     A finished phase is kept in ``folder/<side>.state`` until the end, and is only read again after an interruption.
     """
     if not (folder / "facts.json").exists():
-        ids, spectra = (
-            context.training_ids,
-            context.spectra,
-        )  # the spectra read the dense model
+        ids, made = context.text_ids("refinement"), spectra(context)
         model = context.take_model().float()  # the weights that the spectra are of, whatever their dtype
         # √Σ in each factor, whatever the storage: both phases then start from factors of one scale.
-        compress(model, context.tower, context.sites, ranks, spectra, Absorb(0.5), context.device)
+        compress(model, context.tower, context.sites, ranks, made, Absorb(0.5), context.device)
         model.to(context.device)
         facts = {side: train_side(model, side, ids, folder, settings) for side in SIDES}
         save_all(model, context.tower, context.sites, folder)

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class SequentialUpdate:
         from lowrank_lab.models.walk import block_file, blocks_of
         from lowrank_lab.modules.factorized import factorize, site_weight
 
-        tower, device, spectra = context.tower, context.device, context.spectra
+        tower, device, made = context.tower, context.device, spectra(context)
         model = context.take_model()
         sites = by_block(context.sites, len(blocks_of(model, tower)))
         blocks = context.walk(model)
@@ -55,7 +56,7 @@ class SequentialUpdate:
                 factors = {}
                 for name, (site, rank) in here.items():
                     weight = site_weight(block, site).to(device).double()
-                    left, right, _ = load_spectrum(spectra, site, device).factors(weight, rank)
+                    left, right, _ = load_spectrum(made, site, device).factors(weight, rank)
                     c = inputs[input_of[site.members[0]]].second_moment()
                     if not c.isfinite().all():
                         raise FloatingPointError(

@@ -23,6 +23,7 @@ from torch import Tensor
 from lowrank_lab import progress
 from lowrank_lab.artifacts.store import write_json
 from lowrank_lab.calibration.gradients import load_weight_fisher
+from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.factors import orthogonal_factors, save_factors
 from lowrank_lab.lowrank.ranks import Ranks, Site
 from lowrank_lab.lowrank.spectra import by_block, check_finite, load_spectrum
@@ -44,7 +45,7 @@ def refine(context: Context, ranks: Ranks, folder: Path, steps: int, floor: floa
     if (folder / "facts.json").exists():  # an earlier call was stopped while it tidied up
         _tidy(folder)
         return
-    fisher, spectra, device = context.weight_fisher, context.spectra, context.device
+    fisher, made, device = context.weight_fisher, spectra(context), context.device
     blocks = blocks_of(context.model, context.tower)
     for index, here in enumerate(progress.track(by_block(context.sites, len(blocks)), "refinement", "block")):
         facts = folder / f"facts_{index:03d}.json"  # written after the factors: a block with facts is done
@@ -56,7 +57,7 @@ def refine(context: Context, ranks: Ranks, folder: Path, steps: int, floor: floa
             if rank is None:
                 continue
             weight = site_weight(blocks[index], site).to(device, torch.float64)
-            left, right, _ = load_spectrum(spectra, site, device).factors(weight, rank)
+            left, right, _ = load_spectrum(made, site, device).factors(weight, rank)
             check_finite(name, left, right)
             importance = importance_of(fisher, site, floor, device)
             factors[site.key], errors[name] = _refined(weight.float(), importance, left, right, steps)

@@ -113,10 +113,10 @@ def kept(records: Records) -> pd.DataFrame:
     all types, as those of all blocks, have the ratio reached as their mean.
     """
     rows: list[dict[str, Any]] = []
-    for record, compression in common.compressions(records, "ranks"):
+    for record, compression in common.compressions(records, "plan"):
         if record["method"] != "asvd":
             continue
-        ranks = compression["ranks"]
+        ranks = compression["plan"]
         sites = pd.DataFrame(
             {
                 "linear": common.linear(site),

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from lowrank_lab.records.results import compression_of
 from lowrank_lab.reporting.figures import STYLE, wrapped
 from lowrank_lab.reporting.kinds.errors import linear_names
 from lowrank_lab.reporting.tables import outdated
@@ -49,9 +50,9 @@ def tidy(rows: Iterable[dict[str, Any]], columns: list[str], by: list[str]) -> p
 
 
 def compressions(records: Records, entry: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """The records whose ``compression`` has this entry, with that ``compression``."""
+    """The records whose low-rank compression has this entry, with what it says."""
     for record in done(records):
-        if entry in (compression := record.get("compression", {})) and "sites" in compression:
+        if entry in (compression := compression_of(record, "lowrank")) and "sites" in compression:
             yield record, compression
 
 

@@ -1,0 +1,128 @@
+"""Low rank as a compression: a method's five answers, and how they are asked."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from lowrank_lab.cells import config
+from lowrank_lab.cells.cell import Cell
+from lowrank_lab.cells.compression import Compression, Plan
+from lowrank_lab.checks import is_count
+from lowrank_lab.errors import UserError
+from lowrank_lab.lowrank.answers import Answers
+from lowrank_lab.lowrank.keys import LowRankKeys
+
+if TYPE_CHECKING:
+    from lowrank_lab.running.context import Context
+
+
+def low_rank(allocation: Any, **answers: Any) -> LowRank | None:
+    """What conf/config.yaml builds of the answers; None where none says how to spend rank: nothing is factored."""
+    return None if allocation is None else LowRank(allocation=allocation, **answers)
+
+
+class LowRank(Compression):
+    """Put two thin factors in the place of every site."""
+
+    components = ("STATISTICS", "GRADIENTS", "SPECTRA", "COMPRESSION")
+    makes_factors = True
+    on_checkpoints = False
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers = Answers(**answers)
+        self.site_rules = (self.answers.grouping, self.answers.targets, self.answers.storage)
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.answers.needs_calibration
+
+    def check_settings(self, cfg: DictConfig) -> None:
+        for name in ("metric", "grouping", "targets", "storage"):
+            if getattr(self.answers, name) is None:
+                raise UserError(
+                    f"{name}=null is not valid; it must be one of its options; see python run.py --help"
+                )
+        for name, node in self.texts(cfg).items():
+            config.check_windows(name, node)
+            config.check_part(f"{name}.dataset", node.dataset, "calibration")
+        for name in ("allocation", "refinement"):
+            samples = (cfg.get(name) or {}).get("samples")
+            if name not in self.texts(cfg) and is_count(samples, cfg.calibration.samples + 1):
+                raise UserError(f"{name}.samples={samples} is not valid; it must be at most calibration.samples")
+
+    def ratio(self, cfg: DictConfig) -> float:
+        return float(cfg.ratio)
+
+    def texts(self, cfg: DictConfig) -> dict[str, DictConfig]:
+        reads_its_own = cfg.refinement is not None and "dataset" in cfg.refinement
+        return {"refinement": cfg.refinement} if reads_its_own else {}
+
+    def key(self, cell: Cell, before: str) -> str:
+        return LowRankKeys(cell).compressed(before)
+
+    def plan(self, context: Context) -> Plan:
+        """The rank of every site; None: it stays dense."""
+        with context.record.stage("allocation"):
+            return self.answers.allocation(context)
+
+    def apply(self, context: Context, plan: Plan) -> dict[str, Any]:
+        """Put the factors into the model.
+
+        The facts are what a rank costs by site, the ``squared_error`` in the metric's units (None once a refinement
+        has changed it), and what the refinement says of itself.
+        """
+        facts: dict[str, Any] = {"squared_error": 0.0}
+        if any(rank is not None for rank in plan.values()):
+            facts["squared_error"] = self._closed_form(context, plan) if self.answers.refinement is None else None
+            if self.answers.refinement is not None:
+                facts |= self._refined(context, plan)
+        sites = context.sites.items()
+        facts["sites"] = {
+            name: {"block": s.block, "linears": list(s.members), "dense": s.dense, "per_rank": s.per_rank}
+            for name, s in sites
+        }
+        return facts
+
+    def _closed_form(self, context: Context, ranks: Plan) -> float:
+        from lowrank_lab.lowrank.artifacts import spectra
+        from lowrank_lab.lowrank.spectra import compress
+
+        made = spectra(context)
+        with context.record.stage("factorization"):
+            changed = (
+                context.model,
+                context.tower,
+                context.sites,
+                ranks,
+                made,
+                self.answers.storage,
+                context.device,
+            )
+            return compress(*changed)
+
+    def _refined(self, context: Context, ranks: Plan) -> dict[str, Any]:
+        from lowrank_lab.lowrank.artifacts import spectra
+        from lowrank_lab.lowrank.factors import install_factors
+
+        spectra(context)
+        self.answers.refinement.prepare(context)
+        refine = partial(self.answers.refinement, context, ranks)
+        key = LowRankKeys(context.cell).factors
+        factors = context.made("refinement", "factors", key, refine, resumable=True)
+        with context.record.stage("factorization"):
+            changed = (
+                context.model,
+                context.tower,
+                context.sites,
+                ranks,
+                factors,
+                self.answers.storage,
+                context.device,
+            )
+            install_factors(*changed)
+        facts = factors / "facts.json"
+        return {"refinement": json.loads(facts.read_text())} if facts.exists() else {}
