@@ -174,8 +174,17 @@ class Keys:
             "spectra": self.spectra_key,
             "allocation": config.for_key(self.cfg.allocation),
             "tokens": self.calibration_tokens_key if self.allocation.needs_calibration else None,
-            "counted": [self.cfg.targets.ratio_of, config.build(self.cfg.storage).cost_per_rank(2, 3)],
+            "counted": self._counted,
         }
+
+    @property
+    def _counted(self) -> list[Any]:
+        """What the ratio counts; storages whose ranks cost the same share the ranks that are found."""
+        cost = config.build(self.cfg.storage).cost
+        counted = [self.cfg.targets.ratio_of, cost(2, 3, 1)]
+        if all(cost(64, 96, rank) == rank * cost(64, 96, 1) for rank in range(65)):
+            return counted
+        return [*counted, config.for_key(self.cfg.storage)]  # one number does not tell such costs apart
 
     @property
     def factors_key(self) -> str:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from lowrank_lab import progress
 from lowrank_lab.evaluation.robust import NotFiniteError
 from lowrank_lab.lowrank.factors import load_factors
-from lowrank_lab.lowrank.ranks import Site
 from lowrank_lab.lowrank.spectra import by_block, load_spectrum
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import blocks_of, walk
 from lowrank_lab.modules.factorized import FactorizedLinear, factors_of, site_weight
+from lowrank_lab.modules.site import Site
 
 if TYPE_CHECKING:
     from lowrank_lab.running.context import Context

@@ -12,7 +12,7 @@ from lowrank_lab.calibration.tokens import load_tokens
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.evaluation.ppl import Perplexity
 from lowrank_lab.lowrank.metric.base import InputStatistics, Metric, OutputStatistics
-from lowrank_lab.lowrank.ranks import Ranks
+from lowrank_lab.modules.site import Ranks
 from lowrank_lab.planning import flops, memory
 from lowrank_lab.planning.shapes import Shapes
 from lowrank_lab.records.results import CHECKPOINTS

@@ -22,8 +22,8 @@ from lowrank_lab.checkpoints import checkpoint
 from lowrank_lab.checkpoints.description import Saved
 from lowrank_lab.errors import SkippedCell
 from lowrank_lab.lowrank.factors import install_factors
-from lowrank_lab.lowrank.ranks import Ranks, Site
 from lowrank_lab.lowrank.spectra import compress
+from lowrank_lab.modules.site import Ranks, Site
 from lowrank_lab.records.results import CHECKPOINTS, Record
 from lowrank_lab.records.sizes import sizes
 from lowrank_lab.running.context import Context, pick_device
@@ -62,7 +62,7 @@ def compute(cell: Cell, record: Record) -> None:
         record.data["compression"] = {
             "ranks": ranks,
             "squared_error": squared_error,
-            "sites": {name: _described(site) for name, site in context.sites.items()},
+            "sites": {name: _described(site, ranks[name]) for name, site in context.sites.items()},
             **context.facts,
         }
     if cell.quantization is not None:
@@ -109,13 +109,13 @@ def _compress(cell: Cell, record: Record, context: Context, ranks: Ranks) -> flo
     return None
 
 
-def _described(site: Site) -> dict[str, Any]:
-    """Where a site is and what it costs; with its rank, what is kept of it."""
+def _described(site: Site, rank: int | None) -> dict[str, Any]:
+    """Where a site is, and what it costs dense and at ``rank``."""
     return {
         "block": site.block,
         "linears": list(site.members),
         "dense": site.dense,
-        "per_rank": site.per_rank,
+        "cost": site.cost(rank),
     }
 
 
