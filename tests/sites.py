@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from torch import nn
 
-from lowrank_lab.lowrank.ranks import Site
 from lowrank_lab.lowrank.sites import Grouping, Targets, sites_of
 from lowrank_lab.lowrank.spectra import linear_shapes
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.lowrank.storage.base import Storage
 from lowrank_lab.models.families import Tower
+from lowrank_lab.modules.site import Site
 
 
-def site(out: int, inp: int, name: str = "linear", per_rank: int | None = None) -> Site:
-    return Site(0, (name,), (out,), inp, out * inp, per_rank or out + inp)
+def site(out: int, inp: int, name: str = "linear", storage: Storage | None = None, block: int = 0) -> Site:
+    return Site(block, (name,), (out,), inp, out * inp, partial((storage or Absorb(0.5)).cost, out, inp))
 
 
 def sites(shapes: Mapping[str, tuple[int, int]]) -> dict[str, Site]:

@@ -14,7 +14,9 @@ from lowrank_lab.lowrank.allocation.loss_based import loss_based
 from lowrank_lab.lowrank.allocation.sensitivity import candidate_ranks
 from lowrank_lab.lowrank.allocation.strs import Step, finish, index_within_budget, index_within_perplexity, plan
 from lowrank_lab.lowrank.allocation.uniform import uniform
-from lowrank_lab.lowrank.ranks import Site, budget, fit, total_cost
+from lowrank_lab.lowrank.ranks import budget, fit, total_cost
+from lowrank_lab.modules.site import Site
+from tests.sites import site as site_of
 from tests.sites import sites
 
 SHAPES = {"q": (24, 24), "k": (8, 24), "up": (60, 24), "down": (24, 60)}
@@ -50,7 +52,7 @@ def test_the_budget_is_met_and_not_exceeded(allocation, ratio, seed):
     assert spent <= limit
     if allocation == "global_tail":  # to within the dearest rank, or what would make a linear dense
         growable = [name for name, rank in ranks.items() if rank is not None and rank < here[name].last]
-        assert not growable or limit - spent < max(here[name].per_rank for name in growable)
+        assert not growable or limit - spent < max(here[name].cost(1) for name in growable)
     for name, rank in ranks.items():
         assert rank is None or rank >= 1
         assert here[name].cost(rank) <= here[name].dense
@@ -118,7 +120,7 @@ def test_fit_spends_the_budget_within_one_rank_and_keeps_proportions(ratio, seed
     ranks = fit(here, wanted, limit)
     assert all(1 <= ranks[name] <= site.last for name, site in here.items())
     left = limit - total_cost(here, ranks)
-    growable = [here[name].per_rank for name in here if ranks[name] < here[name].last]
+    growable = [here[name].cost(1) for name in here if ranks[name] < here[name].last]
     assert 0 <= left < min(growable, default=limit)
     # Between the ends the ranks are in the proportions asked for, but that rounding takes up to one rank, and gives
     # up to one to each and another to those that are cheap enough for what is still left.
@@ -139,7 +141,7 @@ def test_fit_at_ratio_one_is_dense_and_too_small_a_budget_is_skipped():
 def layers(count: int) -> dict[str, Site]:
     """Sites of several blocks, two types of matrix in each."""
     return {
-        f"layers.{block}.{name}": Site(block, (name,), (out,), inp, out * inp, out + inp)
+        f"layers.{block}.{name}": site_of(out, inp, name, block=block)
         for block in range(count)
         for name, (out, inp) in {"q": (24, 24), "up": (60, 24)}.items()
     }
@@ -151,11 +153,11 @@ def test_loss_based_is_the_papers_rule():
     ratio = 0.5
     ranks = loss_based(here, ratio, losses)
     limit = budget(here, ratio)
-    assert limit - max(site.per_rank for site in here.values()) < total_cost(here, ranks) <= limit
+    assert limit - max(site.cost(1) for site in here.values()) < total_cost(here, ranks) <= limit
     shares = [1 / math.log(10 + 40 * block) for block in range(3)]
     for name, site in here.items():  # removed = n · 0.5 · share / Σ shares, rounded to a rank
         kept = 1 - 3 * (1 - ratio) * shares[site.block] / sum(shares)
-        assert abs(ranks[name] - kept * site.dense / site.per_rank) <= 1.5
+        assert abs(ranks[name] - kept * site.dense / site.cost(1)) <= 1.5
     assert ranks["layers.0.up"] < ranks["layers.1.up"] < ranks["layers.2.up"]
 
 
@@ -192,7 +194,7 @@ def test_strs_converges_to_the_first_plan_within_the_budget(ratio, seed):
     costs = [total_cost(here, plan(here, steps, i)) for i in range(len(steps))]
     assert index == next(i for i, cost in enumerate(costs) if cost <= limit)
     ranks = finish(here, steps, index, limit)
-    assert limit - here[steps[index].site].per_rank < total_cost(here, ranks) <= limit
+    assert limit - here[steps[index].site].cost(1) < total_cost(here, ranks) <= limit
     for name, rank in plan(here, steps, index).items():  # at least what the converged index says
         assert ranks[name] == rank or name == steps[index].site
 

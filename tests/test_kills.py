@@ -123,7 +123,7 @@ def goes_on(lab: Lab, overrides: list[str], undisturbed: Any) -> None:
     assert lab.results.records() == []
     record, expected = lab.run(*overrides), undisturbed(overrides)
     assert record["status"] == "done"
-    for what in ("key", "metrics", "sizes", "compression", "refinement", "checkpoint", "merged_checkpoint"):
+    for what in ("key", "metrics", "sizes", "compressions", "checkpoint", "merged_checkpoint"):
         assert record.get(what) == expected.get(what), what
     unfinished = re.compile(r".*\.tmp.*|.*\.partial|.*\.state|\.hidden-states.*")
     left = [file for file in lab.root.rglob("*") if unfinished.fullmatch(file.name)]

@@ -134,7 +134,7 @@ def test_an_own_method_joins_a_papers_table(grid_lab, monkeypatch):
 def test_weights_add_up_to_those_of_the_record(grid_lab):
     """Counted by shape and rank here, on the tensors there."""
     for record in grid_lab.results.records():
-        if "compression" in record:
+        if "lowrank" in record["compressions"]:
             table = ranks.weights_and_bytes(record, ranks.sites(record, grid_lab.results))
             assert table["weights"].sum() == record["sizes"]["sites"]["parameters"]
             assert table["dense"].sum() == record["sizes"]["sites"]["parameters_dense"]

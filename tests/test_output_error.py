@@ -17,13 +17,13 @@ from lowrank_lab.evaluation.block_errors import RelativeError, output_errors, st
 from lowrank_lab.evaluation.output_error import OutputError
 from lowrank_lab.evaluation.robust import NotFiniteError
 from lowrank_lab.lowrank.metric.second_moment import SecondMoment
-from lowrank_lab.lowrank.ranks import Ranks
 from lowrank_lab.lowrank.spectra import compress, load_spectrum, load_tails, make_spectra
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.lowrank.storage.remap import Remap
 from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.factorized import dense_weight, site_weight
+from lowrank_lab.modules.site import Ranks
 from lowrank_lab.reporting import figures, tables
 from lowrank_lab.reporting.sections import OUTPUT_ERROR
 from lowrank_lab.running import runner
@@ -68,10 +68,13 @@ class Setting:
     def storage(self, ranks: Ranks, storage: Any) -> dict[str, dict[str, float]]:
         """What the evaluator says of a cell with these ranks and this storage."""
         context: Any = SimpleNamespace(
-            cell=SimpleNamespace(refinement=None),
-            record=SimpleNamespace(data={"compression": {"ranks": ranks}}),
+            cell=SimpleNamespace(
+                compressions={"lowrank": SimpleNamespace(answers=SimpleNamespace(refinement=None))}
+            ),
+            once=lambda _name, _make: self.spectra,
+            record=SimpleNamespace(data={"compressions": {"lowrank": {"plan": ranks}}}),
             model=self.compressed(ranks, storage),
-            **{name: getattr(self, name) for name in ("tower", "sites", "spectra")},
+            **{name: getattr(self, name) for name in ("tower", "sites")},
             device=CPU,
         )
         return storage_errors(context, self.dense)

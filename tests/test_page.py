@@ -195,7 +195,7 @@ def test_a_records_facts_are_enough_to_repeat_it_and_no_bulk(records, results):
         assert {name: found["protocol"] for name, found in told["metrics"].items()} == {
             name: found["protocol"] for name, found in record["metrics"].items()
         }
-        assert "ranks" not in json.dumps(told["sizes"]) and "compression" not in told
+        assert "ranks" not in json.dumps(told["sizes"]) and "compressions" not in told
     assert {told["state"] for told in records.values()} == {"done", "failed", "skipped", "outdated"}
 
 

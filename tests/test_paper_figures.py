@@ -26,7 +26,7 @@ from lowrank_lab.evaluation.held import peak_bytes
 from lowrank_lab.evaluation.ipca_memory import WAYS, directions
 from lowrank_lab.lowrank.allocation.sensitivity import perplexity_of
 from lowrank_lab.lowrank.keys import LowRankKeys
-from lowrank_lab.lowrank.ranks import Site, budget, fit
+from lowrank_lab.lowrank.ranks import budget, fit
 from lowrank_lab.records.results import Record
 from lowrank_lab.reporting.paper_figures import PAPER_FIGURES
 from lowrank_lab.running import runner
@@ -174,7 +174,7 @@ def test_only_the_targeted_blocks_are_compressed(run: Run):
         assert record["sizes"]["sites"]["parameters_dense"] == of_one_block * len(asked)
         ranks = record["compressions"]["lowrank"]["plan"]
         assert list(ranks) == list(sites)
-        cost = sum(ranks[name] * site["per_rank"] for name, site in sites.items())
+        cost = sum(site["cost"] for site in sites.values())
         assert record["sizes"]["ratio_reached"] == cost / sum(site["dense"] for site in sites.values())
         assert record["ratio"] - 0.05 < record["sizes"]["ratio_reached"] <= record["ratio"]  # uniform rounds down
         blocks = ",".join(map(str, asked))
@@ -339,7 +339,8 @@ def test_losses_of_the_training_are_those_of_its_history(paper_lab: Lab, run: Ru
     for record in run("dobi_figure8"):
         [artifact] = [s["artifact"] for s in record["stages"] if s["stage"] == "rank training"]
         history = json.loads((paper_lab.root / "artifacts" / artifact / "history.json").read_text())
-        training, gamma = record["compressions"]["lowrank"]["training"], record["config"]["allocation"]["gamma"]
+        lowrank = record["compressions"]["lowrank"]
+        training, gamma = lowrank["training"], record["config"]["allocation"]["gamma"]
         assert [step["loss"] for step in training["steps"]] == [step["loss"] for step in history["steps"]]
         for before, step in zip(history["steps"], training["steps"][1:], strict=False):
             assert step["ratio"] == before["ratio"]
@@ -357,20 +358,21 @@ def test_ranks_start_at_the_target_ratio_and_end_at_what_is_deployed(run: Run):
     for figure, ratio in (("dobi/figure8", 0.4), ("dobi/figure9", 0.2), ("dobi/figure10", 0.6)):
         frame = PAPER_FIGURES[figure].data(run("dobi_figure8"))
         [record] = [record for record in run("dobi_figure8") if record["ratio"] == ratio]
+        lowrank = record["compressions"]["lowrank"]
         assert set(frame["ratio"]) == {ratio}
         assert sorted(frame["step"].unique()) == list(range(0, 61, 3))  # 60 steps in 21 states
         assert frame["epoch"].max() == 60 * 2 / 12
         sites = {
-            name: Site(s["block"], tuple(s["linears"]), (1,), 1, s["dense"], s["per_rank"])
-            for name, s in record["compressions"]["lowrank"]["sites"].items()
+            name: (s["block"], "+".join(s["linears"]), s["dense"], s["cost"] / lowrank["plan"][name])
+            for name, s in lowrank["sites"].items()
         }
         k = {(row["block"], row["linear"], row["step"]): row["k"] for _, row in frame.iterrows()}
-        start = {name: k[site.block, site.key, 0] for name, site in sites.items()}
-        cost = sum(start[name] * site.per_rank for name, site in sites.items())
-        assert cost / sum(site.dense for site in sites.values()) == pytest.approx(ratio, abs=1e-4)
+        start = {name: k[block, key, 0] for name, (block, key, _, _) in sites.items()}
+        cost = sum(start[name] * per_rank for name, (_, _, _, per_rank) in sites.items())
+        assert cost / sum(dense for _, _, dense, _ in sites.values()) == pytest.approx(ratio, abs=1e-4)
         # Every site has the rank that the ratio gives it alone.
-        for name, site in sites.items():
-            assert start[name] == pytest.approx(ratio * site.dense / site.per_rank, abs=2e-3)
+        for name, (_, _, dense, per_rank) in sites.items():
+            assert start[name] == pytest.approx(ratio * dense / per_rank, abs=2e-3)
 
 
 def test_perplexity_of_learned_ranks_ends_at_the_deployed_model(paper_lab: Lab, run: Run):
@@ -386,7 +388,7 @@ def test_perplexity_of_learned_ranks_ends_at_the_deployed_model(paper_lab: Lab, 
     context.evaluator = "ppl"
     context.make_text_tokens()
     windows, _ = context.cell.evaluators["ppl"].windows(context)
-    uniform = {name: 0.4 * site.dense / site.per_rank for name, site in context.sites.items()}
+    uniform = {name: 0.4 * site.dense / site.cost(1) for name, site in context.sites.items()}
     untrained = perplexity_of(context, fit(context.sites, uniform, budget(context.sites, 0.4)), windows.split(1))
     assert along["perplexity"][0] == pytest.approx(untrained, rel=1e-6)
     assert abs(along["perplexity"][0] / along["value"] - 1) > 1e-4  # neither could be taken for the other

@@ -257,10 +257,10 @@ def test_inputs_are_rounded_and_saved_with_their_scales(lab, method, granularity
 
 def test_inputs_of_linears_in_front_of_one_another_are_rounded_once():
     """q, k and v share their rounding, and so do the left factors of a joint site."""
-    from lowrank_lab.lowrank.ranks import Site
     from lowrank_lab.models.families import LLAMA
     from lowrank_lab.modules.factorized import factorize
     from lowrank_lab.modules.linears import linears_in, prepared_in, set_steps, shared_inputs
+    from lowrank_lab.modules.site import Site
     from lowrank_lab.modules.steps import Round
 
     block = torch.nn.ModuleDict(
@@ -271,7 +271,7 @@ def test_inputs_of_linears_in_front_of_one_another_are_rounded_once():
     )
     members = LLAMA.linears
     qkv = tuple(f"self_attn.{n}_proj" for n in "qkv")
-    factorize(block, Site(0, qkv, (16, 16, 16), 16, 768, 64), random(48, 4), random(4, 16))
+    factorize(block, Site(0, qkv, (16, 16, 16), 16, 768, lambda rank: 64 * rank), random(48, 4), random(4, 16))
     groups = shared_inputs(block, LLAMA, members)
     assert [len(group) for group in groups] == [1, 1, 2, 1, 3]
     assert sorted(path for group in groups for path in group) == sorted(linears_in(block, members))

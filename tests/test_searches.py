@@ -22,13 +22,14 @@ from lowrank_lab.lowrank.allocation.sigma_gradient import score_tails
 from lowrank_lab.lowrank.allocation.sigma_statistics import load_sigma_gradients, make_sigma_gradients
 from lowrank_lab.lowrank.masked import mask_directions
 from lowrank_lab.lowrank.metric.identity import Identity
-from lowrank_lab.lowrank.ranks import Site, budget, fit, total_cost
+from lowrank_lab.lowrank.ranks import budget, fit, total_cost
 from lowrank_lab.lowrank.spectra import compress, load_spectrum, make_spectra
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.models import tiny
 from lowrank_lab.models.families import FAMILIES, Tower
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.factorized import site_weight
+from lowrank_lab.modules.site import Site
 from tests.sites import sites_in
 
 CPU = torch.device("cpu")
@@ -259,7 +260,7 @@ def test_learned_ranks_lower_the_loss_at_the_same_budget(certain, tmp_path, rati
     assert all(1 <= learned[name] <= site.last for name, site in small.sites.items())
     limit = budget(small.sites, ratio)
     losses = {}
-    start = {name: ratio * site.dense / site.per_rank for name, site in small.sites.items()}
+    start = {name: ratio * site.dense / site.cost(1) for name, site in small.sites.items()}
     for which, wanted in (("start", start), ("learned", learned)):
         model, ranks = small.model(), fit(small.sites, wanted, limit)
         compress(model, small.tower, small.sites, ranks, small.spectra, Absorb(0.5), CPU)
@@ -325,5 +326,5 @@ def test_the_budget_of_learned_ranks_is_exact_after_rounding(lab):
         sites = Context(cell, SimpleNamespace(artifact=lambda _n, made: made), CPU).sites
         ranks = record["compressions"]["lowrank"]["plan"]
         left = budget(sites, 0.55) - total_cost(sites, ranks)
-        assert 0 <= left < min(site.per_rank for site in sites.values())
+        assert 0 <= left < min(site.cost(1) for site in sites.values())
         assert record["sizes"]["ratio_reached"] <= 0.55

@@ -163,7 +163,7 @@ def test_remapped_storage_has_its_byte_count_and_a_small_error(out, inp, rank):
     torch.manual_seed(0)
     block = nn.ModuleDict({"linear": nn.Linear(inp, out)})
     bias = block["linear"].bias.detach().clone()
-    site = plain_site(out, inp, "linear", per_rank=Remap().cost_per_rank(out, inp))
+    site = plain_site(out, inp, "linear", storage=Remap())
     weight = block["linear"].weight.detach().double()
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     left, right = u[:, :rank], s[:rank, None] * vh[:rank]

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowrank_lab.lowrank.truncation import core_gradient, smooth_truncation, stable_inverse
+from lowrank_lab.lowrank.truncation import (
+    GRADIENT_FLOOR,
+    TERMS,
+    core_gradient,
+    smooth_truncation,
+    stable_inverse,
+)
 
 SHAPES = [(9, 5), (5, 9), (6, 6)]
 
@@ -162,16 +168,18 @@ def test_the_stable_inverse_of_separated_values_is_the_inverse():
 
 
 def test_every_case_of_algorithm_5():
-    floor, grad, k, close = 1e-10, 1e-7, 10, 1e-2
-    s = torch.tensor([4.0, 2.0, 2.0, 1.99, 1e-12, 0.0], dtype=torch.float64)
-    e = stable_inverse(s, floor, grad, k, close)
+    near, far = 2 * (1 - 2.0**-13), 2 * (1 - 2.0**-11)  # float32 has √ε = 2^-11.5
+    s = torch.tensor([4.0, 2.0, 2.0, near, 1e-12, 0.0])
+    e = stable_inverse(s)
     assert float(e[1, 0]) == pytest.approx(1 / (16 - 4))  # other
-    assert float(e[2, 1]) == pytest.approx(k / 4)  # equal
-    q2 = (1.99 / 2) ** 2
-    assert float(e[3, 2]) == pytest.approx((1 - q2**k) / (1 - q2) / 4)  # close
-    assert float(e[3, 2]) == pytest.approx(sum(q2**n for n in range(k)) / 4)
-    assert float(e[5, 4]) == pytest.approx(grad)  # both too small
+    assert float(e[2, 1]) == pytest.approx(TERMS / 4)  # equal
+    q2 = (near / 2) ** 2
+    assert float(e[3, 2]) == pytest.approx(sum(q2**n for n in range(TERMS)) / 4, rel=1e-3)  # close
+    assert float(e[5, 4]) == pytest.approx(GRADIENT_FLOOR)  # both too small
     assert float(e[4, 0]) == pytest.approx(1 / 16)
+    assert float(stable_inverse(torch.tensor([2.0, far]))[1, 0]) == pytest.approx(1 / (4 - far**2))  # not close
+    exact = stable_inverse(torch.tensor([2.0, near], dtype=torch.float64))  # close in float32 alone
+    assert float(exact[1, 0]) == pytest.approx(1 / (4 - near**2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

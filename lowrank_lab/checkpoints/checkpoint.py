@@ -20,7 +20,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank_lab.checkpoints.description import QUANT_METHOD, Saved
 from lowrank_lab.errors import UserError
-from lowrank_lab.lowrank.ranks import Ranks, Site, Sites
 from lowrank_lab.models.families import Tower, tower_for
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules import steps
@@ -29,6 +28,7 @@ from lowrank_lab.modules.factorized import FactorizedLinear, dense_weight, facto
 from lowrank_lab.modules.linears import Followed, output_side, prepared_in, set_steps
 from lowrank_lab.modules.mixed import MixedLinear, install_empty
 from lowrank_lab.modules.quantized import QuantizedLinear
+from lowrank_lab.modules.site import Ranks, Site, Sites
 
 # What the factors of each kind are made of.
 HALVES = {nn.Linear: "factors", QuantizedLinear: "factors", MixedLinear: "remap"}

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from operator import mul
 from typing import Any
 
 from lowrank_lab.errors import UserError
-from lowrank_lab.lowrank.ranks import Ranks, Site
 from lowrank_lab.modules.formats import Format
+from lowrank_lab.modules.site import Ranks, Site
 from lowrank_lab.quantization.kv_cache import KvCache
 
 QUANT_METHOD = "lowrank_lab"  # the name under which transformers knows these checkpoints
-VERSION = 3  # raise when a checkpoint of the present kind could no longer be read
-READABLE = (1, 2, 3)  # 1 has no quantized linears, 2 no steps in front of them and no KV cache
+VERSION = 4  # raise when a checkpoint of the present kind could no longer be read
+# 1 has no quantized linears, 2 no steps in front of them and no KV cache, 3 the cost of one rank of each site.
+READABLE = (1, 2, 3, 4)
 KINDS = ("factors", "remap")
 
 
@@ -60,7 +63,7 @@ class Saved:
                 "outs": list(site.outs),
                 "inp": site.inp,
                 "dense": site.dense,
-                "per_rank": site.per_rank,
+                "cost": site.cost(self.ranks[name]),
                 "rank": self.ranks[name],
             }
             for name, site in self.sites.items()
@@ -90,7 +93,7 @@ class Saved:
             sites, ranks = {}, {}
             for entry in data["sites"]:
                 outs = tuple(int(out) for out in entry["outs"])
-                cost = (int(entry["dense"]), int(entry["per_rank"]))
+                cost = (int(entry["dense"]), _cost_of(entry))
                 site = Site(int(entry["block"]), tuple(entry["members"]), outs, int(entry["inp"]), *cost)
                 sites[str(entry["name"])] = site
                 ranks[str(entry["name"])] = None if entry["rank"] is None else int(entry["rank"])
@@ -104,6 +107,13 @@ class Saved:
             raise UserError(
                 f"a lowrank_lab checkpoint whose quantization_config is damaged ({type(error).__name__}: {error})"
             ) from None
+
+
+def _cost_of(site: Mapping[str, Any]) -> Callable[[int], int]:
+    """The cost of a site at its own rank; all that is known of it, except in files of versions 1 to 3."""
+    if "per_rank" in site:
+        return partial(mul, int(site["per_rank"]))
+    return {site["rank"]: int(site["cost"])}.__getitem__
 
 
 def saved_in(config: Mapping[str, Any]) -> Saved | None:

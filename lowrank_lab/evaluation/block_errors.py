@@ -17,11 +17,11 @@ from lowrank_lab.lowrank.answers import answers_of
 from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.factors import load_factors
 from lowrank_lab.lowrank.keys import LowRankKeys
-from lowrank_lab.lowrank.ranks import Site
 from lowrank_lab.lowrank.spectra import by_block, load_spectrum
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import blocks_of, walk
 from lowrank_lab.modules.factorized import FactorizedLinear, factors_of, site_weight
+from lowrank_lab.modules.site import Site
 
 if TYPE_CHECKING:
     from lowrank_lab.running.context import Context

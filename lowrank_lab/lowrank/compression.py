@@ -15,6 +15,7 @@ from lowrank_lab.checks import is_count
 from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.answers import Answers
 from lowrank_lab.lowrank.keys import LowRankKeys
+from lowrank_lab.modules.site import Site
 
 if TYPE_CHECKING:
     from lowrank_lab.running.context import Context
@@ -80,11 +81,7 @@ class LowRank(Compression):
             facts["squared_error"] = self._closed_form(context, plan) if self.answers.refinement is None else None
             if self.answers.refinement is not None:
                 facts |= self._refined(context, plan)
-        sites = context.sites.items()
-        facts["sites"] = {
-            name: {"block": s.block, "linears": list(s.members), "dense": s.dense, "per_rank": s.per_rank}
-            for name, s in sites
-        }
+        facts["sites"] = {name: _described(site, plan[name]) for name, site in context.sites.items()}
         return facts
 
     def _closed_form(self, context: Context, ranks: Plan) -> float:
@@ -126,3 +123,9 @@ class LowRank(Compression):
             install_factors(*changed)
         facts = factors / "facts.json"
         return {"refinement": json.loads(facts.read_text())} if facts.exists() else {}
+
+
+def _described(site: Site, rank: int | None) -> dict[str, Any]:
+    """Where a site is, and what it costs dense and at ``rank``."""
+    costs = {"dense": site.dense, "cost": site.cost(rank)}
+    return {"block": site.block, "linears": list(site.members), **costs}

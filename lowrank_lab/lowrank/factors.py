@@ -11,11 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lowrank_lab.lowrank.ranks import Site, Sites
 from lowrank_lab.lowrank.spectra import blocks_with_sites, check_finite
 from lowrank_lab.lowrank.storage.base import Storage
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import block_file
+from lowrank_lab.modules.site import Site, Sites
 
 
 def save_factors(folder: Path, index: int, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:

@@ -51,8 +51,12 @@ class LowRankKeys:
 
     @property
     def counted(self) -> list[Any]:
-        """What the ratio counts, and what a rank costs."""
-        return [self.cell.cfg.targets.ratio_of, self.answers.storage.cost_per_rank(2, 3)]
+        """What the ratio counts; storages whose ranks cost the same share the ranks that are found."""
+        cost, storage = self.answers.storage.cost, self.cell.cfg.storage
+        counted = [self.cell.cfg.targets.ratio_of, cost(2, 3, 1)]
+        if all(cost(64, 96, rank) == rank * cost(64, 96, 1) for rank in range(65)):
+            return counted
+        return [*counted, config.for_key(storage)]  # one number does not tell such costs apart
 
     @property
     def ranks(self) -> dict[str, Any]:

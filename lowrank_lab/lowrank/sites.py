@@ -7,12 +7,13 @@ counts. Both name *roles*, which the architecture's row in models/arch.py spells
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from lowrank_lab import checks
 from lowrank_lab.errors import SkippedCell, UserError
-from lowrank_lab.lowrank.ranks import Site
 from lowrank_lab.models.families import Tower
+from lowrank_lab.modules.site import Site
 
 ROLES = ("all", "attention", "mlp", "qkv", "kv", "gate_up")
 RATIO_OF = ("parameters", "kv_cache")
@@ -77,7 +78,7 @@ def sites_of(
 ) -> dict[str, Site]:
     """All sites by their full names, in the order of the model.
 
-    ``shapes`` has by block the (out, in) of every compressible linear; ``storage`` says what a rank costs.
+    ``shapes`` has by block the (out, in) of every compressible linear; ``storage`` says what ranks cost.
     Raises SkippedCell where the architecture lacks a role that is asked for, UserError where it lacks a block.
     """
     wanted = tower.linears if targets.linears == "all" else _role(tower, targets.linears)
@@ -95,10 +96,9 @@ def sites_of(
             inp = of_block[members[0]][1]
             out = sum(outs)
             if targets.ratio_of == "kv_cache":
-                dense, per_rank = out, 1
+                site = Site(index, members, outs, inp, dense=out, rank_cost=int)  # one value a token and rank
             else:
-                dense, per_rank = out * inp, storage.cost_per_rank(out, inp)
-            site = Site(index, members, outs, inp, dense, per_rank)
+                site = Site(index, members, outs, inp, out * inp, partial(storage.cost, out, inp))
             sites[f"{tower.blocks}.{index}.{site.key}"] = site
     return sites
 

@@ -18,12 +18,12 @@ from lowrank_lab import progress
 from lowrank_lab.calibration.gradients import load_gradients
 from lowrank_lab.calibration.statistics import load_statistics
 from lowrank_lab.lowrank.metric.base import Metric, OutputStatistics
-from lowrank_lab.lowrank.ranks import Site, Sites
 from lowrank_lab.lowrank.solver import Spectrum, decompose, decompose_by_cholesky
 from lowrank_lab.lowrank.storage.base import Storage
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import block_file, blocks_of
 from lowrank_lab.modules.factorized import dense_weight, site_weight
+from lowrank_lab.modules.site import Site, Sites
 from lowrank_lab.out_of_memory import unless_out_of_memory
 
 log = logging.getLogger(__name__)

@@ -90,40 +90,33 @@ def core_gradient(projected: Tensor, sigma: Tensor, mask: Tensor) -> Tensor:
     return (projected + projected.T) / 2 * difference + (projected - projected.T) / 2 * quotient
 
 
-def stable_inverse(
-    sigma: Tensor,
-    value_floor: float = VALUE_FLOOR,
-    gradient_floor: float = GRADIENT_FLOOR,
-    terms: int = TERMS,
-    close: float | None = None,
-) -> Tensor:
+def stable_inverse(sigma: Tensor) -> Tensor:
     """1 / (σ_j² − σ_i²) at (i, j), made finite: E of Algorithm 5 (from its line 8), the 1/E of Eq. (1) and (2).
 
     ``sigma`` (p,) descending. Returns (p, p), antisymmetric, with a zero diagonal (Algorithm 5 leaves 1 there,
     where it only meets the zero diagonal of a skew matrix).
 
-    Two σ are *close* if they differ by at most ``close`` times the larger: ε_diff, which the paper does not give.
-    It is √ε of the dtype unless given, and relative because the scale of an activation means nothing: closer than
-    that, the singular vectors of the two are uncertain by more than √ε, and a gradient through them is noise.
-    There the series is much smaller than what it replaces; it bounds the gradient, it does not approximate it.
+    Two σ are *close* if they differ by at most √ε of the dtype times the larger: ε_diff, which the paper does not
+    give. It is relative because the scale of an activation means nothing: closer than that, the singular vectors of
+    the two are uncertain by more than √ε, and a gradient through them is noise. There the series is much smaller
+    than what it replaces; it bounds the gradient, it does not approximate it.
     """
-    if close is None:
-        close = torch.finfo(sigma.dtype).eps ** 0.5
-    clamped = sigma.clamp(min=value_floor)  # line 9
+    close = torch.finfo(sigma.dtype).eps ** 0.5
+    clamped = sigma.clamp(min=VALUE_FLOOR)  # line 9
     # Lines 10-12. In the lower triangle, j < i, column j has the larger value: λ_i of the algorithm, whose
     # q = λ_j / λ_i ≤ 1 lets the series of line 27 converge.
     larger, smaller = clamped.unsqueeze(0), clamped.unsqueeze(1)
     difference = larger - smaller  # line 20; the absolute value below the diagonal, which alone is kept
     q2 = (smaller / larger).square()  # line 26
     one = torch.ones_like(q2)
-    equal = terms / larger.square() * one  # line 23
+    equal = TERMS / larger.square() * one  # line 23
     distinct = (difference != 0) & (q2 != 1)
     # Lines 26-27. Equal to the last bit after squaring counts as equal: 0/0 otherwise.
-    series = torch.where(distinct, (1 - q2**terms) / torch.where(distinct, 1 - q2, one), terms * one)
+    series = torch.where(distinct, (1 - q2**TERMS) / torch.where(distinct, 1 - q2, one), TERMS * one)
     plain = 1 / torch.where(distinct, difference * (larger + smaller), one)  # line 30
     inverse = torch.where(difference <= close * larger, series / larger.square(), plain)  # lines 24-30
     inverse = torch.where(difference == 0, equal, inverse)  # lines 21-23
-    both_tiny = (difference == 0) & (larger == value_floor)  # lines 15-17
-    inverse = torch.where(both_tiny, gradient_floor * one, inverse)
+    both_tiny = (difference == 0) & (larger == VALUE_FLOOR)  # lines 15-17
+    inverse = torch.where(both_tiny, GRADIENT_FLOOR * one, inverse)
     lower = inverse.tril(-1)  # line 14
     return lower - lower.T  # lines 31-33

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_lab.lowrank.ranks import Site
+from lowrank_lab.modules.site import Site
 
 
 class FactorizedLinear(nn.Module):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lowrank_lab.lowrank.ranks import Site
 from lowrank_lab.modules.factorized import install
+from lowrank_lab.modules.site import Site
 
 
 class MixedLinear(nn.Module):

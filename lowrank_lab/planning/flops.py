@@ -7,7 +7,7 @@ the passes; it does not know decompositions, which are EIGH · n³, nor roots by
 from __future__ import annotations
 
 from lowrank_lab.calibration.statistics import STRIPS
-from lowrank_lab.lowrank.ranks import Site
+from lowrank_lab.modules.site import Site
 from lowrank_lab.planning.shapes import Shapes
 
 EIGH = 9  # of a symmetric n × n matrix with its vectors (Golub & Van Loan, §8.3: 9 n³)

@@ -5,7 +5,7 @@ Each is what is alive at once in the code it stands for, rounded up; intermediat
 
 from __future__ import annotations
 
-from lowrank_lab.lowrank.ranks import Site
+from lowrank_lab.modules.site import Site
 from lowrank_lab.planning.shapes import Shapes
 
 DOUBLE, SINGLE = 8, 4

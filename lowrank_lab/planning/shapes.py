@@ -12,12 +12,13 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_lab.cells.cell import Cell
-from lowrank_lab.lowrank.ranks import Ranks, Site, rank_within
+from lowrank_lab.lowrank.ranks import rank_within
 from lowrank_lab.lowrank.spectra import linear_shapes
 from lowrank_lab.models.families import FAMILIES, kv_cache_shape, tower_for
 from lowrank_lab.models.load import load_config, skeleton
 from lowrank_lab.models.tiny import CONFIGS
 from lowrank_lab.models.walk import blocks_of
+from lowrank_lab.modules.site import Ranks, Site
 from lowrank_lab.records.sizes import macs_per_token
 from lowrank_lab.running.context import sites_of_cell
 

@@ -14,7 +14,7 @@ from lowrank_lab.evaluation.ppl import Perplexity
 from lowrank_lab.lowrank.answers import Answers, answers_of
 from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.lowrank.metric.base import InputStatistics, Metric, OutputStatistics
-from lowrank_lab.lowrank.ranks import Ranks
+from lowrank_lab.modules.site import Ranks
 from lowrank_lab.planning import flops, memory
 from lowrank_lab.planning.shapes import Shapes
 from lowrank_lab.records.results import CHECKPOINTS

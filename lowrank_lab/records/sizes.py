@@ -8,12 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_lab.lowrank.ranks import Site, Sites, total_cost
+from lowrank_lab.lowrank.ranks import total_cost
 from lowrank_lab.models.families import Tower, kv_cache_shape, kv_cache_values_per_token
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.attention import cache_of
 from lowrank_lab.modules.mixed import MixedLinear
 from lowrank_lab.modules.quantized import QuantizedLinear
+from lowrank_lab.modules.site import Site, Sites
 from lowrank_lab.modules.steps import Step
 
 

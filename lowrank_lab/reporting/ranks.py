@@ -12,8 +12,8 @@ import pandas as pd
 from lowrank_lab.artifacts.store import Artifact, Store
 from lowrank_lab.cells.config import build_recorded
 from lowrank_lab.errors import UserError
-from lowrank_lab.lowrank.ranks import Site
 from lowrank_lab.models.families import tower_for
+from lowrank_lab.modules.site import Site
 from lowrank_lab.records.results import Results, compression_of
 from lowrank_lab.reporting.kinds.errors import linear_names
 

@@ -21,12 +21,12 @@ from lowrank_lab.cells import versions
 from lowrank_lab.cells.cell import Cell, corpus_part
 from lowrank_lab.checkpoints import checkpoint
 from lowrank_lab.errors import SkippedCell, UserError
-from lowrank_lab.lowrank.ranks import Site
 from lowrank_lab.lowrank.sites import sites_of
 from lowrank_lab.lowrank.spectra import linear_shapes
 from lowrank_lab.models.families import Tower, tower_for
 from lowrank_lab.models.load import convert, load_config, load_model, load_tokenizer, skeleton
 from lowrank_lab.models.walk import walk
+from lowrank_lab.modules.site import Site
 from lowrank_lab.records.results import Record
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from lowrank_lab import checks
 from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.keys import LowRankKeys
-from lowrank_lab.lowrank.ranks import Ranks, Site, Sites, budget, fit
+from lowrank_lab.lowrank.ranks import budget, cost_at, fit, rank_at
+from lowrank_lab.modules.site import Ranks, Site, Sites
 
 if TYPE_CHECKING:
     from lowrank_lab.running.context import Context
@@ -73,18 +74,18 @@ class Differentiable:
         folder = context.artifact("rank training", "ranks", parts, make, resumable=True)
         learned = json.loads((folder / "ranks.json").read_text())
         history = json.loads((folder / "history.json").read_text())
-        context.facts["training"] = told(history, context.sites, context.ratio, self.gamma)
+        context.facts["training"] = training_facts(history, context.sites, context.ratio, self.gamma)
         return fit(context.sites, learned, budget(context.sites, context.ratio))
 
 
 def starting_share(site: Site, ratio: float) -> float:
     """Where between rank 1 and the last that saves anything a site starts: at the rank that ``ratio`` gives it
     alone, away from both ends, where nothing would be learned."""
-    share = (ratio * site.dense / site.per_rank - 1) / max(1, site.last - 1)
+    share = (rank_at(site, ratio * site.dense) - 1) / max(1, site.last - 1)
     return min(max(share, 0.01), 0.99)
 
 
-def told(history: dict[str, Any], sites: Sites, ratio: float, gamma: float) -> dict[str, Any]:
+def training_facts(history: dict[str, Any], sites: Sites, ratio: float, gamma: float) -> dict[str, Any]:
     """What a record keeps of a training with target ``ratio`` and weight ``gamma``, from its ``history.json``.
 
     steps   after so many steps as it stands in the list, the ``ratio`` that the ranks spend, and on the next batch
@@ -94,7 +95,7 @@ def told(history: dict[str, Any], sites: Sites, ratio: float, gamma: float) -> d
     """
     start = {name: 1 + (site.last - 1) * starting_share(site, ratio) for name, site in sites.items()}
     dense = sum(site.dense for site in sites.values())
-    ratios = [sum(k * sites[name].per_rank for name, k in start.items()) / dense]
+    ratios = [sum(cost_at(sites[name], k) for name, k in start.items()) / dense]
     steps = []
     for step in history["steps"]:  # the loss there is of the ranks before the step, the ratio of those after it
         task_loss = step["loss"] - gamma * abs(ratios[-1] - ratio)

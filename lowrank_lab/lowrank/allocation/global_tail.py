@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from lowrank_lab import checks
 from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.lowrank.artifacts import tails
-from lowrank_lab.lowrank.ranks import Ranks, Site, Sites, budget, total_cost
+from lowrank_lab.lowrank.ranks import budget, total_cost
+from lowrank_lab.modules.site import Ranks, Site, Sites
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,9 +62,12 @@ def water_fill(sites: Sites, tails: Tails, limit: int) -> Ranks:
 
     Each site offers points (cost, error): rank 1 up to the last rank that saves anything, and dense with error 0.
     Buying the segments of their lower convex hulls by falling error per cost is optimal for what it has cost at
-    every moment. It stops at the first segment that does not fit; what is left over buys single ranks, so that
-    less than one rank of any site stays unspent. Raises SkippedCell where ``limit`` does not reach for rank 1
-    everywhere.
+    every moment, whatever the costs and errors are. It stops at the first segment that does not fit; what is left
+    over buys single ranks, so that less than one rank of any site stays unspent. These are the best ones at each
+    step, not the best of all: where ranks get cheaper as there are more of them (a concave cost), segments are
+    long, and much may be left over. The error is above the least possible by at most what the left-over would
+    lower it at the rate of the first segment that does not fit. Raises SkippedCell where ``limit`` does not reach
+    for rank 1 everywhere.
     """
     ranks = buy_segments(sites, tails, limit)
     return _spend_the_rest(sites, tails, ranks, limit - total_cost(sites, ranks))
@@ -73,13 +78,14 @@ def buy_segments(sites: Sites, tails: Tails, limit: int) -> Ranks:
 
     Raises SkippedCell where ``limit`` does not reach for rank 1 everywhere.
     """
-    ranks: Ranks = dict.fromkeys(sites, 1)
+    hulls = {name: _lower_hull(_points(site, tails[name])) for name, site in sites.items()}
+    ranks: Ranks = {name: hull[0].rank for name, hull in hulls.items()}
     spent = total_cost(sites, ranks)
     if spent > limit:
         raise SkippedCell("the ratio leaves less than rank 1 for every linear")
     segments = []
-    for number, (name, site) in enumerate(sites.items()):
-        for (_, cost, error), (rank, next_cost, next_error) in pairwise(_lower_hull(_points(site, tails[name]))):
+    for number, (name, hull) in enumerate(hulls.items()):
+        for (_, cost, error), (rank, next_cost, next_error) in pairwise(hull):
             gain = (error - next_error) / (next_cost - cost)
             # Equal gains in the order of the model; on one hull gains fall, so ranks are bought in order.
             segments.append((-gain, number, next_cost, next_cost - cost, name, rank))
@@ -91,20 +97,30 @@ def buy_segments(sites: Sites, tails: Tails, limit: int) -> Ranks:
     return ranks
 
 
-def _points(site: Site, tail: np.ndarray) -> list[tuple[int | None, int, float]]:
-    """(rank, cost, squared error) of every choice for one site, by rising cost."""
-    ranked = [(k, site.cost(k), float(tail[k])) for k in range(1, site.last + 1)]
-    return [*ranked, (None, site.dense, 0.0)]
+class _Point(NamedTuple):
+    """One choice for a site, with its squared error."""
+
+    rank: int | None
+    cost: int
+    error: float
 
 
-def _lower_hull(points: list[tuple[int | None, int, float]]) -> list[tuple[int | None, int, float]]:
-    """The points on the lower convex hull, from the cheapest to dense."""
-    hull: list[tuple[int | None, int, float]] = []
+def _points(site: Site, tail: np.ndarray) -> list[_Point]:
+    """Every choice for one site, by rising cost."""
+    ranked = [_Point(k, site.cost(k), float(tail[k])) for k in range(1, site.last + 1)]
+    return [*ranked, _Point(None, site.dense, 0.0)]
+
+
+def _lower_hull(points: list[_Point]) -> list[_Point]:
+    """The points on the lower convex hull, from the cheapest to dense; of equal costs the last one."""
+    hull: list[_Point] = []
     for point in points:
+        if hull and hull[-1].cost == point.cost:
+            hull.pop()
         while len(hull) >= 2:
             (_, cost0, error0), (_, cost1, error1) = hull[-2:]
             # The middle point goes where it lies on or above the line from the one before to the new one.
-            if (error0 - error1) * (point[1] - cost0) > (error0 - point[2]) * (cost1 - cost0):
+            if (error0 - error1) * (point.cost - cost0) > (error0 - point.error) * (cost1 - cost0):
                 break
             hull.pop()
         hull.append(point)
@@ -112,20 +128,21 @@ def _lower_hull(points: list[tuple[int | None, int, float]]) -> list[tuple[int |
 
 
 def _spend_the_rest(sites: Sites, tails: Tails, ranks: Ranks, left: int) -> Ranks:
-    """Buy single ranks, best error per parameter first, until not one more fits."""
+    """Buy single ranks, best error per cost first, until not one more fits."""
     ranks = dict(ranks)
 
-    def next_rank(name: str) -> tuple[float, str] | None:
+    def next_rank(name: str) -> tuple[float, str, int] | None:
         rank = ranks[name]
         if rank is None or rank >= sites[name].last:
             return None
-        return -float(tails[name][rank] - tails[name][rank + 1]) / sites[name].per_rank, name
+        cost = sites[name].cost(rank + 1) - sites[name].cost(rank)
+        gain = float(tails[name][rank] - tails[name][rank + 1])
+        return (-gain / cost if cost else -math.inf), name, cost
 
     heap = [entry for name in sites if (entry := next_rank(name)) is not None]
     heapq.heapify(heap)
     while heap:
-        _, name = heapq.heappop(heap)
-        cost = sites[name].per_rank
+        _, name, cost = heapq.heappop(heap)
         if cost > left:
             continue
         rank = ranks[name]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from lowrank_lab.errors import SkippedCell
 from lowrank_lab.lowrank.answers import answers_of
 from lowrank_lab.lowrank.artifacts import tails
-from lowrank_lab.lowrank.ranks import Ranks, Sites, budget, fit, rank_for_ratio
+from lowrank_lab.lowrank.ranks import budget, fit, rank_at, rank_for_ratio
+from lowrank_lab.modules.site import Ranks, Sites
 
 if TYPE_CHECKING:
     from lowrank_lab.running.context import Context
@@ -56,5 +57,5 @@ def loss_based(sites: Sites, ratio: float, losses: dict[str, float]) -> Ranks:
         mean = sum(share.values()) / len(names)
         for name in names:
             kept = 1 - (1 - ratio) * share[name] / mean
-            wanted[name] = kept * sites[name].dense / sites[name].per_rank
+            wanted[name] = rank_at(sites[name], kept * sites[name].dense)
     return fit(sites, wanted, budget(sites, ratio))

@@ -14,7 +14,8 @@ from lowrank_lab.artifacts.store import write_json
 from lowrank_lab.lowrank.allocation.differentiable import starting_share
 from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.masked import mask_activations, mask_directions
-from lowrank_lab.lowrank.ranks import Site
+from lowrank_lab.lowrank.ranks import cost_line
+from lowrank_lab.modules.site import Site
 from lowrank_lab.running.training import Recipe, train
 
 if TYPE_CHECKING:
@@ -29,12 +30,22 @@ class LearnedRank:
         """Start at the rank that ``ratio`` gives the site alone."""
         self.last = site.last
         self.beta = beta
+        lines = [cost_line(site, rank) for rank in range(site.full)]
+        self.starts, self.steps = torch.tensor(lines, dtype=torch.float32, device=device).unbind(1)
         share = starting_share(site, ratio)
         self.parameter = nn.Parameter(torch.tensor(math.log(share / (1 - share)), device=device))
 
     @property
     def k(self) -> Tensor:
         return 1 + (self.last - 1) * torch.sigmoid(self.parameter)
+
+    @property
+    def cost(self) -> Tensor:
+        """The cost at k, with a gradient to it; between whole ranks it is interpolated."""
+        k = self.k
+        whole = k.detach().long().clamp(0, len(self.steps) - 1)
+        # torch.take: an index would be read by the CPU, at every step for every site.
+        return torch.take(self.starts, whole) + k * torch.take(self.steps, whole)
 
     def mask(self, count: int) -> Tensor:
         """0.5·tanh(β(k − i)) + 0.5 for the directions i, (count,).
@@ -67,8 +78,7 @@ def train_ranks(folder: Path, context: Context, ids: Tensor, settings: Different
     dense = sum(site.dense for site in sites.values())
 
     def ratio_now() -> Tensor:
-        costs = [learned[name].k * site.per_rank for name, site in sites.items()]
-        return torch.stack(costs).sum() / dense
+        return torch.stack([rank.cost for rank in learned.values()]).sum() / dense
 
     def loss_of(batch: Tensor) -> Tensor:
         batch = batch.to(device)

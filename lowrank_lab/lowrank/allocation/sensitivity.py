@@ -19,12 +19,13 @@ from torch.nn.functional import cross_entropy
 from lowrank_lab import progress
 from lowrank_lab.artifacts.store import write_json
 from lowrank_lab.lowrank.artifacts import spectra
-from lowrank_lab.lowrank.ranks import Ranks, Site, Sites, rank_within
+from lowrank_lab.lowrank.ranks import rank_within
 from lowrank_lab.lowrank.spectra import by_block, compress, load_spectrum
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import blocks_of, entering_at, walk
 from lowrank_lab.modules.factorized import factorize, site_weight
+from lowrank_lab.modules.site import Ranks, Site, Sites
 
 if TYPE_CHECKING:
     from lowrank_lab.running.context import Context

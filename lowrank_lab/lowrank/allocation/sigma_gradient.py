@@ -9,7 +9,8 @@ from lowrank_lab import checks
 from lowrank_lab.lowrank.allocation.global_tail import water_fill
 from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.keys import LowRankKeys
-from lowrank_lab.lowrank.ranks import Ranks, Sites, budget, fit
+from lowrank_lab.lowrank.ranks import budget, fit
+from lowrank_lab.modules.site import Ranks, Sites
 
 if TYPE_CHECKING:
     import numpy as np

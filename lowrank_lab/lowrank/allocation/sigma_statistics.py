@@ -15,10 +15,10 @@ from torch.nn.functional import cross_entropy
 
 from lowrank_lab import progress
 from lowrank_lab.lowrank.masked import mask_directions
-from lowrank_lab.lowrank.ranks import Sites
 from lowrank_lab.lowrank.spectra import by_block, load_singular_values
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import block_file, blocks_of
+from lowrank_lab.modules.site import Sites
 
 
 def make_sigma_gradients(

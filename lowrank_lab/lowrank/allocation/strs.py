@@ -11,7 +11,8 @@ from lowrank_lab import checks
 from lowrank_lab.errors import SkippedCell
 from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.keys import LowRankKeys
-from lowrank_lab.lowrank.ranks import Ranks, Sites, budget, total_cost
+from lowrank_lab.lowrank.ranks import budget, rank_of_cost, total_cost
+from lowrank_lab.modules.site import Ranks, Sites
 
 if TYPE_CHECKING:
     from lowrank_lab.running.context import Context
@@ -87,6 +88,9 @@ class Strs:
         for file in sorted(folder.glob("block_*.json")):
             found |= json.loads(file.read_text())
         context.facts["sensitivities"] = found  # by site and rank, the mean negative log-likelihood in nats
+        context.facts["candidate_costs"] = {
+            name: {rank: context.sites[name].cost(int(rank)) for rank in of_site} for name, of_site in found.items()
+        }
         steps = [Step(site, int(rank), nll) for site, of_site in found.items() for rank, nll in of_site.items()]
         # Equal sensitivities in an order that does not depend on the machine: the mildest truncation first.
         return sorted(steps, key=lambda step: (step.sensitivity, -step.rank, step.site))
@@ -160,5 +164,6 @@ def finish(sites: Sites, steps: Sequence[Step], index: int, limit: int) -> Ranks
     before, now = plan(sites, steps, index - 1)[name], ranks[name]
     assert now is not None
     most = sites[name].last if before is None else before
-    ranks[name] = min(most, now + (limit - total_cost(sites, ranks)) // sites[name].per_rank)
+    left = limit - total_cost(sites, ranks)
+    ranks[name] = min(most, rank_of_cost(sites[name], sites[name].cost(now) + left))
     return ranks

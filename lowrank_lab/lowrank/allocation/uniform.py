@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lowrank_lab.lowrank.ranks import Ranks, Sites, rank_for_ratio
+from lowrank_lab.lowrank.ranks import rank_for_ratio
+from lowrank_lab.modules.site import Ranks, Sites
 
 if TYPE_CHECKING:
     from lowrank_lab.running.context import Context

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_lab import checks
-from lowrank_lab.lowrank.ranks import Ranks
+from lowrank_lab.modules.site import Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor

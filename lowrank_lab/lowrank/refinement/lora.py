@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowrank_lab import checks
-from lowrank_lab.lowrank.ranks import Ranks
+from lowrank_lab.modules.site import Ranks
 
 if TYPE_CHECKING:
     from lowrank_lab.running.context import Context

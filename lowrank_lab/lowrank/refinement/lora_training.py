@@ -15,12 +15,12 @@ from torch.nn.functional import cross_entropy
 from lowrank_lab.artifacts.store import write_json
 from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.factors import save_factors
-from lowrank_lab.lowrank.ranks import Ranks, Sites
 from lowrank_lab.lowrank.spectra import by_block, check_finite, compress
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.factorized import FactorizedLinear, SharedLatent, factors_of
+from lowrank_lab.modules.site import Ranks, Sites
 from lowrank_lab.running.training import Recipe, train
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lowrank_lab import checks
-from lowrank_lab.lowrank.ranks import Site
+from lowrank_lab.modules.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,8 +22,8 @@ class Absorb:
             raise ValueError(f"left_share={left_share} is not valid; it must be a number in [0, 1]")
         self.left_share = left_share
 
-    def cost_per_rank(self, out: int, inp: int) -> int:
-        return out + inp
+    def cost(self, out: int, inp: int, rank: int) -> int:
+        return rank * (out + inp)
 
     def install(self, block: nn.Module, site: Site, left: Tensor, right: Tensor, singular_values: Tensor) -> None:
         from lowrank_lab.modules.factorized import factorize

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from lowrank_lab.lowrank.ranks import Site
+from lowrank_lab.modules.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
 class Storage(Protocol):
-    def cost_per_rank(self, out: int, inp: int) -> int:
-        """What one rank of an (out, in) matrix costs, in numbers as large as those of the dense matrix."""
+    def cost(self, out: int, inp: int, rank: int) -> int:
+        """What an (out, in) matrix costs at ``rank``, in numbers as large as the out · in of the dense matrix.
+
+        It never falls as the rank rises from 0 to min(out, in), and is above 0 from rank 1 on.
+        """
         ...
 
     def install(self, block: nn.Module, site: Site, left: Tensor, right: Tensor, singular_values: Tensor) -> None:

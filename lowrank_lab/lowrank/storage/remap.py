@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lowrank_lab.lowrank.ranks import Site
+from lowrank_lab.modules.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -20,8 +20,8 @@ class Remap:
     site, all counted in the record's bytes.
     """
 
-    def cost_per_rank(self, out: int, inp: int) -> int:
-        return max(out, inp)
+    def cost(self, out: int, inp: int, rank: int) -> int:
+        return rank * max(out, inp)
 
     def install(self, block: nn.Module, site: Site, left: Tensor, right: Tensor, singular_values: Tensor) -> None:
         from lowrank_lab.lowrank.factors import orthogonal_factors

@@ -36,12 +36,26 @@ def sensitivities(records: Records) -> pd.DataFrame:
                         "linear": common.linear(site),
                         "block": site["block"],
                         "rank": int(rank),
-                        "ratio": int(rank) * site["per_rank"] / site["dense"],
+                        "ratio": _candidate_cost(compression, name, rank) / site["dense"],
                         "perplexity": math.exp(nll),
                     }
                 )
     columns = ["model", "method", "linear", "block", "rank", "ratio", "perplexity"]
     return common.tidy(rows, columns, ["model", "method", "block"])
+
+
+def _candidate_cost(compression: dict[str, Any], name: str, rank: str) -> int:
+    """What a site of a record costs at a rank whose sensitivity was measured."""
+    if "candidate_costs" in compression:
+        return compression["candidate_costs"][name][rank]
+    return _cost(compression["sites"][name], int(rank))
+
+
+def _cost(site: dict[str, Any], rank: int | None) -> int:
+    """What a site of a record costs at its rank; old records have the cost of one rank instead, ``per_rank``."""
+    if rank is None:
+        return site["dense"]
+    return rank * site["per_rank"] if "per_rank" in site else site["cost"]
 
 
 def draw_sensitivities(frame: pd.DataFrame) -> plt.Figure:
@@ -122,7 +136,7 @@ def kept(records: Records) -> pd.DataFrame:
                 "linear": common.linear(site),
                 "block": site["block"],
                 "dense": site["dense"],
-                "cost": site["dense"] if ranks[name] is None else ranks[name] * site["per_rank"],
+                "cost": _cost(site, ranks[name]),
             }
             for name, site in compression["sites"].items()
         )
