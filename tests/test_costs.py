@@ -17,14 +17,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowrank_lab.errors import SkippedCell
-from lowrank_lab.lowrank.allocation.differentiable import starting_share
 from lowrank_lab.lowrank.allocation.global_tail import buy_segments, water_fill
 from lowrank_lab.lowrank.allocation.loss_based import loss_based
 from lowrank_lab.lowrank.allocation.rank_training import LearnedRank
 from lowrank_lab.lowrank.allocation.sensitivity import candidate_ranks
 from lowrank_lab.lowrank.allocation.strs import Step, finish, index_within_budget, plan
 from lowrank_lab.lowrank.allocation.uniform import uniform
-from lowrank_lab.lowrank.ranks import budget, cost_at, fit, rank_at, rank_for_ratio, rank_within, total_cost
+from lowrank_lab.lowrank.ranks import (
+    budget,
+    cost_at,
+    fit,
+    rank_at,
+    rank_for_ratio,
+    rank_within,
+    starting_share,
+    total_cost,
+)
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.lowrank.storage.base import Storage
 from lowrank_lab.lowrank.storage.remap import Remap
