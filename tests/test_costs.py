@@ -38,6 +38,7 @@ from lowrank_lab.lowrank.storage.base import Storage
 from lowrank_lab.lowrank.storage.remap import Remap
 from lowrank_lab.models import tiny
 from lowrank_lab.modules.site import Ranks, Site
+from lowrank_lab.reporting.paper_figures import asvd
 from tests.conftest import Lab
 from tests.sites import site
 
@@ -382,3 +383,18 @@ def test_every_allocation_runs_with_a_concave_cost(lab: Lab, options, lively, al
         ratio == 0.9 and allocation == "uniform"
     ):  # more than two plain factors can have: there rank 24 saves nothing
         assert max(ranks[name] for name in ranks if name.endswith("q_proj")) > 48 * 48 // 96
+
+
+def test_costs_of_old_and_new_records_are_read():
+    old, new = {"dense": 70, "per_rank": 9}, {"dense": 70, "cost": 27}
+    for one in (old, new):
+        assert asvd._cost(one, 3) == 27
+        assert asvd._cost(one, None) == 70
+    sensitivities = {"n": {"3": 1.5}}
+    before = {"sensitivities": sensitivities, "sites": {"n": old}}
+    after = {
+        "sensitivities": sensitivities,
+        "sites": {"n": {**new, "cost": 54}},
+        "candidate_costs": {"n": {"3": 27}},
+    }
+    assert asvd._candidate_cost(before, "n", "3") == asvd._candidate_cost(after, "n", "3") == 27
