@@ -17,19 +17,28 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowrank_lab.errors import SkippedCell
-from lowrank_lab.lowrank.allocation.differentiable import starting_share
 from lowrank_lab.lowrank.allocation.global_tail import buy_segments, water_fill
 from lowrank_lab.lowrank.allocation.loss_based import loss_based
 from lowrank_lab.lowrank.allocation.rank_training import LearnedRank
 from lowrank_lab.lowrank.allocation.sensitivity import candidate_ranks
 from lowrank_lab.lowrank.allocation.strs import Step, finish, index_within_budget, plan
 from lowrank_lab.lowrank.allocation.uniform import uniform
-from lowrank_lab.lowrank.ranks import budget, cost_at, fit, rank_at, rank_for_ratio, rank_within, total_cost
+from lowrank_lab.lowrank.ranks import (
+    budget,
+    cost_at,
+    fit,
+    rank_at,
+    rank_for_ratio,
+    rank_within,
+    starting_share,
+    total_cost,
+)
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.lowrank.storage.base import Storage
 from lowrank_lab.lowrank.storage.remap import Remap
 from lowrank_lab.models import tiny
 from lowrank_lab.modules.site import Ranks, Site
+from lowrank_lab.reporting.paper_figures import asvd
 from tests.conftest import Lab
 from tests.sites import site
 
@@ -374,3 +383,18 @@ def test_every_allocation_runs_with_a_concave_cost(lab: Lab, options, lively, al
         ratio == 0.9 and allocation == "uniform"
     ):  # more than two plain factors can have: there rank 24 saves nothing
         assert max(ranks[name] for name in ranks if name.endswith("q_proj")) > 48 * 48 // 96
+
+
+def test_costs_of_old_and_new_records_are_read():
+    old, new = {"dense": 70, "per_rank": 9}, {"dense": 70, "cost": 27}
+    for one in (old, new):
+        assert asvd._cost(one, 3) == 27
+        assert asvd._cost(one, None) == 70
+    sensitivities = {"n": {"3": 1.5}}
+    before = {"sensitivities": sensitivities, "sites": {"n": old}}
+    after = {
+        "sensitivities": sensitivities,
+        "sites": {"n": {**new, "cost": 54}},
+        "candidate_costs": {"n": {"3": 27}},
+    }
+    assert asvd._candidate_cost(before, "n", "3") == asvd._candidate_cost(after, "n", "3") == 27

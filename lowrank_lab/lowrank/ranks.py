@@ -78,6 +78,13 @@ def rank_for_ratio(site: Site, ratio: float) -> int | None:
     return rank if rank <= site.last else None
 
 
+def starting_share(site: Site, ratio: float) -> float:
+    """Where between rank 1 and the last that saves anything a site starts: at the rank that ``ratio`` gives it
+    alone, away from both ends, where nothing would be learned."""
+    share = (rank_at(site, ratio * site.dense) - 1) / max(1, site.last - 1)
+    return min(max(share, 0.01), 0.99)
+
+
 def fit(sites: Sites, wanted: Mapping[str, float], limit: int) -> Ranks:
     """Whole ranks in the proportions of ``wanted`` that together cost ``limit`` or less than one rank below it.
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from lowrank_lab import checks
 from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.keys import LowRankKeys
-from lowrank_lab.lowrank.ranks import budget, cost_at, fit, rank_at
-from lowrank_lab.modules.site import Ranks, Site, Sites
+from lowrank_lab.lowrank.ranks import budget, cost_at, fit, starting_share
+from lowrank_lab.modules.site import Ranks, Sites
 
 if TYPE_CHECKING:
     from lowrank_lab.running.context import Context
@@ -76,13 +76,6 @@ class Differentiable:
         history = json.loads((folder / "history.json").read_text())
         context.facts["training"] = training_facts(history, context.sites, context.ratio, self.gamma)
         return fit(context.sites, learned, budget(context.sites, context.ratio))
-
-
-def starting_share(site: Site, ratio: float) -> float:
-    """Where between rank 1 and the last that saves anything a site starts: at the rank that ``ratio`` gives it
-    alone, away from both ends, where nothing would be learned."""
-    share = (rank_at(site, ratio * site.dense) - 1) / max(1, site.last - 1)
-    return min(max(share, 0.01), 0.99)
 
 
 def training_facts(history: dict[str, Any], sites: Sites, ratio: float, gamma: float) -> dict[str, Any]:

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lowrank_lab.artifacts.store import write_json
-from lowrank_lab.lowrank.allocation.differentiable import starting_share
 from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.masked import mask_activations, mask_directions
-from lowrank_lab.lowrank.ranks import cost_line
+from lowrank_lab.lowrank.ranks import cost_line, starting_share
 from lowrank_lab.modules.site import Site
 from lowrank_lab.running.training import Recipe, train
 
 if TYPE_CHECKING:
-    from lowrank_lab.lowrank.allocation.differentiable import Differentiable
     from lowrank_lab.running.context import Context
+
+
+class Settings(Protocol):
+    """What the training reads of ``allocation=differentiable``, whose class says what each is."""
+
+    forward: Literal["pooled", "per_batch"]
+    beta: float
+    gamma: float
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
 
 
 class LearnedRank:
@@ -57,7 +67,7 @@ class LearnedRank:
         return 0.5 * torch.tanh(self.beta * (self.k - i)) + 0.5
 
 
-def train_ranks(folder: Path, context: Context, ids: Tensor, settings: Differentiable) -> None:
+def train_ranks(folder: Path, context: Context, ids: Tensor, settings: Settings) -> None:
     """Write ``history.json``, the loss and all k of each step, then ``ranks.json``, the learned k of every site.
 
     Training is in float32 whatever the model's dtype: the gradients of single directions are small.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -24,13 +24,27 @@ from lowrank_lab.modules.site import Ranks, Sites
 from lowrank_lab.running.training import Recipe, train
 
 if TYPE_CHECKING:
-    from lowrank_lab.lowrank.refinement.lora import Lora
     from lowrank_lab.running.context import Context
 
 SIDES = ("left", "right")  # in the order of their training: U, then V
 
 
-def refine(context: Context, ranks: Ranks, folder: Path, settings: Lora) -> None:
+class Settings(Protocol):
+    """What the training reads of ``refinement=lora``, whose class says what each is."""
+
+    r: int
+    alpha: float
+    dropout: float
+    learning_rate: float
+    epochs: int
+    batch_size: int
+    micro_batch: int
+    warmup: int
+    max_norm: float | None
+    seed: int
+
+
+def refine(context: Context, ranks: Ranks, folder: Path, settings: Settings) -> None:
     """Write the fine-tuned factors of every site, a file a block, and ``facts.json``: by side, steps and losses.
 
     A finished phase is kept in ``folder/<side>.state`` until the end, and is only read again after an interruption.
@@ -49,7 +63,7 @@ def refine(context: Context, ranks: Ranks, folder: Path, settings: Lora) -> None
         leftover.unlink(missing_ok=True)
 
 
-def train_side(model: nn.Module, side: str, ids: Tensor, folder: Path, settings: Lora) -> dict[str, Any]:
+def train_side(model: nn.Module, side: str, ids: Tensor, folder: Path, settings: Settings) -> dict[str, Any]:
     """Train LoRA on one side of all factors of ``model`` (float32), and merge it into them, in place.
 
     ``ids`` (samples, length) are token ids on the CPU. Returns the steps and the loss of the first and last epoch.
@@ -97,7 +111,7 @@ def linears_of(model: nn.Module, side: str) -> list[str]:
     return names
 
 
-def attach(model: nn.Module, names: Sequence[str], settings: Lora) -> dict[str, LoraLayer]:
+def attach(model: nn.Module, names: Sequence[str], settings: Settings) -> dict[str, LoraLayer]:
     """Put LoRA around the linears ``names``; only its matrices are trainable then. Returns the layers by name."""
     lora = LoraConfig(
         r=settings.r,
