@@ -75,6 +75,7 @@ def all_factors(context: Context, model: Any) -> dict[str, tuple[torch.Tensor, t
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("method", [LORA, (*WSVD, "refinement.steps=2")], ids=["lora", "wsvd"])
+@pytest.mark.own_artifacts
 def test_every_family_runs_end_to_end(lab, method, family):
     joint = ("grouping=qkv",) if "qkv" in family or family == "llama" else ()
     short = ("refinement.epochs=1",) if method is LORA else ()

@@ -21,6 +21,8 @@ from lowrank_lab.reporting import tables
 
 from .conftest import REPOSITORY, Lab, broken_checkpoint
 
+pytestmark = pytest.mark.own_artifacts
+
 
 def stages(record) -> dict[str, bool]:
     """By stage, whether its artifact was there already."""
