@@ -7,6 +7,7 @@ a line of stdout: ``words`` (a script of this repository and its arguments), ``e
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -54,6 +55,7 @@ def main() -> None:
     import lowrank_lab.running.pipeline  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.freeze()  # what is there already is not looked through again in every fork
     for line in iter(sys.stdin.readline, ""):
         if (child := os.fork()) == 0:
             run_here(json.loads(line))
