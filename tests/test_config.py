@@ -24,9 +24,10 @@ OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONF / gro
 
 def test_every_option_composes_and_builds():
     """One of each group at a time. All of experiment are composed in test_published.py."""
-    by_group = [[(of, option) for of, option in OPTIONS if of == group] for group in GROUPS if group != "experiment"]
+    groups = [group for group in GROUPS if group != "experiment"]
+    by_group = [[f"{of}={option}" for of, option in OPTIONS if of == group] for group in groups]
     for chosen in itertools.zip_longest(*by_group):
-        words = [f"{group}={option}" for group, option in filter(None, chosen)]
+        words = [word for word in chosen if word is not None]
         words += ["eval.harness.tasks={piqa: acc}"] if "eval=harness" in words else []
         words += ["model.path=tiny:llama"] if "model=hf" in words else []  # which wants a path
         with initialize_config_dir(str(CONF), version_base="1.3"):
