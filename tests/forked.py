@@ -1,7 +1,7 @@
 """Command lines in forks of one process that has imported torch and transformers, which takes seconds.
 
-``python -m tests.forked`` reads one request a line, as JSON, and answers each with a line of stdout, the exit status
-of its command. A request has ``words`` (a script of this repository and its arguments), ``environment``, and
+``python -m tests.forked`` reads one request a line, as JSON, and answers each with a line of stdout: the exit
+status of its command. A request has ``words`` (a script of this repository and its arguments), ``environment``, and
 ``stdout`` and ``stderr``, files to write to. A test of how a process starts needs a new process instead.
 """
 
