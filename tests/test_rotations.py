@@ -178,9 +178,14 @@ def test_latent_hadamards_spread_the_latent_values(lab, checkpoints):
     assert sizes.max() / sizes.min() < 3 < (sigma.max() / sigma.min())
 
 
-@pytest.mark.parametrize("method", ["dense", "svdllm", "svdllm grouping=qkv", "dobi_untrained"])
 @pytest.mark.parametrize(
-    "preset", ["quarot quantization/latent=hadamard", "spinquant quantization.transform.steps=1"]
+    ("method", "preset"),
+    [
+        ("svdllm grouping=qkv", "quarot quantization/latent=hadamard"),
+        ("dobi_untrained", "quarot quantization/latent=hadamard"),
+        ("dense", "spinquant quantization.transform.steps=1"),
+        ("svdllm", "spinquant quantization.transform.steps=1"),
+    ],
 )
 def test_a_checkpoint_of_a_rotated_model_is_the_model_in_memory(lab, method, preset):
     name, *rest = method.split()
