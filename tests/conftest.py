@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need a network
 os.environ["WANDB_ERROR_REPORTING"] = "false"
@@ -29,7 +30,9 @@ from lowrank_lab.models.load import load_model
 from lowrank_lab.records.results import Results
 from lowrank_lab.running import runner
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from .composed import composed
+from .forked import REPOSITORY, Forks
+
 SMALL = (
     "eval.ppl.seqlen=32",
     "eval.ppl.max_windows=6",
@@ -38,10 +41,16 @@ SMALL = (
 )
 
 
+FORKS = Forks()
+
+
 @dataclass(frozen=True)
 class Lab:
+    """A results folder, and the folder of its artifacts where they are not in it."""
+
     root: Path
     data_root: Path
+    artifacts: Path | None = None
 
     @property
     def results(self) -> Results:
@@ -49,10 +58,12 @@ class Lab:
 
     def overrides(self, *overrides: str) -> list[str]:
         base = ["model=tiny", "dataset=wikitext2", f"data_root={self.data_root}", f"results={self.root}"]
+        if self.artifacts is not None:
+            base.append(f"artifacts={self.artifacts}")
         return [*base, *SMALL, *overrides]
 
     def cells(self, *overrides: str, multirun: bool = False) -> list[Cell]:
-        return grid.plan(REPOSITORY / "conf", "config", self.overrides(*overrides), multirun)
+        return planned(self.overrides(*overrides), multirun)
 
     def run(self, *overrides: str) -> dict[str, Any]:
         """Run one cell in this process; returns its record."""
@@ -63,10 +74,18 @@ class Lab:
         return [sys.executable, "run.py", *self.overrides(*overrides)]
 
     def cli(self, *overrides: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run run.py as a user does."""
-        done = subprocess.run(self.command(*overrides), cwd=REPOSITORY, capture_output=True, text=True)
+        """Run run.py as a user does, in a process of its own."""
+        done = FORKS.run("run.py", *self.overrides(*overrides))
         assert not check or done.returncode == 0, done.stderr
         return done
+
+
+def planned(overrides: list[str], multirun: bool = False) -> list[Cell]:
+    """The cells of a command line; what is no grid is composed out of what the session has composed before."""
+    if multirun:
+        return grid.plan(REPOSITORY / "conf", "config", overrides, True)
+    with patch.object(grid, "compose", composed):
+        return grid.plan(REPOSITORY / "conf", "config", overrides, False)
 
 
 def mirror() -> str:
@@ -166,9 +185,26 @@ def stopped_at_block_one(monkeypatch: pytest.MonkeyPatch, module: ModuleType) ->
             yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def forks() -> Iterator[None]:
+    yield
+    FORKS.stop()
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifacts of all labs that have none of their own."""
+    return tmp_path_factory.mktemp("artifacts")
+
+
 @pytest.fixture
-def lab(tmp_path: Path, data_root: Path) -> Lab:
-    return Lab(tmp_path / "results", data_root)
+def lab(request: pytest.FixtureRequest, tmp_path: Path, data_root: Path, artifacts: Path) -> Lab:
+    """A results folder of its own, with the session's artifacts.
+
+    A test that looks at them, or changes how they are made, is marked ``own_artifacts``: its lab has its own.
+    """
+    own = request.node.get_closest_marker("own_artifacts") is not None
+    return Lab(tmp_path / "results", data_root, None if own else artifacts)
 
 
 @pytest.fixture(scope="session")

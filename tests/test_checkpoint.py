@@ -314,6 +314,7 @@ def test_what_is_there_is_not_written_again_and_torch_not_imported(saving):
         (("save=false",), set()),
     ],
 )
+@pytest.mark.own_artifacts
 def test_a_finished_cell_only_saves(lab, overrides, kept):
     first = lab.run("method=svd")
     record = lab.run("method=svd", *overrides)

@@ -30,6 +30,8 @@ from lowrank_lab.planning.steps import Planner
 from lowrank_lab.running import context, runner
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.own_artifacts
+
 CPU = torch.device("cpu")
 PLENTY = 10**15
 

@@ -40,6 +40,8 @@ from .conftest import Lab
 from .sites import sites_in
 from .test_run import stages
 
+pytestmark = pytest.mark.own_artifacts
+
 
 class Reported(NamedTuple):
     """What a report exits with: None, 1 or an error of one line; and what it printed."""

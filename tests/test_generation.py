@@ -238,6 +238,7 @@ def test_the_record_has_all_answers_and_how_they_were_drawn(records):
     assert len({record["metrics"]["generation"]["protocol"]["prompts"] for record in records}) == 1
 
 
+@pytest.mark.own_artifacts
 def test_the_second_time_nothing_is_written(lab, monkeypatch):
     first = lab.run(*SHORT, "method=dense")
 

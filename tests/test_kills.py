@@ -18,6 +18,8 @@ from lowrank_lab.running import training
 
 from .conftest import REPOSITORY, Lab
 
+pytestmark = pytest.mark.own_artifacts
+
 LORA = ["method=svdllm_lora", "refinement.samples=4", "refinement.seqlen=16", "refinement.epochs=1"]
 TRAINED = ["method=dobi_noremap", "allocation.steps=4", "ratio=0.55"]
 

@@ -22,6 +22,8 @@ from lowrank_lab.running import runner
 from .conftest import REPOSITORY, broken_checkpoint
 from .test_locks import another_process_holds
 
+pytestmark = pytest.mark.own_artifacts
+
 LOCAL = ("hydra/launcher=local", "hydra.launcher.workers=2")
 
 

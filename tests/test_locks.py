@@ -23,6 +23,8 @@ from lowrank_lab.running import runner
 
 from .conftest import REPOSITORY, Lab
 
+pytestmark = pytest.mark.own_artifacts
+
 HOLDER = """
 import sys, time
 from pathlib import Path

@@ -13,6 +13,8 @@ from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.models.load import load_model
 from lowrank_lab.models.walk import blocks_of, on_device, walk
 
+pytestmark = pytest.mark.own_artifacts
+
 CPU = torch.device("cpu")
 LLAMA = FAMILIES["llama"]
 MAPS = Path("/proc/self/maps")

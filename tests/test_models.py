@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tests.sites import sites_in
 
 CPU = torch.device("cpu")
 NAMES = sorted(FAMILIES)
+IDS = torch.randint(4, 260, (5, 40), generator=torch.Generator().manual_seed(1))  # longer than Gemma's windows
 
 
 @pytest.fixture(params=NAMES)
@@ -43,9 +45,7 @@ def model(family: str, checkpoints: dict[str, Path]) -> Any:
 
 @pytest.fixture
 def batches() -> list[torch.Tensor]:
-    """Token ids, the last batch smaller; longer than the sliding windows of the tiny Gemmas."""
-    ids = torch.randint(4, 260, (5, 40), generator=torch.Generator().manual_seed(1))
-    return list(ids.split(2))
+    return list(IDS.split(2))  # the last batch is smaller
 
 
 def test_every_row_has_a_tiny_model():
@@ -131,17 +131,29 @@ METRICS = {file.stem: config.build(OmegaConf.load(file)) for file in sorted(CONF
 METRICS["fisher_kron_full"] = FisherKron("full")
 
 
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Any:
+    """The statistics and the gradients of a family, made once for all metrics."""
+
+    @cache
+    def of(family: str) -> tuple[Path, Path]:
+        model = load_model(str(checkpoints[family]), None, "float32", False)
+        statistics, gradients = (tmp_path_factory.mktemp(name) for name in ("statistics", "gradients"))
+        make_statistics(statistics, model, FAMILIES[family], IDS.split(2), CPU)
+        make_gradients(gradients, model, FAMILIES[family], IDS, CPU, outer=True)
+        return statistics, gradients
+
+    return of
+
+
 @pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
-def test_compression_measures_what_it_reports(model, family, batches, tmp_path, metric):
+def test_compression_measures_what_it_reports(model, family, calibrated, tmp_path, metric):
     """The reported squared error is that of the deployed tensors, and they are as many as planned."""
     tower = FAMILIES[family]
     sites = sites_in(model, tower)
     ranks = {name: rank_for_ratio(site, 0.5) for name, site in sites.items()}
-    statistics, gradients, spectra = (tmp_path / name for name in ("statistics", "gradients", "spectra"))
-    for folder in (statistics, gradients, spectra):
-        folder.mkdir()
-    make_statistics(statistics, model, tower, batches, CPU)
-    make_gradients(gradients, model, tower, torch.cat(batches), CPU, metric.needs_outer)
+    statistics, gradients = calibrated(family)
+    spectra = tmp_path
     make_spectra(spectra, model, tower, sites, metric, statistics, gradients, CPU)
     dense = {name: dense_weight(model.get_submodule(name)).detach().double() for name in sites}
     reported = compress(model, tower, sites, ranks, spectra, Absorb(0.5), CPU)

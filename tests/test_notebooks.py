@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +20,33 @@ from .conftest import REPOSITORY
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
+AsyncKernelManager = pytest.importorskip("jupyter_client").AsyncKernelManager
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 NAMES = [notebook.stem for notebook in NOTEBOOKS]
 
 
-@pytest.fixture(autouse=True)
-def kernel_environment(monkeypatch, tmp_path):
-    """The kernel imports this repository's package, and writes nothing to the user's home."""
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / name))
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, Path], Any]]:
+    """Executes a notebook on a results folder. All share a kernel, which has torch then, but no names."""
+    home = tmp_path_factory.mktemp("home")
+    kernel = AsyncKernelManager()
+    with pytest.MonkeyPatch.context() as patch:  # it imports this repository, and writes nothing to the user's home
+        patch.setenv("PYTHONPATH", str(REPOSITORY))
+        for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR"):
+            patch.setenv(name, str(home / name))
+        yield partial(_executed, kernel)
+        nbclient.util.run_sync(kernel.shutdown_kernel)(now=True)
 
 
-def executed(name: str, results: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def _executed(kernel: AsyncKernelManager, name: str, results: Path) -> Any:
     """The notebook with its outputs. A cell that raises ends it, as "run all" does."""
-    monkeypatch.setenv("LOWRANK_LAB_RESULTS", str(results))
     file = REPOSITORY / "notebooks" / f"{name}.ipynb"
     notebook = nbformat.read(file, as_version=4)
-    client = nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(file.parent)}})
+    begin = f"%reset -f\nimport os\nos.environ['LOWRANK_LAB_RESULTS'] = {str(results)!r}"
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(begin))
+    folder = {"metadata": {"path": str(file.parent)}}
+    client = nbclient.NotebookClient(notebook, km=kernel, timeout=240, resources=folder)
     try:
         client.execute()
     except nbclient.exceptions.CellExecutionError as error:
@@ -73,45 +83,45 @@ def test_git_keeps_no_outputs(notebook):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_empty_folder_ends_with_one_line(name, tmp_path, monkeypatch):
+def test_an_empty_folder_ends_with_one_line(name, tmp_path, executed):
     empty = tmp_path / "results"
-    notebook = executed(name, empty, monkeypatch)
+    notebook = executed(name, empty)
     [error] = errors(notebook)
     assert error.traceback == [f"error: no records in {empty}; run something first: make demo"]
     assert not shown(notebook).strip()
 
 
-def test_methods_are_compared(grid_lab, monkeypatch):
-    notebook = executed("compare_methods", grid_lab.root, monkeypatch)
+def test_methods_are_compared(grid_lab, executed):
+    notebook = executed("compare_methods", grid_lab.root)
     assert not errors(notebook)
     assert images(notebook) == 1
     [best] = [r for r in grid_lab.results.records() if r["method"] == "svdllm" and r["ratio"] == 0.8]
     assert f"{best['metrics']['ppl']['value']:.4g}" in shown(notebook)
 
 
-def test_seeds_are_averaged(lab, monkeypatch):
+def test_seeds_are_averaged(lab, executed):
     values = [lab.run("method=svdllm", f"seed={seed}")["metrics"]["ppl"]["value"] for seed in (0, 1)]
     assert values[0] != values[1]
-    text = shown(executed("compare_methods", lab.root, monkeypatch))
+    text = shown(executed("compare_methods", lab.root))
     last = re.sub(r"\s+", " ", re.sub("<[^>]*>", " ", text[text.rindex("<thead") :]))
     assert f"svdllm 0.8 {pd.Series(values).mean():.4g} {pd.Series(values).std():.2g} 2" in last
 
 
-def test_ranks_and_spectra_are_shown(grid_lab, monkeypatch):
-    notebook = executed("ranks_and_spectra", grid_lab.root, monkeypatch)
+def test_ranks_and_spectra_are_shown(grid_lab, executed):
+    notebook = executed("ranks_and_spectra", grid_lab.root)
     assert not errors(notebook)
     assert images(notebook) == 2
     assert "21 spectra" in shown(notebook)
 
 
-def test_where_artifacts_are_gone_one_line_says_what_to_run(grid_lab, tmp_path, monkeypatch):
+def test_where_artifacts_are_gone_one_line_says_what_to_run(grid_lab, tmp_path, executed):
     shutil.copytree(grid_lab.root / "records", tmp_path / "results" / "records")
     results = Results(tmp_path / "results")
     for record in results.records():
         record["config"]["artifacts"] = str(tmp_path / "gone")
         record["command"] = ["run.py", "-m", "model=tiny"]  # other tests add cells to this grid without a command
         results.write(record)
-    notebook = executed("ranks_and_spectra", tmp_path / "results", monkeypatch)
+    notebook = executed("ranks_and_spectra", tmp_path / "results")
     [error] = errors(notebook)
     [line] = error.traceback
     assert "not on this machine; to have them, move" in line
@@ -119,8 +129,8 @@ def test_where_artifacts_are_gone_one_line_says_what_to_run(grid_lab, tmp_path, 
     assert images(notebook) == 1  # the ranks need the record alone
 
 
-def test_an_own_method_joins_a_papers_table(grid_lab, monkeypatch):
-    notebook = executed("to_your_table", grid_lab.root, monkeypatch)
+def test_an_own_method_joins_a_papers_table(grid_lab, executed):
+    notebook = executed("to_your_table", grid_lab.root)
     assert not errors(notebook)
     text = shown(notebook)
     records = {(r["method"], r["ratio"]): r for r in grid_lab.results.records()}

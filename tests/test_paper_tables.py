@@ -6,8 +6,6 @@ import json
 import math
 import shutil
 import statistics
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
@@ -20,7 +18,7 @@ from lowrank_lab.reporting import coverage, paper_tables, published
 from lowrank_lab.reporting.joined import join
 from lowrank_lab.reporting.recipe_cells import experiment_of
 
-from .conftest import REPOSITORY, Lab
+from .conftest import FORKS, Lab
 
 RECIPE = "experiment=asvd_table6"  # ASVD with three ways to absorb the singular values, in 6 bits, on WikiText-2
 
@@ -41,8 +39,7 @@ def lab_cli(lab, *words):
         "eval.wikitext2.max_windows=4",
     ]
     base = ["model=tiny", f"data_root={lab.data_root}", f"results={lab.root}", *small]
-    command = [lab.command()[0], "run.py", *words, *base]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    done = FORKS.run("run.py", *words, *base)
     assert done.returncode == 0, done.stderr
 
 
@@ -286,8 +283,7 @@ def test_a_table_whose_cells_all_failed_is_written_and_not_counted(copied):
         change(copied, record["key"], lambda record: record.update(status="failed", reason="no", metrics={}))
     counted = coverage.coverage(copied).set_index("name").loc["asvd/table6"]
     assert (counted["ran"], counted["ours"]) == (4, 0)
-    command = [sys.executable, "report.py", "all", f"--results={copied.root}"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    done = FORKS.run("report.py", "all", f"--results={copied.root}")
     assert done.returncode == 0, done.stderr
     assert "| failed " in (copied.root / "report" / "papers" / "asvd_table6.md").read_text()
 
@@ -301,14 +297,7 @@ def test_outdated_cells_count_as_no_results(copied):
 
 def test_a_folder_that_cannot_be_written_is_one_line(ran, tmp_path):
     (tmp_path / "file").touch()
-    command = [
-        sys.executable,
-        "report.py",
-        "table=asvd/table6",
-        f"--results={ran.root}",
-        f"--out={tmp_path / 'file'}",
-    ]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    done = FORKS.run("report.py", "table=asvd/table6", f"--results={ran.root}", f"--out={tmp_path / 'file'}")
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1

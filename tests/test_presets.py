@@ -118,6 +118,7 @@ def test_each_number_has_its_own_seconds_and_tables_say_what_differs(all_presets
     assert "standard_c4 " in runner.summary(record)
 
 
+@pytest.mark.own_artifacts
 def test_a_preset_after_another_computes_what_it_alone_has(lab, monkeypatch):
     measure, measured = perplexity.perplexity, []
 

@@ -150,7 +150,7 @@ def test_formats_out_of_range_are_rejected(settings, message):
         Format(**settings)
 
 
-@pytest.mark.parametrize("method", ["dense", "svdllm", "dobi_untrained", "svdllm grouping=qkv"])
+@pytest.mark.parametrize("method", ["dense", "dobi_untrained", "svdllm grouping=qkv"])
 @pytest.mark.parametrize("quantization", ["int8", "nf4", "gptq"])
 def test_a_cell_in_few_bits(lab, method, quantization):
     """Its bytes are those of its tensors, its parameters those of the cell that is not quantized."""
@@ -238,8 +238,10 @@ def test_a_compressed_checkpoint_is_quantized_as_its_cell_is(lab):
     assert there["sizes"]["bytes"] == here["sizes"]["bytes"]
 
 
-@pytest.mark.parametrize("method", ["dense", "svdllm", "svdllm grouping=qkv"])
-@pytest.mark.parametrize("granularity", ["token", "8", "tensor"])
+@pytest.mark.parametrize(
+    ("method", "granularity"),
+    [("dense", "tensor"), ("svdllm", "8"), ("svdllm grouping=qkv", "token"), ("svdllm grouping=qkv", "tensor")],
+)
 def test_inputs_are_rounded_and_saved_with_their_scales(lab, method, granularity):
     overrides = [f"method={method.split()[0]}", *method.split()[1:], "quantization=w8a8"]
     made = lab.run(*overrides, f"quantization.activations.granularity={granularity}", "save=true")
@@ -375,8 +377,7 @@ def test_a_sample_of_tokens_is_the_same_in_any_batches():
     assert all(torch.equal(one, samples[0]) for one in samples)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("method", ["svdllm", "dobi_untrained"])
+@pytest.mark.parametrize(("method", "dtype"), [("svdllm", "float16"), ("dobi_untrained", "bfloat16")])
 def test_a_checkpoint_in_16_bits_is_the_model_in_memory(lab, method, dtype):
     overrides = [
         "quantization=smoothquant",

@@ -24,6 +24,8 @@ from lowrank_lab.redaction import (
 
 from .conftest import REPOSITORY
 
+pytestmark = pytest.mark.own_artifacts
+
 HUB = "hf_" + "aB3dE6gH9j" * 3
 OLD_WANDB = "0123456789abcdef" * 2 + "01234567"  # 40 hexadecimal digits, like a commit
 WANDB = "wandb_v1_" + "Q2w4E6r8T0" * 4

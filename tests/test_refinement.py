@@ -75,8 +75,14 @@ def all_factors(context: Context, model: Any) -> dict[str, tuple[torch.Tensor, t
     return {name: (left.clone(), right.clone()) for name, (left, right) in found.items()}
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize("method", [LORA, (*WSVD, "refinement.steps=2")], ids=["lora", "wsvd"])
+OTHER = (*WSVD, "refinement.steps=2")  # which asks for a gradient of every weight
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [(family, LORA) for family in sorted(FAMILIES)] + [(family, OTHER) for family in ("llama", "opt", "gpt2")],
+)
+@pytest.mark.own_artifacts
 def test_every_family_runs_end_to_end(lab, method, family):
     joint = ("grouping=qkv",) if "qkv" in family or family == "llama" else ()
     short = ("refinement.epochs=1",) if method is LORA else ()
@@ -84,6 +90,7 @@ def test_every_family_runs_end_to_end(lab, method, family):
     assert record["status"] == "done"
     assert record["sizes"]["ratio_reached"] <= 0.5
     assert record["compressions"]["lowrank"]["squared_error"] is None
+    assert record["metrics"]["ppl"]["value"] > 1
     [folder] = (lab.root / "artifacts" / "factors").glob("[!.]*")
     kept = {"artifact.json", "facts.json", *(f.name for f in folder.glob("block_*.safetensors"))}
     assert {f.name for f in folder.iterdir()} == kept

@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +19,7 @@ from lowrank_lab.reporting.sections import PERPLEXITY
 from lowrank_lab.reporting.status import status
 from lowrank_lab.running import runner
 
-from .conftest import REPOSITORY
+from .conftest import FORKS, REPOSITORY
 
 
 @pytest.fixture
@@ -170,7 +169,7 @@ def test_the_figure_shows_every_method_and_the_dense_line(records):
 
 
 def report(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "report.py", *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+    return FORKS.run("report.py", *arguments)
 
 
 def test_the_command_writes_and_names_its_files(grid_lab, tmp_path):

@@ -22,6 +22,8 @@ from lowrank_lab.running import training
 
 from .conftest import REPOSITORY
 
+pytestmark = pytest.mark.own_artifacts
+
 
 class Evil:
     """A pickle of it creates a file when it is read."""

@@ -171,6 +171,7 @@ def test_remapped_factors_are_read_in_fewer_bytes_and_multiplied_as_often(lab):
     assert ideal["bytes"] > 1.5 * ideal["macs"]  # 8 and 16 bits against 32
 
 
+@pytest.mark.own_artifacts
 def test_the_dense_model_is_measured_once(lab, monkeypatch):
     runs = []
     monkeypatch.setattr(timing, "_run", lambda model, *_: runs.append(model) or (0.5, 0.25))

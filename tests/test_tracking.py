@@ -6,7 +6,6 @@ import json
 import socket
 import struct
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import pytest
 from lowrank_lab.records import tracking
 from lowrank_lab.records.tracking import WandbTracker, logged_in
 
-from .conftest import REPOSITORY, Lab
+from .conftest import FORKS, Lab
 
 pytest.importorskip("wandb")
 
@@ -98,8 +97,7 @@ def test_an_offline_run_can_be_read_back(lab):
 
 
 def report(lab: Lab, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "report.py", *arguments, "--results", str(lab.root), "--wandb", "reports"]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    return FORKS.run("report.py", *arguments, "--results", str(lab.root), "--wandb", "reports")
 
 
 def written(done: subprocess.CompletedProcess[str]) -> list[Path]:
