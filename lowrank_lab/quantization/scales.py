@@ -7,12 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.modules.codec import quantize
 from lowrank_lab.modules.formats import Format
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = LazyModule("torch")
 
 LIMIT = 1e4  # scales lie between its inverse and it, so that no weight over- or underflows
 
