@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.modules.codec import TABLES, Quantized, check_finite
 from lowrank_lab.modules.formats import Format
-from lowrank_lab.quantization.base import WeightMethod
+from lowrank_lab.quantization.method.base import WeightMethod
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from lowrank_lab import checks
 from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.modules.codec import Quantized, by_group, check_finite, quantize, spread
 from lowrank_lab.modules.formats import Format
-from lowrank_lab.quantization.base import WeightMethod
+from lowrank_lab.quantization.method.base import WeightMethod
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lowrank_lab.modules.codec import Quantized, quantize
 from lowrank_lab.modules.formats import Format
-from lowrank_lab.quantization.base import WeightMethod
+from lowrank_lab.quantization.method.base import WeightMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
