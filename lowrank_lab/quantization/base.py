@@ -42,13 +42,13 @@ else:
 
 
 class Transform:
-    """Changes ``context.model`` in place, but not what it computes, so that less is lost when it is quantized.
+    """Changes ``context.model`` in place, but not its outputs, so that rounding it loses less.
 
     label              as tables show it
     needs_calibration  whether it reads the calibration text
     needs_seed         whether it draws random numbers
-    online             whether it leaves something to do in the forward, which dense weights cannot hold
-    no_influence       its settings that change its speed alone
+    online             whether it leaves work for the forward, which dense weights cannot hold
+    no_influence       the names of settings that change the speed alone
     """
 
     label = ""
@@ -120,13 +120,13 @@ class Quantization:
 
     @property
     def online(self) -> bool:
-        """Whether anything is left to do in the forward beside multiplying, which dense weights cannot hold."""
+        """Whether the forward does more than multiply, which dense weights cannot hold."""
         of_transforms = any(part is not None and part.online for part in (self.transform, self.latent))
         return of_transforms or self.activations is not None or self.kv_cache is not None
 
     @property
     def name(self) -> str:
-        """All of it in a few letters, as tables show it: QuaRot GPTQ INT4 A4 KV4."""
+        """A short name, as tables show it: QuaRot GPTQ INT4 A4 KV4."""
         forms = dict.fromkeys((self.weights.name, self.left.name, self.right.name))
         weights = self.weights.name
         if len(forms) > 1:
@@ -136,7 +136,7 @@ class Quantization:
 
     @property
     def family(self) -> str:
-        """The same without the formats of the weights: what one line of a figure has in common."""
+        """The name without the formats of the weights: what the points on one line of a figure have in common."""
         return self._labelled([] if self.method is None else [self.method.label or "RTN"])
 
     def _labelled(self, of_weights: list[str]) -> str:
@@ -168,7 +168,7 @@ def quantize_model(context: Context, quantization: Quantization) -> None:
     Raises FloatingPointError, naming the linear, where something is not finite.
     """
     with torch.no_grad():
-        torch.manual_seed(context.cell.cfg.seed)  # what a method draws must not depend on what was done before
+        torch.manual_seed(context.cell.cfg.seed)  # random numbers must not depend on the work before
         members = targets.members_by_block(context)
         if any(part is not None for part in (quantization.transform, quantization.latent, quantization.method)):
             for block, names in zip(walk.blocks_of(context.model, context.tower), members, strict=True):
@@ -202,19 +202,19 @@ def _round(context: Context, quantization: Quantization, members: list[list[str]
     hidden: list[Tensor] = []
     blocks_run = context.walk(model, hidden=hidden)
     for index, block, run in progress.track(blocks_run, "quantization", "block", len(members)):
-        names, passed = members[index], partial(run, advance=False)
+        names, run_again = members[index], partial(run, advance=False)
         entering, leaving = list(hidden), None
         if not quantization.sequential:
             run()
             leaving, hidden[:] = list(hidden), entering
         _round_inputs(context, quantization, block, names)
         if static:
-            inputs.fix_scales(block, linears.linears_in(block, names), passed)
+            inputs.fix_scales(block, linears.linears_in(block, names), run_again)
         seen = {}
         if method is not None and calibrates:
             paths = linears.linears_in(block, names)
             tokens = context.calibration_ids.numel()
-            seen = inputs.gather_inputs(block, paths, passed, tokens, method.needs_rows, context.device)
+            seen = inputs.gather_inputs(block, paths, run_again, tokens, method.needs_rows, context.device)
         _round_weights(context, quantization, block, names, seen)
         if leaving is None:
             run()

@@ -107,7 +107,7 @@ def latents_in(block: nn.Module, tower: Tower) -> dict[str, list[str]]:
     return latents
 
 
-def is_factored(model: nn.Module, tower: Tower) -> bool:
+def any_factored(model: nn.Module, tower: Tower) -> bool:
     """Whether any site of the model is factored."""
     return any(latents_in(block, tower) for block in blocks_of(model, tower))
 
@@ -191,7 +191,7 @@ def calibrated_latents(
     ``rows``: whether the inputs have a sample of tokens. The block that is given may be changed. Nothing is read
     where no site is factored.
     """
-    if not is_factored(context.model, context.tower):
+    if not any_factored(context.model, context.tower):
         return
     count = len(blocks_of(context.model, context.tower))
     for _, block, run in progress.track(context.walk(context.model), "split", "block", count):

@@ -33,7 +33,7 @@ class LatentSmooth(Transform):
         self.alpha = alpha
 
     def __call__(self, context: Context, quantization: Quantization) -> None:
-        if not folding.is_factored(context.model, context.tower):
+        if not folding.any_factored(context.model, context.tower):
             return
         for block, inputs in folding.calibrated(context, ["latent"]):
             scales = []

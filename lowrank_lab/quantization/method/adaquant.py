@@ -1,4 +1,4 @@
-"""AdaQuant (Hubara et al. 2020): weights and steps of the grids learned, so that a layer gives what it gave.
+"""AdaQuant (Hubara et al. 2020): weights and steps of the grids learned, so that a layer keeps its outputs.
 
 Minimise ‖W X − Q(W + V) Q(X)‖² over V and the step Δw of every channel or group, and over the step Δx of the input
 where that is one for all tokens, by Adam with rounding as the identity in the backward pass (straight through).
@@ -122,7 +122,7 @@ def adaquant(
     rounding  what rounds it, if anything does; its scale is learned where it is a fixed one, and then changed
 
     Σ ‖X Wᵀ − Q(X) Q(W + V)ᵀ‖² over ``rows`` is never above that of rounding to the nearest, where the descent
-    begins: what is worse is not kept, an output channel on its own where nothing binds it to the others. Raises
+    begins: a worse result is not kept, channel by channel where output channels do not share a step. Raises
     FloatingPointError where a weight or row is not finite.
     """
     check_finite(rows)
@@ -130,10 +130,10 @@ def adaquant(
     rows = rows.float()
     wanted = [rows @ linear.weight.T for linear in linears]
 
-    def errors(given: Tensor, made: list[Quantized]) -> list[Tensor]:
+    def errors(given: Tensor, quantized: list[Quantized]) -> list[Tensor]:
         """The squared error of every output."""
-        pairs = zip(made, wanted, strict=True)
-        return [(given @ quantized.dequantize().T - output).square().sum(0) for quantized, output in pairs]
+        pairs = zip(quantized, wanted, strict=True)
+        return [(given @ weight.dequantize().T - output).square().sum(0) for weight, output in pairs]
 
     given = rows if rounding is None else rounding(rows)
     first = [linear.quantized() for linear in linears]

@@ -79,7 +79,7 @@ def eight_bits(weight: Tensor, form: Format) -> Quantized:
     """
     check_finite(weight)
     found, absmax, _ = bitsandbytes.int8_vectorwise_quant(weight.float().cpu().contiguous())
-    there = (absmax > SMALLEST).unsqueeze(1)
-    codes = torch.where(there, found.short() + 128, 128).to(torch.uint8)
-    scale = torch.where(there, absmax.unsqueeze(1) / 127, 1.0)
+    nonzero = (absmax > SMALLEST).unsqueeze(1)
+    codes = torch.where(nonzero, found.short() + 128, 128).to(torch.uint8)
+    scale = torch.where(nonzero, absmax.unsqueeze(1) / 127, 1.0)
     return Quantized(form, codes.to(weight.device), scale.to(weight.device))

@@ -69,26 +69,26 @@ def gptq(
     in_groups = isinstance(form.granularity, int) and not act_order  # then a group's grid is that of its last state
     group = form.group_of(width)
     block = group * math.ceil(BLOCK / group) if in_groups else BLOCK
-    left = weight[:, order]  # with the errors so far taken over
-    codes = torch.empty_like(left, dtype=torch.uint8)
+    remaining = weight[:, order]  # takes over the errors of the columns before
+    codes = torch.empty_like(remaining, dtype=torch.uint8)
     for start in range(0, width, block):
         stop = min(start + block, width)
-        errors = left.new_zeros(len(left), stop - start)
+        errors = remaining.new_zeros(len(remaining), stop - start)
         for step in range(start, stop):
             if in_groups and step % group == 0:
-                found = grids(left[:, step : step + group], form)
+                found = grids(remaining[:, step : step + group], form)
                 scale[:, step // group] = found[0][:, 0]
                 if zero is not None and found[1] is not None:
                     zero[:, step // group] = found[1][:, 0]
-            of_group = int(order[step]) // group if scale.shape[1] > 1 else 0
-            its_scale = scale[:, of_group].expand(len(left))
-            its_zero = None if zero is None else zero[:, of_group].expand(len(left))
-            codes[:, step] = encode(left[:, step], form, its_scale, its_zero)
-            rounded = decode(codes[:, step], form, its_scale, its_zero)
-            error = (left[:, step] - rounded) / upper[step, step]
-            left[:, step:stop] -= torch.outer(error, upper[step, step:stop])
+            column_group = int(order[step]) // group if scale.shape[1] > 1 else 0
+            column_scale = scale[:, column_group].expand(len(remaining))
+            column_zero = None if zero is None else zero[:, column_group].expand(len(remaining))
+            codes[:, step] = encode(remaining[:, step], form, column_scale, column_zero)
+            rounded = decode(codes[:, step], form, column_scale, column_zero)
+            error = (remaining[:, step] - rounded) / upper[step, step]
+            remaining[:, step:stop] -= torch.outer(error, upper[step, step:stop])
             errors[:, step - start] = error
-        left[:, stop:] -= errors @ upper[start:stop, stop:]
+        remaining[:, stop:] -= errors @ upper[start:stop, stop:]
     unordered = torch.empty_like(codes)
     unordered[:, order] = codes
     return Quantized(form, unordered, scale.float(), None if zero is None else zero.float())

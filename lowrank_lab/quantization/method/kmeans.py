@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
 
-# What a column counts at least, in shares of the mean column: one whose input is always zero gets values as well.
+# The least that a column counts, as a share of the mean column: one whose input is always zero gets values too.
 LEAST = 1e-6
 
 
 class KMeans(WeightMethod):
     """Clustering as in CodeQuant (papers/000).
 
-    weighted    squared errors of a weight count by the mean x² of its input; else all alike, and without data
-    iterations  of Lloyd's algorithm, at most
+    weighted    the squared error of a weight counts by the mean x² of its input; else all count alike, without data
+    iterations  at most so many of Lloyd's algorithm
     """
 
     label = "k-means"
@@ -108,10 +108,10 @@ def _clustered(weight: Tensor, energy: Tensor, form: Format, iterations: int) ->
     counts = (energy / mean).clamp(min=LEAST) if mean > 0 else torch.ones_like(energy)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     scales, codebooks = [], []
-    for (_, x), (_, part), (_, its) in zip(
+    for (_, x), (_, part), (_, group_counts) in zip(
         by_group(weight, form), by_group(codes, form), by_group(counts, form), strict=True
     ):
-        found = centroids(x.flatten(0, 1), its.expand_as(x).flatten(0, 1), 2**form.bits, iterations)
+        found = centroids(x.flatten(0, 1), group_counts.expand_as(x).flatten(0, 1), 2**form.bits, iterations)
         # Powers of two, which cost no precision, that bring the codebook near the upper end of float16.
         largest = x.abs().amax(2)
         scale = torch.ldexp(torch.ones_like(largest), (torch.frexp(largest).exponent - 15).clamp(min=-24))

@@ -1,4 +1,4 @@
-"""AWQ: channels with large inputs are made larger in the weights before these are rounded."""
+"""AWQ: weights are scaled up where their inputs are large, before they are rounded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Awq(Transform):
     where   ``norms``: inputs that a norm gives; ``foldable``: also those whose scale the rows of another linear
             take over; ``all``: the others too, divided by s in the forward
 
-    Taken is the α with the smallest Σ mean ‖Q(W diag(s)) x / s − W x‖², over the linears that read the input, each
+    The best α has the smallest Σ mean ‖Q(W diag(s)) x / s − W x‖², over the linears that read the input, each
     rounded to the nearest of its format. Query heads that share values share a scale, that of their mean. A
     factored site is scaled at its right factor, and its latent at the left one. AWQ's search for clipped ranges
     is no part of this: it changes what the model computes.

@@ -1,8 +1,9 @@
 """DuQuant (Lin et al. 2024): outliers are spread by a scale, two rotations in blocks and a permutation.
 
 With rows x of activations and W (out, in), x' = x Λ⁻¹ R₁ P R₂ and W' = W Λ R₁ P R₂ have the same product, since all
-but Λ are orthogonal. The blocks of R₁ and R₂ are made for the activations: as often as allowed, the channel with
-the largest value is spread evenly over its block, and what was best is kept. P deals channels out to blocks.
+but Λ are orthogonal. The blocks of R₁ and R₂ come from a greedy search on activations: each step spreads the
+channel with the largest value evenly over its block, and the best product of steps is kept. P gives each block its
+channels.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ else:
     inputs = LazyModule("lowrank_lab.quantization.inputs")
     targets = LazyModule("lowrank_lab.quantization.targets")
 
-# The smallest maximum of a channel, as a share of the largest, that the scale heeds: a channel that calibration
-# hardly saw may be alive on other texts, and would be blown up there, which the rotations would spread.
+# The scale takes the maximum of a channel for at least this share of the largest: a channel that is nearly zero on
+# the calibration text may not be on other texts, where the scale would amplify it and the rotations spread it.
 FLOOR = 1e-3
-SAMPLE = 256  # tokens that the search looks at, evenly taken: with the largest ones, output errors are the same
+SAMPLE = 256  # evenly spaced tokens for the search; the tokens with the largest values give the same output errors
 
 
 class DuQuant(Transform):
@@ -45,8 +46,9 @@ class DuQuant(Transform):
     block_size  of the two block-diagonal rotations
     steps       of the greedy search for each of their blocks
 
-    The scale is part of the first rotation's blocks, which costs nothing. Between the factors of a site nothing is
-    left for the forward: the right factor takes it over, unless the quantization has a ``latent`` of its own.
+    The scale is part of the first rotation's blocks, which costs nothing. Between the factors of a site there is no
+    work in the forward: the right factor takes it over. Where the quantization has a ``latent``, the latent values
+    are left to that.
     """
 
     label = "DuQuant"
@@ -98,7 +100,7 @@ def _install(block: nn.Module, group: list[str], quantized: list[str], spreading
         linears.change_weight(block, right, lambda weight: spreading.activations(weight.T).T)
         linears.change_bias(block, right, lambda bias: spreading.activations(bias.unsqueeze(0))[0])
         return
-    # Linears of the group that stay unrounded get steps of their own, for a rounding will follow the others'.
+    # Linears of the group that stay unrounded get separate steps, because a rounding will follow the others'.
     for part in ([p for p in group if p in quantized], [p for p in group if p not in quantized]):
         if part:
             like = next(block.get_submodule(part[0]).parameters())
@@ -162,8 +164,8 @@ def spread_outliers(
     if not (torch.isfinite(rows).all() and torch.isfinite(abs_max).all()):
         raise FloatingPointError("an activation is not finite during calibration")
     size = min(size, rows.shape[1])
-    heeded = abs_max.clamp(min=FLOOR * float(abs_max.max()))
-    scale = smoothing(heeded, weight_abs_max.clamp(min=FLOOR * float(weight_abs_max.max())), alpha)
+    at_least = abs_max.clamp(min=FLOOR * float(abs_max.max()))
+    scale = smoothing(at_least, weight_abs_max.clamp(min=FLOOR * float(weight_abs_max.max())), alpha)
     smoothed = rows.double() / scale
     first = spreading_blocks(smoothed, size, steps, seed)
     rotated = rotate(smoothed, first)

@@ -1,4 +1,4 @@
-"""SmoothQuant: activations made easier to round, weights harder by as much."""
+"""SmoothQuant: a scale makes activations easier to round, and weights harder by as much."""
 
 from __future__ import annotations
 
