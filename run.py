@@ -107,9 +107,9 @@ def _plan(arguments: argparse.Namespace) -> list[Cell]:
         overrides.append(f"hydra.searchpath=[file://{Path(arguments.config_dir).resolve()}]")
     cells = grid.plan(CONFIG_DIR, arguments.config_name or "config", overrides, arguments.multirun)
     if cells[0].cfg.dry_run:
-        from lowrank_lab.planning.dry_run import tell
+        from lowrank_lab.planning.dry_run import print_needs
 
-        sys.exit(0 if tell(cells) else 1)
+        sys.exit(0 if print_needs(cells) else 1)
     if grid.NAME not in os.environ:  # else a launcher has noted the grid that this process works on
         for root in dict.fromkeys(cell.cfg.results for cell in cells):
             here = [cell for cell in cells if cell.cfg.results == root]

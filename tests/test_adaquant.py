@@ -13,8 +13,8 @@ from lowrank_lab.errors import UserError
 from lowrank_lab.modules.codec import quantize
 from lowrank_lab.modules.formats import Format
 from lowrank_lab.modules.steps import Round
-from lowrank_lab.quantization.descent import Descent, Rounded, adaquant
-from lowrank_lab.quantization.method.adaquant import AdaQuant
+from lowrank_lab.quantization.method.adaquant import AdaQuant, Descent, adaquant
+from lowrank_lab.quantization.straight_through import RoundToSteps
 
 WIDTH = 70  # no multiple of a group of 32
 SHORT = Descent(steps=40, batch_size=64, weight_rate=0.003, scale_rate=0.01, input_rate=0.03)
@@ -113,7 +113,7 @@ def test_the_gradients_are_those_of_the_straight_through_estimator(bits):
     steps = x / scale
     codes = (steps + (steps.round() - steps).detach() + zero).clamp(0, 2**bits - 1)
     expected = (codes - zero) * scale
-    found = Rounded.apply(x, scale, zero, bits)
+    found = RoundToSteps.apply(x, scale, zero, bits)
     torch.testing.assert_close(found, expected)
     g = random(5, 9, seed=2)
     for ours, theirs in zip(

@@ -36,8 +36,8 @@ from lowrank_lab.models.load import load_model
 from lowrank_lab.modules.codec import grids, quantize
 from lowrank_lab.modules.factorized import FactorizedLinear, dense_weight, plain_linear
 from lowrank_lab.modules.formats import Format
-from lowrank_lab.quantization.bits_and_bytes import eight_bits, four_bits
-from lowrank_lab.quantization.optimal_brain import gptq
+from lowrank_lab.quantization.method.bnb import eight_bits, four_bits
+from lowrank_lab.quantization.method.gptq import gptq
 from lowrank_lab.records.results import Record
 from lowrank_lab.running.context import Context, pick_device
 

@@ -12,12 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.look_up import look_up_linear
 from lowrank_lab.errors import UserError
 from lowrank_lab.modules.codec import Quantized, by_group, quantize
 from lowrank_lab.modules.formats import Format
-from lowrank_lab.quantization.clustering import centroids, kmeans
-from lowrank_lab.quantization.look_up import look_up_linear
-from lowrank_lab.quantization.method.kmeans import KMeans
+from lowrank_lab.quantization.method.kmeans import KMeans, centroids, kmeans
 
 RAGGED = 137  # a rank that no group size divides
 

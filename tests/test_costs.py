@@ -23,6 +23,7 @@ from lowrank_lab.lowrank.allocation.rank_training import LearnedRank
 from lowrank_lab.lowrank.allocation.sensitivity import candidate_ranks
 from lowrank_lab.lowrank.allocation.strs import Step, finish, index_within_budget, plan
 from lowrank_lab.lowrank.allocation.uniform import uniform
+from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.lowrank.ranks import (
     budget,
     cost_at,
@@ -328,7 +329,7 @@ def test_the_key_of_an_allocation_has_what_is_counted(lab: Lab, options):
 
     def counted(*overrides: str):
         [cell] = lab.cells("method=svdllm", options, *overrides)
-        return cell.allocation_key["counted"]
+        return LowRankKeys(cell).counted
 
     for storage in ("uv", "u", "v"):
         assert counted(f"storage={storage}") == ["parameters", 5]

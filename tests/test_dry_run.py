@@ -24,7 +24,7 @@ from lowrank_lab.evaluation.timing import _counter
 from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.models.load import load_model
 from lowrank_lab.models.tiny import byte_tokenizer
-from lowrank_lab.planning.dry_run import Machine, tell
+from lowrank_lab.planning.dry_run import Machine, print_needs
 from lowrank_lab.planning.shapes import shapes_of, with_sites
 from lowrank_lab.planning.steps import Planner
 from lowrank_lab.running import context, runner
@@ -79,7 +79,7 @@ def test_the_disk_it_tells_is_what_a_grid_writes_and_what_is_there_costs_nothing
     asked = [("method=svdllm_u", "ratio=0.8"), ("method=svdllm", "ratio=0.6"), ("method=kron", "ratio=0.6")]
     words = [(f"model.path={medium}", *answers, "save=true") for answers in asked]
     cells = [cell for one in words for cell in lab.cells(*one)]
-    assert tell(cells)
+    assert print_needs(cells)
     *each, total = rows(capsys.readouterr().out)
     assert [row[1] for row in each] == ["to be computed"] * 3
     assert not lab.results.records() and bytes_below(lab.root) == 0
@@ -89,7 +89,7 @@ def test_the_disk_it_tells_is_what_a_grid_writes_and_what_is_there_costs_nothing
         before = bytes_below(lab.root)
         lab.run(*one)
         assert bytes_below(lab.root) - before == pytest.approx(size, rel=0.05), one
-    assert tell(cells)
+    assert print_needs(cells)
     assert [row[1:] for row in rows(capsys.readouterr().out)] == [
         *[["finished", "0", "0", "0", "0"]] * 3,
         ["3 of 3 finished", "0", "0", "0", "0"],
@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_refused_by_resource_before_anything_is_made(lab, m
             free={lab.data_root.stat().st_dev: 1000 if short == "disk" else PLENTY},
         )
         monkeypatch.setattr(Machine, "here", lambda _, machine=machine: machine)
-        assert not tell([cell]), short
+        assert not print_needs([cell]), short
         printed = capsys.readouterr().out
         assert rows(printed)[0][1] == "does not fit"
         refusals[short] = [line for line in printed.splitlines() if line.startswith("does not fit: ")]
@@ -159,7 +159,7 @@ def test_only_the_configuration_of_a_model_is_read_and_the_exit_status_tells(lab
 def test_a_model_without_linears_to_compress_is_told_as_the_run_would(lab, medium, monkeypatch):
     monkeypatch.setattr(context, "sites_of", lambda *_: {})
     [cell] = lab.cells(f"model.path={medium}")
-    for compute in (tell, lambda cells: runner.run(cells[0].cfg)):
+    for compute in (print_needs, lambda cells: runner.run(cells[0].cfg)):
         with pytest.raises(UserError, match=f"model {medium.name} has no compressible layer"):
             compute([cell])
 
@@ -189,7 +189,7 @@ def test_hidden_states_in_files_must_fit_on_the_disk_while_they_are_there(lab, m
     for free, fits in ((needed, True), (needed - 1, False)):
         machine = Machine(PLENTY, 0, {lab.data_root.stat().st_dev: free})
         monkeypatch.setattr(Machine, "here", lambda _, machine=machine: machine)
-        assert tell([cell]) is fits
+        assert print_needs([cell]) is fits
     assert "does not fit: " in (printed := capsys.readouterr().out) and "the disk of artifacts=" in printed
 
 

@@ -13,7 +13,7 @@ from lowrank_lab.models import tiny
 from lowrank_lab.models.families import tower_for
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.linears import prepared_in
-from lowrank_lab.quantization.outliers import (
+from lowrank_lab.quantization.transform.duquant import (
     even_rotation,
     greedy_rotations,
     rotate,

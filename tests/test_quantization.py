@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from lowrank_lab.errors import UserError
-from lowrank_lab.modules.codec import NF4, encode, pack, quantize, spread, unpack
+from lowrank_lab.modules.codec import NF4, decode, encode, grids, pack, quantize, spread, unpack
 from lowrank_lab.modules.formats import Format
 from lowrank_lab.modules.quantized import QuantizedLinear
-from lowrank_lab.quantization.optimal_brain import gptq, obq
+from lowrank_lab.quantization.method.gptq import gptq
 
 RAGGED = 137  # a rank that no group size divides
 
@@ -88,6 +88,26 @@ def test_odd_weights_stay_finite(weight, form):
 def test_a_weight_that_is_not_finite_raises():
     with pytest.raises(FloatingPointError, match="not finite"):
         quantize(torch.tensor([[1.0, math.nan]]), Format(4))
+
+
+def obq(weight: torch.Tensor, moment: torch.Tensor, form: Format) -> torch.Tensor:
+    """OBQ with a fixed order, as it is written down: the slow reference of ``gptq`` without damping.
+
+    Quantize one column, move the remaining ones by −(w − q) / [H⁻¹]₁₁ · [H⁻¹]₁, and drop it from H. Returns W'
+    (out, in), float64. Only for grids that all columns share.
+    """
+    weight, hessian = weight.double().clone(), moment.double()
+    scale, zero = grids(weight, form)
+    scale = spread(scale, form, weight.shape[1])
+    zero = None if zero is None else spread(zero, form, weight.shape[1])
+    result = torch.empty_like(weight)
+    for step in range(weight.shape[1]):
+        its = scale[:, step].expand(len(weight)), None if zero is None else zero[:, step].expand(len(weight))
+        result[:, step] = decode(encode(weight[:, step], form, *its), form, *its)
+        inverse = torch.linalg.inv(hessian[step:, step:])
+        error = (weight[:, step] - result[:, step]) / inverse[0, 0]
+        weight[:, step:] -= torch.outer(error, inverse[0])
+    return result
 
 
 @pytest.mark.parametrize("bits", [3, 4])

@@ -16,7 +16,7 @@ from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules import hadamard
 from lowrank_lab.modules.factorized import factorize
 from lowrank_lab.modules.steps import Hadamard
-from lowrank_lab.quantization import learned_rotation, rotation
+from lowrank_lab.quantization import learned_rotation, rotation, straight_through
 from lowrank_lab.quantization.cayley import CayleySgd
 from lowrank_lab.quantization.learned_rotation import attach, load
 from lowrank_lab.records.results import Record
@@ -251,7 +251,7 @@ def test_learning_sees_the_network_that_is_made(lab, checkpoints, joint):
 
 def test_without_rounding_the_loss_depends_on_no_rotation(lab, checkpoints, monkeypatch):
     """So its gradient is zero in all directions in which they stay orthogonal."""
-    monkeypatch.setattr(learned_rotation, "straight_through", lambda x, form: x)
+    monkeypatch.setattr(straight_through, "rounded_values", lambda x, form: x)
     context = context_of(lab, checkpoints["qwen2"], "quantization=spinquant")
     context.model.double().requires_grad_(False)
     rotation.fold_norms(context.model, context.tower)

@@ -16,7 +16,7 @@ from lowrank_lab.artifacts.store import MANIFEST, Store
 from lowrank_lab.cells import config
 from lowrank_lab.errors import UserError
 from lowrank_lab.models.load import load_model
-from lowrank_lab.planning.dry_run import tell
+from lowrank_lab.planning.dry_run import print_needs
 from lowrank_lab.reporting import tables
 from lowrank_lab.running import training
 
@@ -112,7 +112,7 @@ def test_code_of_a_model_is_not_run_unasked(lab, model, executed, what):
     assert "\n" not in str(error.value)
     if what == "config.json":
         with pytest.raises(UserError, match="is not run unless"):
-            tell(lab.cells(f"model.path={model}", "method=dense"))
+            print_needs(lab.cells(f"model.path={model}", "method=dense"))
     assert not executed.exists()
 
 

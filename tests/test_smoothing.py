@@ -15,9 +15,10 @@ from lowrank_lab.modules.codec import quantize
 from lowrank_lab.modules.factorized import dense_weight, factorize, site_weight
 from lowrank_lab.modules.formats import Format
 from lowrank_lab.modules.linears import input_side, linears_in, prepared_in, shared_inputs
-from lowrank_lab.quantization.apply import apply, format_of
-from lowrank_lab.quantization.scales import awq_candidates, awq_losses, largest, smoothing
-from lowrank_lab.quantization.splits import latent_loss, low_factors, splits, weight_loss
+from lowrank_lab.quantization.base import quantize_model
+from lowrank_lab.quantization.latent.beta import latent_loss, low_factors, splits, weight_loss
+from lowrank_lab.quantization.scales import largest, smoothing
+from lowrank_lab.quantization.transform.awq import awq_candidates, awq_losses
 from lowrank_lab.records.results import Record
 from lowrank_lab.running.context import Context, pick_device
 from tests.conftest import load_lively
@@ -228,7 +229,7 @@ def test_smoothing_helps_where_channels_stand_out(lab, checkpoints, rank):
         context = context_of(lab, checkpoints["llama"], f"quantization={quantization}", rank=rank)
         with_massive_activations(context)
         expected = logits(context.model)
-        apply(context, context.cell.compressions["quantization"])
+        quantize_model(context, context.cell.compressions["quantization"])
         errors.append(float((logits(context.model) - expected).norm() / expected.norm()))
     assert errors[1] < 0.5 * errors[0]
 
@@ -272,7 +273,7 @@ def test_awq_loses_no_more_than_rounding_at_any_input(lab, checkpoints, rank, gr
             plain = scaled = 0.0
             for path in group:
                 (x, weight), (x2, weight2) = before[f"{index}.{path}"], after[f"{index}.{path}"]
-                form = format_of(path, quantization)
+                form = quantization.format_of(path)
                 rows = ((x @ weight.T).norm(dim=0) / (x2 @ weight2.T).norm(dim=0)).unsqueeze(1)
                 torch.testing.assert_close(rows.T * (x2 @ weight2.T), x @ weight.T, rtol=1e-3, atol=1e-3)
                 plain += float(((rounded(weight, form) - weight) @ x.T).square().sum())
@@ -350,7 +351,7 @@ def test_dead_and_loud_channels_give_numbers(lab, checkpoints, options, factor, 
             block.get_submodule(path).weight.data.zero_()
             if block.get_submodule(path).bias is not None:
                 block.get_submodule(path).bias.data.fill_(-1.0)
-    apply(context, context.cell.compressions["quantization"])
+    quantize_model(context, context.cell.compressions["quantization"])
     assert torch.isfinite(logits(context.model)).all()
 
 

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.modules.formats import Format
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = LazyModule("torch")
 
 # The 16 values of NormalFloat 4 (QLoRA, Dettmers et al. 2023, appendix E): quantiles of a normal distribution.
 NF4 = (

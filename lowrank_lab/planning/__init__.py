@@ -1,1 +1,1 @@
-"""What a grid will cost, told before anything is computed (``python run.py ... dry_run=true``)."""
+"""What a grid will cost, before anything is computed (``python run.py ... dry_run=true``)."""

@@ -21,14 +21,14 @@ from lowrank_lab.running.context import pick_device
 
 NOTE = (
     "Memory is the peak of the process, with weights that are mapped from their checkpoint; what cells share is "
-    "counted where it is made first.\n≥: not estimated are refinements, allocations that search or train, "
+    "counted for the first of them.\n≥: not estimated are refinements, allocations that search or train, "
     "quantization, perplexities of texts of unknown length, and other evaluations."
 )
 
 
 @dataclass
 class Machine:
-    """Bytes of memory and of GPU memory (0: no GPU), and what is free of each disk once the cells have written."""
+    """Bytes of memory and of GPU memory (0: no GPU), and the free bytes of each disk after the cells' writes."""
 
     memory: int
     gpu: int
@@ -40,7 +40,7 @@ class Machine:
         return cls(environment.memory_limit(), gpu)
 
     def left_after(self, count: int, folder: Path) -> int:
-        """Note that ``count`` bytes go to ``folder``; returns how many are free after that, below 0 for too few."""
+        """Subtract ``count`` bytes for ``folder``; returns how many are free after that, below 0 for too few."""
         folder = folder.absolute()
         while not folder.exists():
             folder = folder.parent
@@ -50,12 +50,12 @@ class Machine:
         return self.free[disk]
 
 
-def tell(cells: Sequence[Cell]) -> bool:
-    """Print what is needed, a row a cell, and what is short; returns whether all fits. Nothing is made."""
+def print_needs(cells: Sequence[Cell]) -> bool:
+    """Print what each cell needs and what is short; returns whether all fits. Nothing is computed."""
     device = pick_device(cells[0].cfg.device)
     machine = Machine.here(device)
     models: dict[str, Shapes] = {}
-    made: set[tuple[str, str, str]] = set()
+    planned: set[tuple[str, str, str]] = set()
     seen: set[str] = set()
     rows, everything, short = [], [], []
     for cell in cells:
@@ -68,7 +68,7 @@ def tell(cells: Sequence[Cell]) -> bool:
                 if cell.keys.model not in models:
                     models[cell.keys.model] = shapes_of(cell)
                 planner = Planner(cell, with_sites(models[cell.keys.model], cell), machine.gpu > 0)
-                steps = [step for step in planner.steps() if _is_missing(step, made)]
+                steps = [step for step in planner.steps() if _is_missing(step, planned)]
             except SkippedCell as why:
                 state = f"to be skipped: {why}"
         seen.add(cell.key)
@@ -85,15 +85,15 @@ def tell(cells: Sequence[Cell]) -> bool:
     return not short
 
 
-def _is_missing(step: Step, made: set[tuple[str, str, str]]) -> bool:
-    """Whether the step has still to be done once the cells before have done theirs, which ``made`` notes."""
+def _is_missing(step: Step, planned: set[tuple[str, str, str]]) -> bool:
+    """Whether the step is still to be done after the cells before; adds its artifact to ``planned``."""
     if step.artifact is None:
         return True
     store, kind, key = step.artifact
     place = (str(store.root), kind, key)
-    if place in made or store.get(kind, key) is not None:
+    if place in planned or store.get(kind, key) is not None:
         return False
-    made.add(place)
+    planned.add(place)
     return True
 
 
@@ -112,13 +112,13 @@ def _needs(steps: Sequence[Step]) -> dict[str, str]:
 
 
 def _lacking(cell: Cell, steps: Sequence[Step], machine: Machine) -> Iterator[str]:
-    """For each resource that is short: by how much, and what to change."""
+    """For each resource that is short: by how much, and what to change. ``steps`` are those still to be done."""
     if not steps:
         return
     largest = max(steps, key=lambda step: step.host - step.mapped)
     if (needed := largest.host - largest.mapped) > machine.memory:
         ways = [] if cell.cfg.calibration.offload else ["calibration.offload=true"]
-        ways += ["the checkpoint's own dtype, whose weights are mapped from the disk"] if not largest.mapped else []
+        ways += ["the dtype of the checkpoint, whose weights stay on the disk"] if not largest.mapped else []
         yield _short("memory", largest, needed, machine.memory, [*ways, "smaller batches", "a larger machine"])
     largest = max(steps, key=lambda step: step.device)
     if largest.device > machine.gpu:

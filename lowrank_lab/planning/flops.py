@@ -43,7 +43,7 @@ def decomposition(site: Site, full_metric: bool, tokens: int) -> int:
 
     Where out > in, C has a root: by Cholesky, which takes n³ / 3 and the bound on its condition 2 n³ / 3, or by its
     eigenvectors where it is singular, as it is of fewer tokens than channels. (One that is ill-conditioned takes
-    its eigenvectors too, which shapes do not tell.)
+    its eigenvectors too, which shapes do not show.)
     """
     p, large = site.full, site.out * site.inp
     products = 2 * large * p + (2 * large * site.inp if full_metric else 0)

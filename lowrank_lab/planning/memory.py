@@ -1,6 +1,6 @@
-"""Bytes that the stages of a cell hold beside the weights and the hidden states, from shapes.
+"""Bytes that the stages of a cell hold in addition to the weights and the hidden states, from shapes.
 
-Each is what is alive at once in the code it stands for, rounded up; intermediate results count.
+Each is the peak of the code that it stands for, rounded up; intermediate results count.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def logits(shapes: Shapes, tokens: int, value: int) -> int:
 
 
 def sums(shapes: Shapes, tokens: int) -> int:
-    """Of the statistics of a block's inputs: float64, the input in float32, and a mean in the making."""
+    """Of the statistics of a block's inputs: float64, the input in float32, and a mean while it is computed."""
     widest = max(width for of_block in shapes.inputs for width in of_block)
     kept = max(sum(width**2 for width in of_block) for of_block in shapes.inputs)
     return DOUBLE * kept + max(2 * SINGLE * tokens * widest, DOUBLE * widest**2) + SINGLE * widest**2

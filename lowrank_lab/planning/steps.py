@@ -1,4 +1,4 @@
-"""What a cell will do, in the order of stages.py, and what each step will need."""
+"""What a cell will do, in the order of running/pipeline.py, and what each step will need."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ WITHOUT_TRAINING = ("Uniform", "LossBased", "GlobalTail")  # allocations that re
 class Step:
     """One stage.
 
-    artifact  where what it makes is kept: the store, its kind and key; None where it is not kept
-    host      bytes of memory of the whole process, ``mapped`` of which are files, which the system can take back
+    artifact  where its result is kept: the store, its kind and key; None where it is not kept
+    host      bytes of memory of the whole process, ``mapped`` of which are files, which the system can reclaim
     device    bytes of GPU memory; 0 without one
     disk      bytes that it writes
-    scratch   bytes of the artifacts' disk that it needs beside these while it runs
+    scratch   more bytes of the artifacts' disk that it needs while it runs
     flops     floating point operations
-    known     whether it is estimated at all; if not, these are what is needed at least
+    known     whether all of it is estimated; if not, the numbers are lower bounds
     """
 
     name: str
@@ -137,7 +137,7 @@ class Planner:
         wanted = {self.cell.keys.weight_fisher: (False, True)} if answers.needs_weight_fisher else {}
         if (key := keys.gradients) is not None and not answers.one_backward_pass:
             wanted[key] = (answers.metric.needs_outer, False)
-        again = 0 if self.value == 4 else 4 * shapes.parameters  # the float32 model beside that of the cell
+        again = 0 if self.value == 4 else 4 * shapes.parameters  # a float32 model in addition to the cell's
         for key, (outer, weight) in wanted.items():
             yield self._step(
                 "gradients",
@@ -167,7 +167,7 @@ class Planner:
                 )
 
     def _windows(self, name: str, evaluator: Perplexity) -> int | None:
-        """How many windows will be measured; None where only tokenizing the text will tell."""
+        """How many windows will be measured; None where only tokenizing the text shows it."""
         found = self.cell.store.get("tokens", self.cell.keys.text_tokens(name))
         if found is None:
             return evaluator.max_windows
@@ -208,7 +208,7 @@ class Planner:
         """
         state = self.shapes.hidden * self.value if hidden else 0
         states, scratch = self.samples * self.length * state, 0
-        if self.cell.cfg.calibration.offload:  # beside a batch that is written before the one it replaces goes
+        if self.cell.cfg.calibration.offload:  # a new batch is written before the old one is deleted
             states, scratch = 0, states + self.tokens * state
         host = BASE + self.weights + states + results
         mapped = self.weights if self.is_mapped else 0

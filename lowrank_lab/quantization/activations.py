@@ -1,4 +1,4 @@
-"""The format of what linears are given. No torch."""
+"""The format of the inputs of linears. No torch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Activations:
     """Inputs of linears rounded to 2^bits evenly spaced values.
 
     symmetric    around zero, or with a zero point
-    granularity  ``token``: each has a scale of its own; a number: so has each group of so many channels of a token;
-                 ``tensor``: one scale for all, fixed on the calibration text. (One that is found anew for every
-                 batch would make numbers depend on the batch size.)
+    granularity  ``token``: each has a scale; a number: each group of so many channels of a token has one;
+                 ``tensor``: one scale for all, fixed on the calibration text. (A new scale for every batch would
+                 make numbers depend on the batch size.)
     """
 
     def __init__(self, bits: int, symmetric: bool, granularity: Literal["token", "tensor"] | int) -> None:

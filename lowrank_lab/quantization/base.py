@@ -1,40 +1,58 @@
-"""What a quantization is made of. No torch.
+"""A quantization: what it consists of, and how a model is quantized.
 
-transform → latent → activations and weights, block by block → kv_cache: apply.py reads like that.
+transform → latent → activations and weights, block by block → kv_cache
 """
 
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lowrank_lab import checks
+from lowrank_lab import checks, progress
 from lowrank_lab.artifacts.store import fingerprint
 from lowrank_lab.cells import config, versions
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.compression import Compression, Plan
 from lowrank_lab.errors import UserError
+from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.modules.formats import Format
+from lowrank_lab.quantization.activations import Activations
+from lowrank_lab.quantization.kv_cache import KvCache
+from lowrank_lab.quantization.method.base import WeightMethod
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+    from torch import Tensor, nn
 
+    from lowrank_lab.models import walk
     from lowrank_lab.models.families import Tower
-    from lowrank_lab.modules.codec import Quantized
-    from lowrank_lab.quantization.activations import Activations
+    from lowrank_lab.modules import attention, factorized, linears, steps
+    from lowrank_lab.modules import quantized as quantized_linears
+    from lowrank_lab.quantization import inputs, targets
     from lowrank_lab.quantization.inputs import Inputs
-    from lowrank_lab.quantization.kv_cache import KvCache
     from lowrank_lab.running.context import Context
+else:
+    torch = LazyModule("torch")
+    walk = LazyModule("lowrank_lab.models.walk")
+    attention = LazyModule("lowrank_lab.modules.attention")
+    factorized = LazyModule("lowrank_lab.modules.factorized")
+    linears = LazyModule("lowrank_lab.modules.linears")
+    quantized_linears = LazyModule("lowrank_lab.modules.quantized")
+    steps = LazyModule("lowrank_lab.modules.steps")
+    inputs = LazyModule("lowrank_lab.quantization.inputs")
+    targets = LazyModule("lowrank_lab.quantization.targets")
 
 
 class Transform:
-    """Changes ``context.model`` in place, but not what it computes, so that less is lost when it is quantized.
+    """Changes ``context.model`` in place, but not its outputs, so that rounding it loses less.
 
     label              as tables show it
     needs_calibration  whether it reads the calibration text
     needs_seed         whether it draws random numbers
-    online             whether it leaves something to do in the forward, which dense weights cannot hold
-    no_influence       its settings that change its speed alone
+    online             whether it leaves work for the forward, which dense weights cannot hold
+    no_influence       the names of settings that change the speed alone
     """
 
     label = ""
@@ -48,47 +66,6 @@ class Transform:
 
     def __call__(self, context: Context, quantization: Quantization) -> None:
         raise NotImplementedError
-
-
-class WeightMethod:
-    """Quantizes weights one linear at a time, dense ones as factors.
-
-    label         what stands before the format in tables; nothing for plain rounding
-    needs_inputs  whether ``quantize`` reads what the linear is given on the calibration text
-    needs_rows    whether it also reads a sample of tokens
-    needs_seed    whether it draws random numbers
-    library       the optional one that does it
-    """
-
-    label = ""
-    library: str | None = None
-    needs_inputs = False
-    needs_rows = False
-    needs_seed = False
-
-    def check(self, form: Format) -> None:
-        """Raises ValueError for a format that the method cannot make."""
-        if form.grid == "codebook":
-            raise ValueError("weights.grid=codebook is for quantization/method=kmeans; choose integer, nf4 or fp4")
-
-    def quantize(self, weight: Tensor, form: Format, inputs: Inputs | None) -> Quantized:
-        """``weight`` (out, in) in the format."""
-        raise NotImplementedError
-
-    def quantize_together(
-        self, weights: dict[str, Tensor], forms: dict[str, Format], inputs: Inputs | None
-    ) -> dict[str, Quantized]:
-        """The weights of linears that are given the same input, by name: one by one, unless they share more.
-
-        Raises FloatingPointError, naming the linear, where something is not finite.
-        """
-        made = {}
-        for name, weight in weights.items():
-            try:
-                made[name] = self.quantize(weight, forms[name], inputs)
-            except FloatingPointError as error:
-                raise FloatingPointError(f"{name}: {error}") from None
-        return made
 
 
 class Quantization(Compression):
@@ -148,15 +125,20 @@ class Quantization(Compression):
     def needs_seed(self) -> bool:
         return any(part is not None and part.needs_seed for part in (self.transform, self.latent, self.method))
 
+    def format_of(self, path: str) -> Format:
+        """The format of the weight at ``path``: that of left or right factors, or of dense linears."""
+        parts = path.split(".")
+        return self.left if "left" in parts else self.right if "right" in parts else self.weights
+
     @property
     def online(self) -> bool:
-        """Whether anything is left to do in the forward beside multiplying, which dense weights cannot hold."""
+        """Whether the forward does more than multiply, which dense weights cannot hold."""
         of_transforms = any(part is not None and part.online for part in (self.transform, self.latent))
         return of_transforms or self.activations is not None or self.kv_cache is not None
 
     @property
     def name(self) -> str:
-        """All of it in a few letters, as tables show it: QuaRot GPTQ INT4 A4 KV4."""
+        """A short name, as tables show it: QuaRot GPTQ INT4 A4 KV4."""
         forms = dict.fromkeys((self.weights.name, self.left.name, self.right.name))
         weights = self.weights.name
         if len(forms) > 1:
@@ -166,7 +148,7 @@ class Quantization(Compression):
 
     @property
     def family(self) -> str:
-        """The same without the formats of the weights: what one line of a figure has in common."""
+        """The name without the formats of the weights: what the points on one line of a figure have in common."""
         return self._labelled([] if self.method is None else [self.method.label or "RTN"])
 
     def _labelled(self, of_weights: list[str]) -> str:
@@ -219,8 +201,91 @@ class Quantization(Compression):
 
     def apply(self, context: Context, plan: Plan) -> dict[str, Any]:
         """Quantize ``context.model`` in place."""
-        from lowrank_lab.quantization.apply import apply
-
         with context.record.stage("quantization"):
-            apply(context, self)
+            quantize_model(context, self)
         return {}
+
+
+def quantize_model(context: Context, quantization: Quantization) -> None:
+    """Quantize ``context.model`` in place; the linears of its sites alone are rounded.
+
+    Raises FloatingPointError, naming the linear, where something is not finite.
+    """
+    with torch.no_grad():
+        torch.manual_seed(context.cell.cfg.seed)  # random numbers must not depend on the work before
+        members = targets.members_by_block(context)
+        if any(part is not None for part in (quantization.transform, quantization.latent, quantization.method)):
+            for block, names in zip(walk.blocks_of(context.model, context.tower), members, strict=True):
+                linears.make_plain(block, names, getattr(torch, context.cell.cfg.dtype))
+        if quantization.transform is not None:
+            quantization.transform(context, quantization)
+        if quantization.latent is not None:
+            quantization.latent(context, quantization)
+        if quantization.activations is not None or quantization.method is not None:
+            _round(context, quantization, members)
+        if quantization.kv_cache is not None:
+            attention.round_cache(context.model, quantization.kv_cache)
+
+
+def _round(context: Context, quantization: Quantization, members: list[list[str]]) -> None:
+    """Round inputs and weights, block by block.
+
+    What needs calibration sees the outputs of the blocks before, quantized if ``sequential``; within a block all
+    linears see its inputs rounded and its weights as they were.
+    """
+    model, tower, method = context.model, context.tower, quantization.method
+    activations = quantization.activations
+    calibrates = method is not None and (method.needs_inputs or method.needs_rows)
+    static = activations is not None and activations.static
+    if not (calibrates or static):
+        blocks = list(zip(walk.blocks_of(model, tower), members, strict=True))
+        for block, names in progress.track(blocks, "quantization", "block"):
+            _round_inputs(context, quantization, block, names)
+            _round_weights(context, quantization, block, names, {})
+        return
+    hidden: list[Tensor] = []
+    blocks_run = context.walk(model, hidden=hidden)
+    for index, block, run in progress.track(blocks_run, "quantization", "block", len(members)):
+        names, run_again = members[index], partial(run, advance=False)
+        entering, leaving = list(hidden), None
+        if not quantization.sequential:
+            run()
+            leaving, hidden[:] = list(hidden), entering
+        _round_inputs(context, quantization, block, names)
+        if static:
+            inputs.fix_scales(block, linears.linears_in(block, names), run_again)
+        seen = {}
+        if method is not None and calibrates:
+            paths = linears.linears_in(block, names)
+            tokens = context.calibration_ids.numel()
+            seen = inputs.gather_inputs(block, paths, run_again, tokens, method.needs_rows, context.device)
+        _round_weights(context, quantization, block, names, seen)
+        if leaving is None:
+            run()
+        else:
+            hidden[:] = leaving
+
+
+def _round_inputs(context: Context, quantization: Quantization, block: nn.Module, members: list[str]) -> None:
+    if quantization.activations is None:
+        return
+    device = next(block.parameters()).device
+    for group in linears.shared_inputs(block, context.tower, members):
+        linears.set_steps(block, group, [steps.Round(asdict(quantization.activations.form)).to(device)])
+
+
+def _round_weights(
+    context: Context, quantization: Quantization, block: nn.Module, members: list[str], seen: dict[str, Inputs]
+) -> None:
+    """Put quantized linears in the place of those that make up ``members``; ``seen`` are inputs by path, if any."""
+    method = quantization.method
+    if method is None:
+        return
+    for group in linears.shared_inputs(block, context.tower, members):
+        dense: dict[str, Any] = {path: block.get_submodule(path) for path in group}
+        weights = {path: factorized.dense_weight(linear).detach() for path, linear in dense.items()}
+        forms = {path: quantization.format_of(path) for path in group}
+        given, *_ = [seen.pop(path, None) for path in group]  # the same for all of them
+        for path, quantized in method.quantize_together(weights, forms, given).items():
+            linear = quantized_linears.QuantizedLinear.of(quantized, dense[path].bias)
+            block.set_submodule(path, linear.to(weights[path].device))

@@ -28,7 +28,8 @@ from lowrank_lab.modules.linears import (
     set_steps,
 )
 from lowrank_lab.modules.steps import Scale
-from lowrank_lab.quantization.apply import members_by_block
+from lowrank_lab.quantization.inputs import Inputs, gather_inputs
+from lowrank_lab.quantization.targets import members_by_block
 
 if TYPE_CHECKING:
     from lowrank_lab.running.context import Context
@@ -106,7 +107,7 @@ def latents_in(block: nn.Module, tower: Tower) -> dict[str, list[str]]:
     return latents
 
 
-def is_factored(model: nn.Module, tower: Tower) -> bool:
+def any_factored(model: nn.Module, tower: Tower) -> bool:
     """Whether any site of the model is factored."""
     return any(latents_in(block, tower) for block in blocks_of(model, tower))
 
@@ -180,6 +181,23 @@ def calibrated(
             if not torch.isfinite(accumulator.abs_max).all():
                 raise FloatingPointError(f"block {index}: the input of {path} is not finite during calibration")
         yield block, [(one, sums[one.readers[0]]) for one in inputs]
+
+
+def calibrated_latents(
+    context: Context, rows: bool
+) -> Iterator[tuple[nn.Module, list[tuple[str, list[str], Inputs]]]]:
+    """Every block of ``context.model`` with its right factors, the left ones that read each, and its inputs.
+
+    ``rows``: whether the inputs have a sample of tokens. The block that is given may be changed. Nothing is read
+    where no site is factored.
+    """
+    if not any_factored(context.model, context.tower):
+        return
+    count = len(blocks_of(context.model, context.tower))
+    for _, block, run in progress.track(context.walk(context.model), "split", "block", count):
+        latents = latents_in(block, context.tower)
+        inputs = gather_inputs(block, list(latents), run, context.calibration_ids.numel(), rows, context.device)
+        yield block, [(right, lefts, inputs.pop(right)) for right, lefts in latents.items()]
 
 
 def weights_of(block: nn.Module, paths: list[str]) -> list[Tensor]:

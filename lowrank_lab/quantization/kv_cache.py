@@ -1,15 +1,12 @@
-"""The format of keys and values. No torch: attention.py does it."""
+"""The format of keys and values. No torch: modules/attention.py rounds them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from lowrank_lab import checks
 from lowrank_lab.modules.formats import Format, Granularity
-
-if TYPE_CHECKING:
-    from lowrank_lab.running.context import Context
 
 
 @dataclass(frozen=True)
@@ -54,9 +51,3 @@ class KvCache:
         zeros = self.form.packed(scales) if self.form.has_zero else 0
         one_scale = 4 if self.scale_dtype == "float32" else 2
         return 2 * layers * (self.form.packed(rows) + one_scale * scales[0] * scales[1] + zeros)
-
-    def __call__(self, context: Context) -> None:
-        """Have ``context.model`` attend to rounded keys and values."""
-        from lowrank_lab.modules.attention import round_cache
-
-        round_cache(context.model, self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,19 +17,16 @@ from lowrank_lab.artifacts.store import write_json
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.formats import Format
 from lowrank_lab.modules.linears import linears_in, set_steps, shared_inputs
-from lowrank_lab.quantization.apply import format_of, members_by_block
+from lowrank_lab.quantization import straight_through
+from lowrank_lab.quantization.base import Quantization
 from lowrank_lab.quantization.cayley import CayleySgd
 from lowrank_lab.quantization.rotation import Turn, start, turned, turned_rows, turns, values_width
-from lowrank_lab.quantization.scales import rounded
+from lowrank_lab.quantization.targets import members_by_block
+from lowrank_lab.running.context import Context
 from lowrank_lab.running.training import Recipe, train
 
-if TYPE_CHECKING:
-    from lowrank_lab.quantization.base import Quantization
-    from lowrank_lab.quantization.transform.spinquant import SpinQuant
-    from lowrank_lab.running.context import Context
-
 log = logging.getLogger(__name__)
-JUDGED = 4  # sequences whose loss is told before and after
+REPORTED = 4  # sequences whose mean loss is logged before and after
 
 
 def load(folder: Path) -> tuple[Tensor, Tensor]:
@@ -39,7 +36,7 @@ def load(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 @torch.enable_grad()
-def learn(context: Context, quantization: Quantization, settings: SpinQuant, folder: Path) -> None:
+def learn(context: Context, quantization: Quantization, recipe: Recipe, round_weights: bool, folder: Path) -> None:
     """Write R1 and R2, and ``facts.json``: the losses before and after of the first sequences.
 
     ``context.model``, whose norms are folded already, stays as it is: a copy of it in float32 is trained.
@@ -47,8 +44,8 @@ def learn(context: Context, quantization: Quantization, settings: SpinQuant, fol
     model: Any = copy.deepcopy(context.model)
     nn.Module.float(model)  # transformers' own refuses the model of a checkpoint with a quantization_config
     model.to(context.device).requires_grad_(False)
-    r1, r2 = (nn.Parameter(r.to(context.device)) for r in start(model, context.cell.cfg.seed))
-    attach(model, context, quantization, settings.round_weights, r1, r2)
+    r1, r2 = (nn.Parameter(r.to(context.device)) for r in start(model, recipe.seed))
+    attach(model, context, quantization, round_weights, r1, r2)
     ids = context.calibration_ids
 
     def loss_of(rows: Tensor) -> Tensor:
@@ -56,20 +53,13 @@ def learn(context: Context, quantization: Quantization, settings: SpinQuant, fol
         logits = model(batch, use_cache=False).logits[:, :-1]
         return cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
-    def judged() -> float:
+    def first_losses() -> float:
         with torch.no_grad():
-            return sum(loss_of(row).item() for row in ids[:JUDGED].split(1)) / len(ids[:JUDGED])
+            return sum(loss_of(row).item() for row in ids[:REPORTED].split(1)) / len(ids[:REPORTED])
 
-    recipe = Recipe(
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        micro_batch=settings.micro_batch,
-        learning_rate=settings.learning_rate,
-        seed=context.cell.cfg.seed,
-    )
-    before = judged()
+    before = first_losses()
     train(folder, "rotations", [r1, r2], loss_of, ids, recipe, optimizer_of=CayleySgd)
-    facts = {"steps": settings.steps, "loss_before": before, "loss_after": judged()}
+    facts = {"steps": recipe.steps, "loss_before": before, "loss_after": first_losses()}
     log.info("rotations: the loss of the rounded model went from %.4f to %.4f", before, facts["loss_after"])
     save_file(
         {"r1": r1.detach().cpu().contiguous(), "r2": r2.detach().cpu().contiguous()},
@@ -96,14 +86,14 @@ def attach(
         groups = shared_inputs(block, context.tower, members[index])
         for path in dict.fromkeys([*following, *rounded_here]):
             linear: Any = block.get_submodule(path)
-            form = format_of(path, quantization) if round_weights and path in rounded_here else None
+            form = quantization.format_of(path) if round_weights and path in rounded_here else None
             turn = following.get(path, Turn())
-            register_parametrization(linear, "weight", Following(turn, r1, r2, index, values, form))
+            register_parametrization(linear, "weight", RotatedWeight(turn, r1, r2, index, values, form))
             if linear.bias is not None:
-                register_parametrization(linear, "bias", Following(turn, r1, r2, index, values, None))
+                register_parametrization(linear, "bias", RotatedWeight(turn, r1, r2, index, values, None))
         if quantization.activations is not None:
             for group in groups:
-                set_steps(block, group, [Rounded(quantization.activations.form)])
+                set_steps(block, group, [straight_through.RoundInputs(quantization.activations.form)])
     norm = model.get_submodule(context.tower.final_norm)
     gain = norm.weight.detach().clone()
     norm.weight.data = torch.ones_like(gain)
@@ -111,7 +101,7 @@ def attach(
     model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, states: states @ r1.to(states))
 
 
-class Following(nn.Module):
+class RotatedWeight(nn.Module):
     """A weight (out, in) or bias (out,) as the rotations leave it, rounded if there is a format."""
 
     def __init__(
@@ -125,21 +115,4 @@ class Following(nn.Module):
         if tensor.ndim == 1:
             return turned_rows(tensor, *here)
         followed = turned(tensor, *here)
-        return followed if self.form is None else straight_through(followed, self.form)
-
-
-class Rounded(nn.Module):
-    """A step that rounds activations straight through; fixed scales are those of each batch here."""
-
-    def __init__(self, form: Format) -> None:
-        super().__init__()
-        self.form = form
-
-    def forward(self, x: Tensor) -> Tensor:
-        return straight_through(x, self.form)
-
-
-def straight_through(x: Tensor, form: Format) -> Tensor:
-    """``x`` rounded, with the gradient of ``x``."""
-    rows = x.detach().reshape(-1, x.shape[-1])
-    return x + (rounded(rows, form).view_as(x) - x.detach())
+        return followed if self.form is None else straight_through.rounded_values(followed, self.form)

@@ -1,21 +1,38 @@
-"""QSVD's split of the singular values between the factors of a site, by what rounding costs."""
+"""QSVD's split of the singular values between the factors of a site, U Σ^(1−β) and Σ^β Vᵀ, by rounding errors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from lowrank_lab import checks
 from lowrank_lab.errors import SkippedCell
+from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.modules.formats import Format
 from lowrank_lab.quantization.base import Quantization, Transform
+from lowrank_lab.quantization.scales import output_error, rounded
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
+    from lowrank_lab.lowrank import factors as site_factors
     from lowrank_lab.models.families import Tower
+    from lowrank_lab.modules import hadamard, linears, steps
+    from lowrank_lab.quantization import folding
     from lowrank_lab.quantization.inputs import Inputs
     from lowrank_lab.running.context import Context
+else:
+    torch = LazyModule("torch")
+    site_factors = LazyModule("lowrank_lab.lowrank.factors")
+    hadamard = LazyModule("lowrank_lab.modules.hadamard")
+    linears = LazyModule("lowrank_lab.modules.linears")
+    steps = LazyModule("lowrank_lab.modules.steps")
+    folding = LazyModule("lowrank_lab.quantization.folding")
+
+Factors: TypeAlias = "tuple[Tensor, Tensor]"
 
 
 class BetaSplit(Transform):
@@ -44,39 +61,21 @@ class BetaSplit(Transform):
             raise SkippedCell("latent=beta splits for what is rounded; choose a quantization/method or activations")
 
     def __call__(self, context: Context, quantization: Quantization) -> None:
-        from lowrank_lab import progress
-        from lowrank_lab.models.walk import blocks_of
-        from lowrank_lab.quantization.folding import is_factored, latents_in
-        from lowrank_lab.quantization.inputs import gather_inputs
-
-        if not is_factored(context.model, context.tower):
-            return
-        count = len(blocks_of(context.model, context.tower))
-        blocks = context.walk(context.model)
-        for _, block, run in progress.track(blocks, "split", "block", count):
-            latents = latents_in(block, context.tower)
-            rows = quantization.activations is not None
-            inputs = gather_inputs(block, list(latents), run, context.calibration_ids.numel(), rows, context.device)
-            for right, lefts in latents.items():
-                self._split(block, right, lefts, inputs.pop(right), quantization)
+        rows = quantization.activations is not None
+        for block, latents in folding.calibrated_latents(context, rows):
+            for right, lefts, inputs in latents:
+                self._split(block, right, lefts, inputs, quantization)
 
     def _split(
         self, block: nn.Module, right: str, lefts: list[str], inputs: Inputs, quantization: Quantization
     ) -> None:
         """Replace the factors at the paths ``right`` and ``lefts``, which read its latent, by the best split."""
-        import torch
-
-        from lowrank_lab.modules.hadamard import transform
-        from lowrank_lab.modules.linears import change_weight
-        from lowrank_lab.quantization.folding import weights_of
-        from lowrank_lab.quantization.splits import latent_loss, low_factors, splits, weight_loss
-
-        [of_right], of_lefts = weights_of(block, [right]), weights_of(block, lefts)
+        [of_right], of_lefts = folding.weights_of(block, [right]), folding.weights_of(block, lefts)
         outs = [len(left) for left in of_lefts]
         forms = (quantization.left, quantization.right) if quantization.method is not None else (None, None)
         candidates = splits(torch.cat(of_lefts).double(), of_right.double(), self.betas)
         if self.rotate:
-            candidates = [(transform(u), transform(v.T).T) for u, v in candidates]
+            candidates = [(hadamard.transform(u), hadamard.transform(v.T).T) for u, v in candidates]
         losses = []
         for factors in candidates:
             low = low_factors(factors, outs, *forms)
@@ -87,8 +86,41 @@ class BetaSplit(Transform):
                 losses.append(latent_loss(factors, low, inputs.rows.double(), quantization.activations.form))
         left, of_right = candidates[int(torch.stack(losses).argmin())]
         for path, weight in zip([right, *lefts], [of_right, *left.split(outs)], strict=True):
-            change_weight(block, path, partial(_instead, weight))
+            linears.change_weight(block, path, partial(_replaced_by, weight))
 
 
-def _instead(new: Tensor, _old: Tensor) -> Tensor:
+def _replaced_by(new: Tensor, _old: Tensor) -> Tensor:
     return new
+
+
+def splits(left: Tensor, right: Tensor, betas: Sequence[float]) -> list[Factors]:
+    """The product of ``left`` (out, k) and ``right`` (k, in) as U Σ^(1−β) and Σ^β Vᵀ, for every β of ``betas``.
+
+    k is at most out and in. A direction without weight, σ = 0, is zero in both.
+    """
+    u, sigma_v, sigma = site_factors.orthogonal_factors(left, right)
+    of_right = [torch.where(sigma > 0, sigma ** (beta - 1), 0.0).unsqueeze(-1) for beta in betas]
+    return [(u * sigma ** (1 - beta), sigma_v * by) for beta, by in zip(betas, of_right, strict=True)]
+
+
+def weight_loss(factors: Factors, low: Factors, second_moment: Tensor) -> Tensor:
+    """mean ‖(L' R' − L R) x‖² with the rounded factors ``low``, given ``second_moment`` (in, in), the mean x xᵀ."""
+    return output_error(low[0] @ low[1] - factors[0] @ factors[1], second_moment)
+
+
+def latent_loss(factors: Factors, low: Factors, rows: Tensor, form: Format) -> Tensor:
+    """mean ‖L' Q(R' x) − L R x‖² over the ``rows`` x (tokens, in), with the latent R' x rounded to ``form`` too."""
+    latent, rounding = rows @ low[1].T, steps.Round(asdict(form)).to(rows.device)
+    if rounding.static:
+        rounding.fix(latent.amin(), latent.amax())
+    errors = rounding(latent) @ low[0].T - rows @ factors[1].T @ factors[0].T
+    return errors.square().sum(1).mean()
+
+
+def low_factors(factors: Factors, outs: Sequence[int], left: Format | None, right: Format | None) -> Factors:
+    """``factors`` rounded to these formats (None: not); each left factor, ``outs`` rows long, by itself."""
+    lefts = factors[0].split(list(outs))
+    return (
+        torch.cat([rounded(one, left).to(one.dtype) for one in lefts]) if left is not None else factors[0],
+        rounded(factors[1], right).to(factors[1].dtype) if right is not None else factors[1],
+    )

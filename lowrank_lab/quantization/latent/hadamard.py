@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.quantization.base import Quantization, Transform
 
 if TYPE_CHECKING:
+    from lowrank_lab.quantization import rotation
     from lowrank_lab.running.context import Context
+else:
+    rotation = LazyModule("lowrank_lab.quantization.rotation")
 
 
 class LatentHadamard(Transform):
@@ -20,6 +24,4 @@ class LatentHadamard(Transform):
     label = "latent Hadamard"
 
     def __call__(self, context: Context, quantization: Quantization) -> None:
-        from lowrank_lab.quantization.rotation import rotate_latent
-
-        rotate_latent(context.model, context.tower)
+        rotation.rotate_latent(context.model, context.tower)

@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lowrank_lab import checks
+from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.quantization.base import Quantization, Transform
+from lowrank_lab.quantization.scales import largest, smoothing
 
 if TYPE_CHECKING:
+    from lowrank_lab.quantization import folding
     from lowrank_lab.running.context import Context
+else:
+    folding = LazyModule("lowrank_lab.quantization.folding")
 
 
 class LatentSmooth(Transform):
@@ -28,14 +33,11 @@ class LatentSmooth(Transform):
         self.alpha = alpha
 
     def __call__(self, context: Context, quantization: Quantization) -> None:
-        from lowrank_lab.quantization.folding import calibrated, fold, is_factored, weights_of
-        from lowrank_lab.quantization.scales import largest, smoothing
-
-        if not is_factored(context.model, context.tower):
+        if not folding.any_factored(context.model, context.tower):
             return
-        for block, inputs in calibrated(context, ["latent"]):
+        for block, inputs in folding.calibrated(context, ["latent"]):
             scales = []
             for at, sums in inputs:
-                weights = largest(weights_of(block, at.readers))
+                weights = largest(folding.weights_of(block, at.readers))
                 scales.append((at, smoothing(sums.abs_max, weights, self.alpha)))
-            fold(block, context.tower, scales)
+            folding.fold(block, context.tower, scales)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lowrank_lab.modules.codec import Quantized, quantize
 from lowrank_lab.modules.formats import Format
-from lowrank_lab.quantization.base import WeightMethod
+from lowrank_lab.quantization.method.base import WeightMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowrank_lab.modules.codec import Quantized
     from lowrank_lab.quantization.inputs import Inputs
 
 
@@ -18,6 +18,4 @@ class RoundToNearest(WeightMethod):
     """RTN as in ASVD §4.4, and NF4 as in QLoRA, by the format."""
 
     def quantize(self, weight: Tensor, form: Format, inputs: Inputs | None) -> Quantized:
-        from lowrank_lab.modules.codec import quantize
-
         return quantize(weight, form)

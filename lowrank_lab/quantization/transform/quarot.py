@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lowrank_lab import checks
+from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.quantization.base import Quantization, Transform
 
 if TYPE_CHECKING:
     from lowrank_lab.models.families import Tower
+    from lowrank_lab.quantization import rotation
     from lowrank_lab.running.context import Context
+else:
+    rotation = LazyModule("lowrank_lab.quantization.rotation")
 
 
 class QuaRot(Transform):
@@ -30,13 +34,9 @@ class QuaRot(Transform):
         self.heads, self.down = heads, down
 
     def check(self, tower: Tower, quantization: Quantization) -> None:
-        from lowrank_lab.quantization.rotation import check
-
-        check(tower, self.label)
+        rotation.check(tower, self.label)
 
     def __call__(self, context: Context, quantization: Quantization) -> None:
-        from lowrank_lab.quantization import rotation
-
         rotation.fold_norms(context.model, context.tower)
         rotation.hadamards(context.model, context.tower, self.heads, self.down)
         rotation.rotate(context.model, context.tower, *rotation.start(context.model, context.cell.cfg.seed))

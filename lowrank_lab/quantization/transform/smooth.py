@@ -1,14 +1,19 @@
-"""SmoothQuant: activations made easier to round, weights harder by as much."""
+"""SmoothQuant: a scale makes activations easier to round, and weights harder by as much."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from lowrank_lab import checks
+from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.quantization.base import Quantization, Transform
+from lowrank_lab.quantization.scales import largest, smoothing
 
 if TYPE_CHECKING:
+    from lowrank_lab.quantization import folding
     from lowrank_lab.running.context import Context
+else:
+    folding = LazyModule("lowrank_lab.quantization.folding")
 
 
 class SmoothQuant(Transform):
@@ -32,13 +37,10 @@ class SmoothQuant(Transform):
         self.online = where == "all"
 
     def __call__(self, context: Context, quantization: Quantization) -> None:
-        from lowrank_lab.quantization.folding import SOURCES, calibrated, fold, weights_of
-        from lowrank_lab.quantization.scales import largest, smoothing
-
-        for block, inputs in calibrated(context, SOURCES[self.where]):
+        for block, inputs in folding.calibrated(context, folding.SOURCES[self.where]):
             scales = []
             for at, sums in inputs:
-                weights = largest(weights_of(block, at.readers))
+                weights = largest(folding.weights_of(block, at.readers))
                 activations, weights = (at.shared(each, lambda x: x.amax(1)) for each in (sums.abs_max, weights))
                 scales.append((at, smoothing(activations, weights, self.alpha)))
-            fold(block, context.tower, scales)
+            folding.fold(block, context.tower, scales)

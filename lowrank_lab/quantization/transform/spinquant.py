@@ -8,11 +8,18 @@ from typing import TYPE_CHECKING
 from lowrank_lab import checks
 from lowrank_lab.cells import config, versions
 from lowrank_lab.errors import SkippedCell
+from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.quantization.base import Quantization, Transform
 
 if TYPE_CHECKING:
     from lowrank_lab.models.families import Tower
+    from lowrank_lab.quantization import learned_rotation, rotation
+    from lowrank_lab.running import training
     from lowrank_lab.running.context import Context
+else:
+    learned_rotation = LazyModule("lowrank_lab.quantization.learned_rotation")
+    rotation = LazyModule("lowrank_lab.quantization.rotation")
+    training = LazyModule("lowrank_lab.running.training")
 
 
 class SpinQuant(Transform):
@@ -42,9 +49,7 @@ class SpinQuant(Transform):
         self.micro_batch, self.round_weights, self.down = micro_batch, round_weights, down
 
     def check(self, tower: Tower, quantization: Quantization) -> None:
-        from lowrank_lab.quantization.rotation import check
-
-        check(tower, self.label)
+        rotation.check(tower, self.label)
         if quantization.activations is None and not (self.round_weights and quantization.method is not None):
             raise SkippedCell(
                 "SpinQuant learns from rounded numbers; choose quantization/activations=int4 or "
@@ -52,12 +57,13 @@ class SpinQuant(Transform):
             )
 
     def __call__(self, context: Context, quantization: Quantization) -> None:
-        from lowrank_lab.quantization import learned_rotation, rotation
-
         rotation.fold_norms(context.model, context.tower)
         rotation.hadamards(context.model, context.tower, False, self.down)
         cfg, cell = context.cell.cfg, context.cell
         forms = ("weights", "left", "right") if self.round_weights else ()
+        recipe = training.Recipe(
+            self.steps, self.batch_size, self.micro_batch, self.learning_rate, seed=context.cell.cfg.seed
+        )
         learned = context.artifact(
             "rotations",
             "rotations",
@@ -71,7 +77,7 @@ class SpinQuant(Transform):
                 "tokens": cell.keys.calibration_tokens,
                 "seed": cfg.seed,
             },
-            partial(learned_rotation.learn, context, quantization, self),
+            partial(learned_rotation.learn, context, quantization, recipe, self.round_weights),
             resumable=True,
         )
         rotation.rotate(context.model, context.tower, *learned_rotation.load(learned))
