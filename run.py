@@ -11,7 +11,6 @@ from pathlib import Path
 from types import FrameType
 
 import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
@@ -21,6 +20,7 @@ from lowrank_lab import progress, redaction
 from lowrank_lab.artifacts.locks import Busy
 from lowrank_lab.cells import config, grid
 from lowrank_lab.cells.cell import Cell
+from lowrank_lab.cells.hydra_private import argument_parser
 from lowrank_lab.errors import UserError
 from lowrank_lab.records.results import Results
 from lowrank_lab.running import runner
@@ -60,7 +60,7 @@ def main() -> None:
     # argparse wants the overrides in one piece; people also write: run.py model=tiny -m ratio=0.8,0.6
     words = grid.spelled_out(sys.argv[1:])
     sys.argv[1:] = sorted(words, key=lambda word: "=" in word and not word.startswith("-"))
-    arguments = get_args_parser().parse_args()
+    arguments = argument_parser().parse_args()
     asks_for_work = not (
         arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
     )

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
 from lowrank_lab import progress
 from lowrank_lab.cells import grid
 from lowrank_lab.cells.cell import Cell
+from lowrank_lab.cells.hydra_private import argument_parser
 from lowrank_lab.environment import cores
 from lowrank_lab.errors import UserError
 from lowrank_lab.launching import jobs, slurm
@@ -77,7 +77,7 @@ class Grid:
 
     def command(self, overrides: list[str], name: str) -> list[str]:
         """The command for the cells that ``overrides`` ask for, one by one, with its logs in folder ``name``."""
-        arguments = get_args_parser().parse_args()
+        arguments = argument_parser().parse_args()
         where = {"--config-name": arguments.config_name, "--config-dir": arguments.config_dir}
         flags = [f"{flag}={value}" for flag, value in where.items() if value]
         words = [*overrides, *self.settings, f"hydra.sweep.dir='{self.folder / name}'"]

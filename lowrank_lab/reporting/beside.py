@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from lowrank_lab.artifacts.store import fingerprint
 from lowrank_lab.reporting import models_of_papers
 from lowrank_lab.reporting.published import Published
-from lowrank_lab.reporting.tables import outdated, quantized
 
 T = TypeVar("T")
 
@@ -39,7 +38,7 @@ def is_cell(row: dict[str, Any], record: dict[str, Any], table: Published) -> bo
     return (
         record["method"] == method
         and (method == "dense" or record["ratio"] == row["kept"])
-        and _quantized(record) == quantization
+        and record["quantization"]["name"] == quantization
         and all(setting(config, name) == value for name, value in settings_in(row["variant"]))
     )
 
@@ -48,16 +47,6 @@ def settings_in(variant: str) -> list[tuple[str, str]]:
     """The parts of a variant that are settings of ours, by their dotted names."""
     parts = [part.partition("=") for part in variant.split(";")]
     return [(name, value) for name, _, value in parts if "." in name]
-
-
-def _quantized(record: dict[str, Any]) -> str:
-    """The name of a record's quantization; that of an outdated one may be settings that are no more."""
-    try:
-        return quantized(record["config"], "name")
-    except Exception:
-        if outdated(record):
-            return "unknown"
-        raise
 
 
 def setting(config: dict[str, Any], name: str) -> str:

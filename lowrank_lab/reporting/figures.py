@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from lowrank_lab.reporting.kinds.errors import linear_names
 from lowrank_lab.reporting.sections import OUTPUT_ERROR, PERPLEXITY, SPEED, TRUNCATION
-from lowrank_lab.reporting.tables import WHOLE, all_groups
+from lowrank_lab.reporting.tables import all_groups
 
 # Okabe and Ito's palette: told apart with every common kind of colour blindness, and by marker in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -51,12 +51,12 @@ def label_of(name: str, variant: str) -> str:
 
 def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | None:
     """Perplexity (log scale) against the fraction of all linears kept, a line for each method."""
-    if not ((group["method"] != "dense") & group["counted"].isin(WHOLE)).any():
+    if not ((group["method"] != "dense") & group["whole"]).any():
         return None
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
         # Ratios of part of the model would stand at the wrong place on this axis.
-        compressed = group[(group["method"] != "dense") & group["counted"].isin(WHOLE)]
+        compressed = group[(group["method"] != "dense") & group["whole"]]
         for number, ((method, variant), line) in enumerate(compressed.groupby(["method", "variant"], sort=True)):
             line = line.sort_values("ratio_reached")
             axes.plot(
@@ -102,7 +102,7 @@ def perplexity_against_bits(group: pd.DataFrame, caption: str) -> plt.Figure:
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(11, 6), layout="constrained")
-        rows = group[group["counted"].isin(WHOLE)]
+        rows = group[group["whole"]]
         plain = (rows["method"] == "dense") & (rows["quantized"] == "none")
         for number, ((method, quantized), line) in enumerate(rows[~plain].groupby(["method", "quantized"])):
             line = line.sort_values(["bits", "value"])

@@ -13,7 +13,6 @@ from lowrank_lab.reporting.beside import Ours, is_cell, latest, of_model, settin
 from lowrank_lab.reporting.protocols import differs, marks
 from lowrank_lab.reporting.published import Published
 from lowrank_lab.reporting.recipe_cells import Cell, recipe_cells
-from lowrank_lab.reporting.tables import quantized
 
 COLUMNS = [
     "model",
@@ -69,7 +68,8 @@ def _numbers(record: dict[str, Any], table: Published) -> Iterator[Ours]:
         protocol = source.get("protocol", {})
         yield Ours(record, metric, dataset, variant, value, protocol, differs(record, source, table))
     config = {**record["config"], "allocation": None, "quantization": None}
-    dense = {**record, "method": "dense", "ratio": 1.0, "config": config}
+    quantization = {"name": "none", "family": "none"}
+    dense = {**record, "method": "dense", "ratio": 1.0, "config": config, "quantization": quantization}
     for (metric, dataset, variant, value), source in measured.of_dense(record):
         protocol = source.get("protocol", {})
         yield Ours(dense, metric, dataset, variant, value, protocol, differs(dense, source, table))
@@ -137,7 +137,7 @@ def _beyond(table: Published, numbers: list[Ours]) -> list[dict[str, Any]]:
         model = papers.get(record["config"]["model"]["path"], "")
         if where in columns and not (model and stands_beside(model, record, *where, ours.variant)):
             settings = ";".join(f"{name}={setting(record['config'], name)}" for name in _answered(told, record))
-            line = (record["method"], f"{record['ratio']:g}", quantized(record["config"], "name"), settings)
+            line = (record["method"], f"{record['ratio']:g}", record["quantization"]["name"], settings)
             of_line = found.setdefault((model or record["model"], *line), {})
             of_line.setdefault((*where, ours.variant), []).append(ours)
     beyond = []

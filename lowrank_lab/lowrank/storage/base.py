@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 
 class Storage(Protocol):
+    counts: str  # the unit of its costs, as tables show it
+
     def cost_per_rank(self, out: int, inp: int) -> int:
         """What one rank of an (out, in) matrix costs, in numbers as large as those of the dense matrix."""
         ...

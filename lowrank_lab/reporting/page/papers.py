@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from lowrank_lab.records.labels import CONFIG_DIR
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import published
 from lowrank_lab.reporting.joined import join
@@ -20,7 +21,6 @@ from lowrank_lab.reporting.paper_tables import (
 )
 from lowrank_lab.reporting.published import Published
 from lowrank_lab.reporting.recipe_cells import recipe_cells
-from lowrank_lab.reporting.tables import CONFIG_DIR
 
 STEPS = (0.01, 0.05, 0.2)  # relative differences from which on a number has a stronger colour
 
