@@ -10,6 +10,7 @@ FIRST_PLACES = {  # by the present place of a package or class, the place under 
     "lowrank_lab.lowrank.allocation.": "lowrank_lab.allocation.",
     "lowrank_lab.lowrank.refinement.": "lowrank_lab.refinement.",
     "lowrank_lab.lowrank.storage.": "lowrank_lab.storage.",
+    "lowrank_lab.evaluation.perplexity.": "lowrank_lab.evaluation.ppl.",
 }
 
 

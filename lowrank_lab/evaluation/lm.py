@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from lowrank_lab import progress
 from lowrank_lab.errors import UserError
-from lowrank_lab.evaluation.robust import CheckScores, NotFiniteError, check_output, in_batches
+from lowrank_lab.evaluation.robust import NotFiniteError, check_output, in_batches
+from lowrank_lab.evaluation.text import CheckScores
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

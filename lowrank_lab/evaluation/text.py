@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from lowrank_lab import progress
-from lowrank_lab.evaluation.robust import CheckScores
+from lowrank_lab.evaluation.robust import check_output
 
 
 @dataclass(frozen=True)
@@ -100,3 +101,14 @@ def _own_settings_aside(model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
+
+
+class CheckScores(LogitsProcessor):
+    """Looks at the scores of every generated token, and changes none."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        check_output(self.model, input_ids, scores.amax(-1))  # -inf is how other processors forbid a token
+        return scores
