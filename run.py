@@ -29,12 +29,12 @@ log = logging.getLogger(__name__)
 
 CONFIG_DIR = Path(__file__).resolve().parent / "conf"
 
-_postponed: list[DictConfig] = []  # cells of this process's grid that another process held up
+_postponed: list[DictConfig] = []  # cells of this process's grid that wait for another process
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def job(cfg: DictConfig) -> None:
-    redaction.guard_streams()  # also where a launcher has started this in a process of its own
+    redaction.guard_streams()  # also in a process that a launcher has started
     hydra_cfg = HydraConfig.get()
     is_basic = hydra_cfg.launcher._target_.endswith("BasicLauncher") or runner.LAUNCH in os.environ
     one_by_one = hydra_cfg.mode == RunMode.MULTIRUN and is_basic
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def _run() -> None:
-    """Hydra's jobs, and then the cells that other processes held up meanwhile."""
+    """Hydra's jobs, and then the cells that waited for other processes."""
     status: int | str | None = None
     try:
         job()
@@ -115,7 +115,7 @@ def _plan(arguments: argparse.Namespace) -> list[Cell]:
             here = [cell for cell in cells if cell.cfg.results == root]
             os.environ[grid.NAME] = Results(root).note_grid(arguments.overrides, here)
     finished = {cell.key: (cell.label, record) for cell in cells if (record := runner.finished(cell)) is not None}
-    count = sum(cell.key in finished for cell in cells)  # a label does not tell all settings
+    count = sum(cell.key in finished for cell in cells)  # two cells may have one label
     print(f"{len(cells)} cells, {count} finished already", file=sys.stderr)
     if count < len(cells):
         return cells

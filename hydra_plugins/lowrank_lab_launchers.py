@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class _Elsewhere(basic_launcher.BasicLauncher):
-    """A launcher whose jobs are other processes: what came of them is in their records, and nothing is returned.
+    """A launcher whose jobs are other processes: their results are in records, and nothing is returned.
 
-    Each has the same command, its launcher included, and there runs its cells itself as Hydra's own launcher does.
+    Each has the same command, launcher included, and runs its cells itself, as Hydra's basic launcher does.
     """
 
     def __init__(self, **settings: Any) -> None:

@@ -68,7 +68,7 @@ def _spelled_out(word: str) -> str:
 
 
 def _without_sweeps(overrides: list[str]) -> list[str]:
-    """Enough to read the sweeper's own settings: the first value of every axis."""
+    """Enough to read the sweeper's settings: the first value of every axis."""
     parsed = OverridesParser.create().parse_overrides(overrides)
     first = []
     for override in parsed:
@@ -81,7 +81,7 @@ def _without_sweeps(overrides: list[str]) -> list[str]:
 
 
 def cell_of(cfg: DictConfig) -> Cell:
-    """The cell of a composed configuration, Hydra's own part included. Raises UserError as ``plan`` does."""
+    """The cell of a composed configuration, Hydra's part included. Raises UserError as ``plan`` does."""
     return Cell.from_config(OmegaConf.create(_without_hydra(cfg)))
 
 
@@ -105,7 +105,7 @@ def _composed(config_name: str, jobs: list[list[str]], base: DictConfig) -> Iter
         if choices not in chosen:
             chosen[choices] = compose(config_name, list(choices), True)
             plain[choices] = _without_hydra(chosen[choices])
-            redaction.refuse_in(plain[choices])  # a YAML file of the user's own may hold a secret
+            redaction.refuse_in(plain[choices])  # a YAML file of the user may hold a secret
         if not all(_sets_value(override, chosen[choices]) for override in values):  # as they did in ``base``
             yield OmegaConf.create(_without_hydra(compose(config_name, words, True)))
             continue
@@ -115,7 +115,7 @@ def _composed(config_name: str, jobs: list[list[str]], base: DictConfig) -> Iter
             for override in values:
                 OmegaConf.update(cfg, override.key_or_group, override.value())
         except OmegaConfBaseException:
-            compose(config_name, words)  # says what is wrong
+            compose(config_name, words)  # its error says what is wrong
             raise
         OmegaConf.set_struct(cfg, None)
         yield cfg
@@ -134,7 +134,7 @@ def _sets_value(override: Override, cfg: DictConfig) -> bool:
 
 
 def _chooses_option(override: Override, cfg: DictConfig) -> bool:
-    """Whether an override chooses an option of a group, or is of Hydra's own part: no entry of the cell."""
+    """Whether an override chooses an option of a group, or is of Hydra's part: no entry of the cell."""
     if override.is_hydra_override():
         return True
     is_choice = override.key_or_group in cfg.hydra.runtime.choices and not isinstance(override.value(), dict)

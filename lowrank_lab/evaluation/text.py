@@ -1,4 +1,4 @@
-"""Answers to prompts, written by transformers' own ``generate``."""
+"""Answers to prompts, by ``generate`` of transformers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lowrank_lab.evaluation.robust import check_output
 class Answer:
     """The token ids that a model wrote after a prompt, without the end token, and their text.
 
-    ``cut`` says that it would have gone on, had there been more tokens to write.
+    ``cut`` says that it was stopped at ``max_new_tokens``.
     """
 
     ids: list[int]
@@ -48,7 +48,7 @@ def write(
     check = LogitsProcessorList([CheckScores(model)])
     ways: tuple[dict[str, Any], ...] = ({"do_sample": False}, {"do_sample": True, "top_k": 0, **sampling})
     written = []
-    with _own_settings_aside(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with _without_checkpoint_settings(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         for ids, one_line in progress.track(prompts, "generation", "prompt"):
             prompt = torch.tensor([ids], device=device)
             pair = []
@@ -94,13 +94,13 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 @contextmanager
-def _own_settings_aside(model: Any) -> Iterator[None]:
+def _without_checkpoint_settings(model: Any) -> Iterator[None]:
     """Without the checkpoint's own generation settings, which would fill in what ours leave open."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
+    kept, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = kept
 
 
 class CheckScores(LogitsProcessor):

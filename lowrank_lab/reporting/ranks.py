@@ -1,4 +1,4 @@
-"""Where a record's ranks went: by linear and block, in weights and bytes, beside the spectra that they cut."""
+"""Where a record's ranks went: by linear and block, in weights and bytes, with the spectra that they cut."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ def write(records: list[dict[str, Any]], folder: Path) -> list[Path]:
 
 
 def variants(records: list[dict[str, Any]]) -> dict[str, str]:
-    """What a table must say of each record (by key) beside its method and ratio; "" for most.
+    """What a table shows of each record (by key) besides its method and ratio; "" for most.
 
     That is every setting in which it differs from its method, and every one that the records of its method do not
     share.

@@ -1,4 +1,4 @@
-"""Which of our numbers belongs beside a published one: of its cell, in its setting, on its model, of one run."""
+"""Which of our numbers matches a published one: same cell, same setting, same model, and all from one run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lowrank_lab.reporting.published import Published
 T = TypeVar("T")
 
 QUANTIZATIONS = {"NF4": "NF4 g64", "bnb4": "bitsandbytes NF4", "bnb8": "bitsandbytes INT8"}  # as records name them
-HARDWARE = ("gpu",)  # variants that tell of the machine
+HARDWARE = ("gpu",)  # variants that describe the machine
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def of_model(model: str, found: list[T], record_of: Callable[[T], dict[str, Any]
 def latest(found: list[Ours]) -> list[Ours]:
     """One for each seed of those that differ from the latest, which comes first, in their seed alone.
 
-    The evaluators' settings are told apart by the protocol of the number: two records may measure other things too.
+    The protocol of the number has the evaluators' settings: two records may measure other things too.
     """
     same = [ours for ours in found if _apart_from_seed(ours) == _apart_from_seed(found[0])]
     of_seed: dict[int, Ours] = {}
@@ -85,7 +85,7 @@ def latest(found: list[Ours]) -> list[Ours]:
     return list(of_seed.values())
 
 
-# What changes no number of a cell, and what is told apart elsewhere.
+# Settings that change no number of a cell, or that are compared elsewhere.
 NO_NUMBER = ("device", "tracker", "results", "artifacts", "save", "eval", "models", "scale", "data_root")
 
 
