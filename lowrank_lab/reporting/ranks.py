@@ -79,11 +79,11 @@ def sites(record: dict[str, Any], results: Results) -> dict[str, Site]:
 
 
 def _site(described: dict[str, Any], shapes: list[dict[str, tuple[int, int]]]) -> Site:
-    """A site as a record describes it, with its shapes: by block, the (out, in) of every linear."""
+    """A site as a record describes it; ``shapes`` has by block the (out, in) of every linear. Its costs are weights."""
     members = tuple(described["linears"])
     of_members = [shapes[described["block"]][member] for member in members]
     outs, inp = tuple(out for out, _ in of_members), of_members[0][1]
-    return Site(described["block"], members, outs, inp, described["dense"], described["per_rank"])
+    return Site(described["block"], members, outs, inp, dense=sum(outs) * inp, per_rank=sum(outs) + inp)
 
 
 def artifact(record: dict[str, Any], stage: str, results: Results) -> Artifact | None:
