@@ -54,8 +54,8 @@ class Factors(Evaluator):
             if isinstance(module, FactorizedLinear):
                 role = "mlp" if site.key in context.tower.roles["mlp"] else "attention"
                 factors = {"left": innermost(module.left).weight, "right": innermost(module.right).weight}
-                distributions = {name: distribution(factor, self.bins) for name, factor in factors.items()}
-                found.append({"linear": site.key, "role": role, "block": site.block, **distributions})
+                told = {name: distribution(factor, self.bins) for name, factor in factors.items()}
+                found.append({"linear": site.key, "role": role, "block": site.block, **told})
         if not found:
             raise SkippedCell("eval=factors: none of the linears asked for is factored")
         kurtoses = [one[factor]["excess_kurtosis"] for one in found for factor in ("left", "right")]
