@@ -79,7 +79,7 @@ def sites(record: dict[str, Any], results: Results) -> dict[str, Site]:
 
 
 def _site(described: dict[str, Any], shapes: list[dict[str, tuple[int, int]]]) -> Site:
-    """A site as a record describes it, its costs in weights; ``shapes`` has by block the (out, in) of each linear."""
+    """A site as a record describes it, costs in weights; ``shapes`` has by block the (out, in) of linears."""
     members = tuple(described["linears"])
     of_members = [shapes[described["block"]][member] for member in members]
     outs, inp = tuple(out for out, _ in of_members), of_members[0][1]
