@@ -2,7 +2,7 @@
 
 python report.py                      all of it: tables, figures, the papers' tables and figures, the page
 python report.py status               which cells are done, failed, skipped and missing
-python report.py table=dobi/table2    a published table beside our numbers (Markdown, CSV, LaTeX)
+python report.py table=dobi/table2    a published table with our numbers (Markdown, CSV, LaTeX)
 python report.py figure=dobi/figure8  a figure of a paper from our records (PNG, PDF, and the CSV that it shows)
 python report.py page                 all of it as one HTML file: <results>/index.html
 python report.py check                read all records, artifacts and checkpoints again: is any of them damaged?
@@ -49,7 +49,7 @@ def main() -> None:
         files = report(arguments.what, results, out, index)
     except UserError as error:
         sys.exit(f"error: {error}")
-    except OSError as error:  # a folder that others own, a file where a folder is wanted, a full disk
+    except OSError as error:  # a folder of another user, a file where a folder is wanted, a full disk
         sys.exit(f"error: {error.filename}: {error.strerror}; choose where to write with --out")
     if arguments.wandb and files:
         tracking.log_report(arguments.what, arguments.results, files, arguments.wandb)

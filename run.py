@@ -11,7 +11,6 @@ from pathlib import Path
 from types import FrameType
 
 import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
@@ -21,6 +20,7 @@ from lowrank_lab import progress, redaction
 from lowrank_lab.artifacts.locks import Busy
 from lowrank_lab.cells import config, grid
 from lowrank_lab.cells.cell import Cell
+from lowrank_lab.cells.hydra_private import argument_parser
 from lowrank_lab.errors import UserError
 from lowrank_lab.records.results import Results
 from lowrank_lab.running import runner
@@ -29,12 +29,12 @@ log = logging.getLogger(__name__)
 
 CONFIG_DIR = Path(__file__).resolve().parent / "conf"
 
-_postponed: list[DictConfig] = []  # cells of this process's grid that another process held up
+_postponed: list[DictConfig] = []  # cells of this process's grid that wait for another process
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def job(cfg: DictConfig) -> None:
-    redaction.guard_streams()  # also where a launcher has started this in a process of its own
+    redaction.guard_streams()  # also in a process that a launcher has started
     hydra_cfg = HydraConfig.get()
     is_basic = hydra_cfg.launcher._target_.endswith("BasicLauncher") or runner.LAUNCH in os.environ
     one_by_one = hydra_cfg.mode == RunMode.MULTIRUN and is_basic
@@ -60,7 +60,7 @@ def main() -> None:
     # argparse wants the overrides in one piece; people also write: run.py model=tiny -m ratio=0.8,0.6
     words = grid.spelled_out(sys.argv[1:])
     sys.argv[1:] = sorted(words, key=lambda word: "=" in word and not word.startswith("-"))
-    arguments = get_args_parser().parse_args()
+    arguments = argument_parser().parse_args()
     asks_for_work = not (
         arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
     )
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def _run() -> None:
-    """Hydra's jobs, and then the cells that other processes held up meanwhile."""
+    """Hydra's jobs, and then the cells that waited for other processes."""
     status: int | str | None = None
     try:
         job()
@@ -115,7 +115,7 @@ def _plan(arguments: argparse.Namespace) -> list[Cell]:
             here = [cell for cell in cells if cell.cfg.results == root]
             os.environ[grid.NAME] = Results(root).note_grid(arguments.overrides, here)
     finished = {cell.key: (cell.label, record) for cell in cells if (record := runner.finished(cell)) is not None}
-    count = sum(cell.key in finished for cell in cells)  # a label does not tell all settings
+    count = sum(cell.key in finished for cell in cells)  # two cells may have one label
     print(f"{len(cells)} cells, {count} finished already", file=sys.stderr)
     if count < len(cells):
         return cells

@@ -10,19 +10,20 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.utils import JobReturn
 from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
+
+from lowrank_lab.cells.hydra_private import basic_launcher
 
 if TYPE_CHECKING:
     from lowrank_lab.launching.grids import Grid
 
 
-class _Elsewhere(BasicLauncher):
-    """A launcher whose jobs are other processes: what came of them is in their records, and nothing is returned.
+class _Elsewhere(basic_launcher.BasicLauncher):
+    """A launcher whose jobs are other processes: their results are in records, and nothing is returned.
 
-    Each has the same command, its launcher included, and there runs its cells itself as Hydra's own launcher does.
+    Each has the same command, launcher included, and runs its cells itself, as Hydra's basic launcher does.
     """
 
     def __init__(self, **settings: Any) -> None:

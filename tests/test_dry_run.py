@@ -19,8 +19,8 @@ from lowrank_lab.calibration.gradients import make_gradients
 from lowrank_lab.calibration.statistics import make_statistics
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.errors import UserError
+from lowrank_lab.evaluation.macs import counter
 from lowrank_lab.evaluation.perplexity import perplexity
-from lowrank_lab.evaluation.timing import _counter
 from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.models.load import load_model
 from lowrank_lab.models.tiny import byte_tokenizer
@@ -103,17 +103,17 @@ def test_the_flops_of_passes_are_those_of_torchs_counter(lab, medium, tmp_path):
     samples, length = cell.cfg.calibration.samples, cell.cfg.calibration.seqlen
     model, tower = load_model(str(medium), None, "float32", False), FAMILIES["llama"]
     ids = torch.randint(4, 260, (samples, length))
-    with _counter() as counted:
+    with counter() as counted:
         make_statistics(tmp_path, model, tower, ids.split(4), CPU)
     assert told["calibration"].flops == pytest.approx(counted.get_total_flops(), rel=0.03)
-    with _counter() as counted:
+    with counter() as counted:
         make_gradients(tmp_path, model, tower, ids, CPU, outer=True)
     assert told["gradients"].flops == pytest.approx(counted.get_total_flops(), rel=0.05)
     record = lab.run(*words)
     compressed = AutoModelForCausalLM.from_pretrained(lab.root / record["checkpoint"])
     evaluator = cell.evaluators["ppl"]
     windows = torch.randint(4, 260, (record["metrics"]["ppl"]["protocol"]["windows"], evaluator.seqlen))
-    with _counter() as counted:
+    with counter() as counted:
         perplexity(compressed, windows, 1, CPU)
     assert steps(cell)["eval.ppl"].flops == pytest.approx(counted.get_total_flops(), rel=0.05)
 

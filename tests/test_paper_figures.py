@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.evaluation.factors import distribution
-from lowrank_lab.evaluation.held import peak_bytes
 from lowrank_lab.evaluation.ipca_memory import WAYS, directions
+from lowrank_lab.evaluation.tensor_memory import peak_bytes
 from lowrank_lab.lowrank.allocation.sensitivity import perplexity_of
 from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.lowrank.ranks import budget, fit

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank_lab.evaluation.perplexity import perplexity, windows_of
-from lowrank_lab.evaluation.ppl import Perplexity
+from lowrank_lab.evaluation.perplexity import Perplexity, perplexity
 from lowrank_lab.evaluation.robust import in_batches
+from lowrank_lab.evaluation.windows import windows_of
 from lowrank_lab.models import tiny
 from lowrank_lab.models.load import load_model
 

@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from lowrank_lab.cells import config, grid, versions
+from lowrank_lab.cells import grid, versions
+from lowrank_lab.records.labels import labels
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import figures, tables
 from lowrank_lab.reporting.sections import PERPLEXITY
@@ -69,16 +70,14 @@ def test_cells_of_one_method_are_told_apart_by_what_differs(records):
     [asvd] = [r for r in records if r["method"] == "asvd" and r["ratio"] == 0.8]
     other = json.loads(json.dumps(asvd))
     other["key"] = "other"
-    other["config"]["metric"]["alpha"] = 0.25
+    other["settings"]["metric.alpha"] = 0.25
     rows = tables.comparison([*records, other])
     assert set(rows.loc[rows["method"] == "asvd", "variant"]) == {"metric.alpha=0.5", "metric.alpha=0.25"}
     assert set(rows.loc[rows["method"] != "asvd", "variant"]) == {""}
 
 
-def test_an_overridden_answer_is_shown_even_where_it_is_alone(records):
-    [asvd] = [r for r in records if r["method"] == "asvd" and r["ratio"] == 0.8]
-    asvd = json.loads(json.dumps(asvd))
-    asvd["config"]["metric"] |= {"alpha": 0.25, "statistic": "abs_max"}
+def test_an_overridden_answer_is_shown_even_where_it_is_alone(lab):
+    asvd = lab.run("method=asvd", "ratio=0.8", "metric.alpha=0.25", "metric.statistic=abs_max")
     [row] = tables.comparison([asvd]).to_dict("records")
     assert row["variant"] == "metric.statistic=abs_max, metric.alpha=0.25"
 
@@ -86,7 +85,7 @@ def test_an_overridden_answer_is_shown_even_where_it_is_alone(records):
 def test_dense_models_of_two_dtypes_are_told_apart(records):
     [dense] = [r for r in records if r["method"] == "dense"]
     other = json.loads(json.dumps(dense))
-    other["key"], other["config"]["dtype"] = "other", "bfloat16"
+    other["key"], other["settings"]["dtype"] = "other", "bfloat16"
     rows = tables.comparison([dense, other])
     assert list(rows["variant"]) == ["dtype=bfloat16", "dtype=float32"]
 
@@ -210,12 +209,8 @@ def test_status_tells_done_failed_skipped_and_missing(grid_lab, tmp_path):
 def told(lab, *commands: str) -> list[str]:
     """What a table would tell of cells that were asked for so, without running them."""
     cells = [lab.cells(*command.split())[0] for command in commands]
-    records = [
-        {"key": cell.key, "config": config.plain(cell.cfg), "method": cell.cfg.method.name}
-        | ({} if cell.ratio == 1 else {"calibration": {}})
-        for cell in cells
-    ]
-    variants = tables._variants(records)
+    records = [{"key": cell.key, "method": cell.cfg.method.name, **labels(cell)} for cell in cells]
+    variants = tables.variants(records)
     return [variants[record["key"]] for record in records]
 
 
@@ -249,7 +244,7 @@ def test_a_table_tells_what_a_ratio_counts(lab):
         "method=qsvd": "weights of qkv",
         "method=asvd_kv": "cached values",
     }
-    found = {command: tables.counted(config.plain(lab.cells(command)[0].cfg)) for command in expected}
+    found = {command: labels(lab.cells(command)[0])["counts"]["unit"] for command in expected}
     assert found == expected
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from lowrank_lab.checkpoints.checkpoint import merge
 from lowrank_lab.checkpoints.description import Saved
 from lowrank_lab.errors import UserError
-from lowrank_lab.evaluation.timing import count_macs
+from lowrank_lab.evaluation.macs import count_macs
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules import hadamard
 from lowrank_lab.modules.factorized import factorize

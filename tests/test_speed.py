@@ -10,7 +10,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowrank_lab import environment
-from lowrank_lab.evaluation import timing
+from lowrank_lab.evaluation import speed as timing
+from lowrank_lab.evaluation.macs import count_macs, prefill_macs
 from lowrank_lab.evaluation.speed import Speed
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.lowrank.storage.remap import Remap
@@ -52,7 +53,7 @@ def with_random_factors(model, tower, sites, ranks, storage):
 def test_torch_counts_what_the_shapes_say(checkpoints, family):
     model = load(checkpoints, family)
     with torch.no_grad():
-        counted = timing.count_macs(model, PROMPT)
+        counted = count_macs(model, PROMPT)
     config = model.config
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -74,15 +75,15 @@ def test_macs_are_those_of_the_factors(checkpoints, storage, joint):
     expected = sum(ranks[name] * (site.out + site.inp) for name, site in sites.items()) + 260 * 48
     assert sizes(model, tower, sites, ranks, 0.4)["macs_per_token"] == expected
     with torch.no_grad():
-        assert timing.count_macs(model, PROMPT)["linears"] == expected
-    assert timing.prefill_macs(model, 7) == 7 * (expected - 260 * 48) + 260 * 48
+        assert count_macs(model, PROMPT)["linears"] == expected
+    assert prefill_macs(model, 7) == 7 * (expected - 260 * 48) + 260 * 48
 
 
 def test_a_linear_that_does_not_run_is_noticed(checkpoints):
     model = load(checkpoints, "llama")
     model.unused = nn.Linear(3, 5)
     with torch.no_grad(), pytest.raises(RuntimeError, match="multiply-accumulates, their shapes say"):
-        timing.count_macs(model, PROMPT)
+        count_macs(model, PROMPT)
 
 
 # papers/000, the table of QSVD's performance: (R1, R2) in percent. There E = q = k = v; ASVD and SVD-LLM compress k

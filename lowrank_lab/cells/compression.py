@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from lowrank_lab.cells.settings import flat
+
 if TYPE_CHECKING:
     from lowrank_lab.cells.cell import Cell
 
@@ -18,6 +20,7 @@ class Compression:
     A new one is a class, a YAML in its axis' folder, and a module (modules/base.py) if it puts one into the model.
     ``context`` is a running.context.Context: the model, the linears that the cell targets, texts, statistics.
 
+    axis            the node of the configuration that describes it
     kind            what a model is called that only this has changed (``Evaluator.models`` lists such kinds)
     kind_in_words   the same for a message
     components      the names of its versions in versions.py, if it has some there
@@ -26,6 +29,7 @@ class Compression:
     site_rules      the grouping, targets and storage that it works with, where it has its own
     """
 
+    axis: str
     kind = "compressed"
     kind_in_words = "a compressed model"
     components: tuple[str, ...] = ()
@@ -37,6 +41,11 @@ class Compression:
     def name(self) -> str:
         """What tables, labels and checkpoints call it; "" where the name of the method says it."""
         return ""
+
+    @property
+    def family(self) -> str:
+        """The name without what varies along one line of a figure, such as the bits."""
+        return self.name
 
     @property
     def needs_calibration(self) -> bool:
@@ -52,6 +61,10 @@ class Compression:
     def changes_inputs(self) -> bool:
         """Whether linears are given something else than those of the dense model."""
         return False
+
+    def settings(self, cfg: dict[str, Any]) -> dict[str, Any]:
+        """The settings of ``cfg``, plain data, that may tell two cells apart (cells/settings.py)."""
+        return flat(self.axis, cfg[self.axis])
 
     def check_settings(self, cfg: DictConfig) -> None:
         """Raise UserError for settings of the cell's configuration that do not go together."""

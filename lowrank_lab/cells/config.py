@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lowrank_lab.cells.moved import first_place, present_place
+from lowrank_lab.cells.moved import first_place
 from lowrank_lab.checks import is_count, is_number
 from lowrank_lab.errors import UserError
 
@@ -23,51 +21,6 @@ SAMPLING = ("samples", "seqlen", "seed", "sampling", "bos")  # how windows are d
 def build(node: Any) -> Any:
     """The object that a config node with a ``_target_`` describes. The only instantiate of the project."""
     return instantiate(node, _convert_="all")
-
-
-def build_recorded(settings: dict[str, Any]) -> Any:
-    """The object that settings of a record describe.
-
-    A record may be somebody else's: reading it must not run what it names. Raises UserError for a class that is not
-    of this package, and for an interpolation, which could put one in once the classes were looked at; records are
-    resolved when they are written.
-    """
-    if not isinstance(settings, dict):  # OmegaConf would read a text as YAML
-        raise UserError(f"{settings!r}: a record names what is no class of lowrank_lab; it is not run")
-    if "${" in json.dumps(settings):
-        raise UserError("a record's settings hold ${...}, which none has that was written here; it is not run")
-    for target in _targets(settings):
-        if not _is_our_class(present_place(target)):
-            raise UserError(f"{target}: a record names what is no class of lowrank_lab; it is not run")
-    return build(OmegaConf.create(_at_present_places(settings)))
-
-
-def _at_present_places(settings: Any) -> Any:
-    """Plain data with every ``_target_`` where it is found today."""
-    if isinstance(settings, dict):
-        return {
-            name: present_place(str(value)) if name == "_target_" else _at_present_places(value)
-            for name, value in settings.items()
-        }
-    return [_at_present_places(value) for value in settings] if isinstance(settings, list) else settings
-
-
-def _is_our_class(target: str) -> bool:
-    """A module of ours may have imported it, as in lowrank_lab.artifacts.store.shutil.rmtree."""
-    try:
-        return target.startswith("lowrank_lab.") and get_class(target).__module__.startswith("lowrank_lab.")
-    except Exception:  # Hydra raises many kinds for what is not there or no class
-        return False
-
-
-def _targets(settings: Any) -> Iterator[str]:
-    """Every ``_target_`` within plain data."""
-    if isinstance(settings, dict):
-        yield from (str(value) for name, value in settings.items() if name == "_target_")
-    for value in (
-        settings.values() if isinstance(settings, dict) else settings if isinstance(settings, list) else ()
-    ):
-        yield from _targets(value)
 
 
 def plain(node: Any) -> Any:
@@ -122,14 +75,16 @@ def validated(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     _check_values(cfg)
     _check_texts(cfg)
     _build_checked("tracker", cfg.tracker)
-    compressions = {
-        name: built
-        for name, node in cfg.compressions.items()
-        if node is not None and (built := _build_checked(str(name), node)) is not None
-    }
+    compressions = built(cfg.compressions)
     for compression in compressions.values():
         compression.check_settings(cfg)
     return compressions, {str(name): _build_checked(f"eval.{name}", node) for name, node in cfg.eval.items()}
+
+
+def built(nodes: DictConfig) -> dict[str, Any]:
+    """What ``nodes`` describe, by name, but for those that describe nothing. Raises UserError for a bad value."""
+    found = {str(name): _build_checked(str(name), node) for name, node in nodes.items() if node is not None}
+    return {name: one for name, one in found.items() if one is not None}
 
 
 def _check_values(cfg: DictConfig) -> None:

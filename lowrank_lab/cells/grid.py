@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
@@ -19,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lowrank_lab import redaction
 from lowrank_lab.cells.cell import Cell
+from lowrank_lab.cells.hydra_private import combinations
 from lowrank_lab.errors import UserError
 
 NAME = "LOWRANK_LAB_GRID"  # in the environment of a grid's processes: what the grid is called in their records
@@ -41,8 +41,7 @@ def plan(config_dir: Path, config_name: str, overrides: list[str], multirun: boo
             swept = [f"{key!s}={value}" for key, value in params.items()] + overrides
             redaction.refuse(swept)
             parsed = OverridesParser.create().parse_overrides(swept)
-            [combinations] = BasicSweeper.split_arguments(parsed, None)
-            return [Cell.from_config(cfg) for cfg in _composed(config_name, combinations, base)]
+            return [Cell.from_config(cfg) for cfg in _composed(config_name, combinations(parsed), base)]
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_one_line(error, config_dir)) from None
     finally:
@@ -69,7 +68,7 @@ def _spelled_out(word: str) -> str:
 
 
 def _without_sweeps(overrides: list[str]) -> list[str]:
-    """Enough to read the sweeper's own settings: the first value of every axis."""
+    """Enough to read the sweeper's settings: the first value of every axis."""
     parsed = OverridesParser.create().parse_overrides(overrides)
     first = []
     for override in parsed:
@@ -82,12 +81,12 @@ def _without_sweeps(overrides: list[str]) -> list[str]:
 
 
 def cell_of(cfg: DictConfig) -> Cell:
-    """The cell of a composed configuration, Hydra's own part included. Raises UserError as ``plan`` does."""
+    """The cell of a composed configuration, Hydra's part included. Raises UserError as ``plan`` does."""
     return Cell.from_config(OmegaConf.create(_without_hydra(cfg)))
 
 
-def _composed(config_name: str, combinations: list[list[str]], base: DictConfig) -> Iterator[DictConfig]:
-    """The configuration of each combination of words; ``base`` is that of one of them, Hydra's part included.
+def _composed(config_name: str, jobs: list[list[str]], base: DictConfig) -> Iterator[DictConfig]:
+    """The configuration of each job, a list of words; ``base`` is that of one of them, Hydra's part included.
 
     Hydra needs a tenth of a second to put the chosen options together, so it does that once for each choice of
     them; values, which make up most of a large grid, are then set in copies. Where a word is neither, its place
@@ -96,7 +95,7 @@ def _composed(config_name: str, combinations: list[list[str]], base: DictConfig)
     chosen: dict[tuple[str, ...], DictConfig] = {}
     plain: dict[tuple[str, ...], Any] = {}
     parser = OverridesParser.create()
-    for words in combinations:
+    for words in jobs:
         overrides = parser.parse_overrides(words)
         values = [override for override in overrides if _sets_value(override, base)]
         if all(override in values or _chooses_option(override, base) for override in overrides):
@@ -106,7 +105,7 @@ def _composed(config_name: str, combinations: list[list[str]], base: DictConfig)
         if choices not in chosen:
             chosen[choices] = compose(config_name, list(choices), True)
             plain[choices] = _without_hydra(chosen[choices])
-            redaction.refuse_in(plain[choices])  # a YAML file of the user's own may hold a secret
+            redaction.refuse_in(plain[choices])  # a YAML file of the user may hold a secret
         if not all(_sets_value(override, chosen[choices]) for override in values):  # as they did in ``base``
             yield OmegaConf.create(_without_hydra(compose(config_name, words, True)))
             continue
@@ -116,7 +115,7 @@ def _composed(config_name: str, combinations: list[list[str]], base: DictConfig)
             for override in values:
                 OmegaConf.update(cfg, override.key_or_group, override.value())
         except OmegaConfBaseException:
-            compose(config_name, words)  # says what is wrong
+            compose(config_name, words)  # its error says what is wrong
             raise
         OmegaConf.set_struct(cfg, None)
         yield cfg
@@ -135,7 +134,7 @@ def _sets_value(override: Override, cfg: DictConfig) -> bool:
 
 
 def _chooses_option(override: Override, cfg: DictConfig) -> bool:
-    """Whether an override chooses an option of a group, or is of Hydra's own part: no entry of the cell."""
+    """Whether an override chooses an option of a group, or is of Hydra's part: no entry of the cell."""
     if override.is_hydra_override():
         return True
     is_choice = override.key_or_group in cfg.hydra.runtime.choices and not isinstance(override.value(), dict)

@@ -22,7 +22,7 @@ class Evaluator:
 
     version             raise it when the evaluator gives another number for the same model
     component           the name of that version in versions.py, for those that are there
-    reads_text          whether it reads a text: that of its own ``dataset`` node, else that of the cell
+    reads_text          whether it reads a text: that of its ``dataset`` node, else that of the cell
     add_special_tokens  whether the text's tokens begin with the tokenizer's special ones
     of_this_machine     whether its number, and so its key, is of the machine and the process that ask for it
     no_influence        settings that change its speed but no number
@@ -43,14 +43,14 @@ class Evaluator:
         return for_key(node, without=(*self.no_influence, "dataset"))
 
     def parts(self, cfg: DictConfig, store: Store) -> dict[str, Any]:
-        """What is measured and kept separately, by name, each with what its number depends on beside ``settings``.
+        """What is measured and kept separately, by name, each with what its number depends on besides ``settings``.
 
         Raises UserError where something that a part reads is not there.
         """
         return {"": None}
 
     def combination(self) -> Any:
-        """What ``combine`` depends on beside the measured parts. It enters the record's key and no artifact's."""
+        """What ``combine`` depends on besides the measured parts. It enters the record's key and no artifact's."""
         return None
 
     def lengths(self) -> dict[str, int]:

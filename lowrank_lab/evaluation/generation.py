@@ -1,4 +1,4 @@
-"""The ``eval=generation`` evaluator: what is asked, and how much answers repeat. text.py writes them."""
+"""The ``eval=generation`` evaluator: what is asked, and how much answers repeat. text.py generates them."""
 
 from __future__ import annotations
 
@@ -123,13 +123,13 @@ class Generation(Evaluator):
         except NotFiniteError as error:
             return {"metric": "repetition", "value": None, "not_finite": error.layer, "protocol": protocol}
         answers = [
-            {"question": prompt.question, "shots": prompt.shots, "greedy": _told(greedy), "sampled": _told(sampled)}
+            {"question": prompt.question, "shots": prompt.shots, "greedy": _kept(greedy), "sampled": _kept(sampled)}
             for prompt, (greedy, sampled) in zip(self.prompts, written, strict=True)
         ]
         return {"metric": "repetition", **summary(answers), "answers": answers, "protocol": protocol}
 
 
-def _told(answer: Answer) -> dict[str, Any]:
+def _kept(answer: Answer) -> dict[str, Any]:
     """What the record keeps of an answer."""
     how_long = {"tokens": len(answer.ids), "cut": answer.cut}
     return {"text": answer.text, **how_long, "repetition": repetition(answer.ids, NGRAM)}

@@ -162,12 +162,17 @@ def _shown(name: str, metric: str | None, measured: Mapping[str, Any]) -> dict[s
     if "not_finite" in measured:
         chosen = _chosen(metric, measured["metrics"]) or metric
         return {"metric": chosen, "value": None, "stderr": None, **measured}
-    own = measured["results"][name]
-    known = measured["metrics"] or own["metrics"]
+    found = measured["results"][name]
+    known = measured["metrics"] or found["metrics"]
     chosen = _chosen(metric, known)
     if chosen is None:
         raise UserError(f"task {name} has no metric '{metric}'; it has {', '.join(known)}")
-    return {"metric": chosen, "value": own["metrics"][chosen], "stderr": own["stderr"].get(chosen), **measured}
+    return {
+        "metric": chosen,
+        "value": found["metrics"][chosen],
+        "stderr": found["stderr"].get(chosen),
+        **measured,
+    }
 
 
 def _mean(tasks: list[dict[str, Any]]) -> tuple[float | None, float | None]:

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class IpcaMemory(Evaluator):
-    """The most bytes that are held at once while ``samples`` sets of directions are brought down to one.
+    """The peak memory while ``samples`` sets of directions are reduced to one.
 
-    The directions of a sample are random orthonormal V_i (n, k) in float64, made one after the other, as they come
-    from calibration. No model has a part in it; the number stands in the record of a dense one. The value is PCA's
-    number over IPCA's at the largest width.
+    The directions of a sample are random orthonormal V_i (n, k) in float64, drawn one after the other, as they come
+    from calibration. The number does not depend on the model; it is in the record of a dense one. The value is
+    PCA's number over IPCA's at the largest width.
 
     widths   n, the width of an n × n matrix
     samples  how many V_i (paper: 256)
@@ -45,13 +45,13 @@ class IpcaMemory(Evaluator):
 
     def __call__(self, context: Context, part: str) -> dict[str, Any]:
         """Measure it: the value, and ``points``, by width and way the peak in ``bytes``."""
-        from lowrank_lab.evaluation.held import peak_bytes
+        from lowrank_lab.evaluation.tensor_memory import peak_bytes
 
         points, last = [], {}
         for width in progress.track(self.widths, "memory", "width"):
             rank = max(1, round(self.share * width))
-            made = directions(width, rank, context.device)
-            last = {name: peak_bytes(partial(run, made, self.samples, rank)) for name, run in WAYS.items()}
+            sample = directions(width, rank, context.device)
+            last = {name: peak_bytes(partial(run, sample, self.samples, rank)) for name, run in WAYS.items()}
             points += [{"width": width, "rank": rank, "way": name, "bytes": peak} for name, peak in last.items()]
         return {
             "metric": "memory of PCA over IPCA",
@@ -66,7 +66,7 @@ class IpcaMemory(Evaluator):
 
 
 def directions(width: int, rank: int, device: Any) -> Callable[[int], Tensor]:
-    """What gives V_i (width, rank), orthonormal in float64, of sample i."""
+    """A function that draws V_i (width, rank), orthonormal in float64, of sample i."""
 
     def of_sample(number: int) -> Tensor:
         import torch
@@ -77,36 +77,36 @@ def directions(width: int, rank: int, device: Any) -> Callable[[int], Tensor]:
     return of_sample
 
 
-def pca(made: Callable[[int], Tensor], samples: int, rank: int) -> Tensor:
+def pca(sample: Callable[[int], Tensor], samples: int, rank: int) -> Tensor:
     """The first ``rank`` left singular vectors (n, rank) of [V_1, …, V_samples], kept as one matrix."""
     from lowrank_lab.lowrank.refinement.ipca import leading_directions
 
-    first = made(0)
+    first = sample(0)
     together = first.new_empty(first.shape[0], samples * rank)
     for number in range(samples):
-        together[:, number * rank : (number + 1) * rank] = made(number)
+        together[:, number * rank : (number + 1) * rank] = sample(number)
     return leading_directions(together, rank)
 
 
-def pca_of_gram(made: Callable[[int], Tensor], samples: int, rank: int) -> Tensor:
+def pca_of_gram(sample: Callable[[int], Tensor], samples: int, rank: int) -> Tensor:
     """The same (n, rank), from the sum of V_i V_iᵀ, which is n × n however many samples there are."""
     import torch
 
-    first = made(0)
+    first = sample(0)
     gram = first.new_zeros(first.shape[0], first.shape[0])
     for number in range(samples):
-        v = made(number)
+        v = sample(number)
         gram.addmm_(v, v.T)
     return torch.linalg.eigh(gram)[1][:, -rank:].flip(1)
 
 
-def ipca(made: Callable[[int], Tensor], samples: int, rank: int) -> Tensor:
+def ipca(sample: Callable[[int], Tensor], samples: int, rank: int) -> Tensor:
     """Algorithm 2's directions (n, rank), as refinement/ipca.py merges them."""
     from lowrank_lab.lowrank.refinement.ipca import merge
 
-    v = made(0)
+    v = sample(0)
     for number in range(1, samples):
-        v = merge(v, made(number), number + 1, rank)
+        v = merge(v, sample(number), number + 1, rank)
     return v
 
 

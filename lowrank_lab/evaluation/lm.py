@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from lowrank_lab import progress
 from lowrank_lab.errors import UserError
-from lowrank_lab.evaluation.robust import CheckScores, NotFiniteError, check_output, in_batches
+from lowrank_lab.evaluation.robust import NotFiniteError, check_output, in_batches
+from lowrank_lab.evaluation.text import CheckScores
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-LOGITS_BYTES = 2**30  # of a batch in float32; lm-eval's own search begins with 64 sequences of full length
+LOGITS_BYTES = 2**30  # of a batch in float32; lm-eval's search begins with 64 sequences of full length
 LARGEST_BATCH = 64
 
 
@@ -40,7 +41,7 @@ def evaluate(
     limit: int | None,
     batch_size: int | Literal["auto"],
 ) -> dict[str, Any]:
-    """``task`` on the first ``limit`` documents of each leaf, with ``shots`` examples (None: the task's own).
+    """``task`` on the first ``limit`` documents of each leaf, with ``shots`` examples (None: as the task has it).
 
     Returns ``results``, of the task and, for a group, of the groups and leaves within it, by name: ``metrics`` and
     ``stderr`` (None where there is none, or none that is finite), and of leaves the ``documents`` used and

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class OutputError(WindowEvaluator):
     """How far a compressed model is from its dense original on the text of ``dataset``, layer by layer.
 
-    The value is the relative error of the last block's output in the compressed model. Beside it stand, as
+    The value is the relative error of the last block's output in the compressed model. The record also has, as
     block_errors.py defines them, the errors of every linear and block, and of the storage (Dobi-SVD, Table 8).
     """
 

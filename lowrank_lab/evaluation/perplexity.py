@@ -9,32 +9,36 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any, Literal
-
-import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from typing import TYPE_CHECKING, Any
 
 from lowrank_lab import progress
+from lowrank_lab.cells import versions
 from lowrank_lab.evaluation.robust import NotFiniteError, check_output, in_batches
+from lowrank_lab.evaluation.windows import WindowEvaluator
+from lowrank_lab.lazy_module import LazyModule
 
-Bos = Literal["text", "window"]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
-
-def windows_of(ids: np.ndarray, seqlen: int, max_windows: int | None, bos_id: int | None) -> Tensor:
-    """Cut a token stream (tokens,) into (windows, seqlen). With ``bos_id`` each window begins with it."""
-    content = seqlen if bos_id is None else seqlen - 1
-    count = len(ids) // content
-    if max_windows is not None:
-        count = min(count, max_windows)
-    windows = torch.from_numpy(ids[: count * content].reshape(count, content))
-    if bos_id is None:
-        return windows
-    return torch.cat([torch.full((count, 1), bos_id, dtype=windows.dtype), windows], dim=1)
+    from lowrank_lab.running.context import Context
+else:
+    torch = LazyModule("torch")
 
 
-@torch.inference_mode()
+class Perplexity(WindowEvaluator):
+    """Perplexity on a text."""
+
+    version = versions.PERPLEXITY
+    component = "PERPLEXITY"
+
+    def __call__(self, context: Context, part: str) -> dict[str, Any]:
+        """Measure it: the value and its protocol."""
+        windows, protocol = self.windows(context)
+        measured = perplexity(context.model, windows, self.batch_size, context.device)
+        return {"metric": "perplexity", **measured, "protocol": {**protocol, "loss": "token mean, float32"}}
+
+
 def perplexity(model: nn.Module, windows: Tensor, batch_size: int, device: torch.device) -> dict[str, Any]:
     """Evaluate ``model`` on ``windows`` (windows, seqlen) of token ids.
 
@@ -47,15 +51,18 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int, device: torch
     def losses(batch: Tensor) -> Tensor:
         batch = batch.to(device)
         logits = model(batch, use_cache=False).logits[:, :-1].float()
-        of_tokens = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+        of_tokens = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none"
+        )
         check_output(model, batch, of_tokens)
         return of_tokens.view(len(batch), -1).sum(1, dtype=torch.float64).cpu()
 
     total = 0.0
     of_windows = progress.track(in_batches(windows, batch_size, losses), "perplexity", "window", len(windows))
     try:
-        for loss in of_windows:
-            total += loss.item()
+        with torch.inference_mode():
+            for loss in of_windows:
+                total += loss.item()
     except NotFiniteError as error:
         return {"value": None, "mean_nll": None, "not_finite": error.layer}
     predicted = windows[:, 1:].numel()

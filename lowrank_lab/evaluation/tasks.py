@@ -1,8 +1,8 @@
 """What a task name of lm-eval stands for, and its tasks built on data from elsewhere.
 
 lm-eval reads some 14,000 YAML files to know its tasks, which takes ten seconds and more. So what they are and what
-a name stands for are small artifacts, each made once for a version of lm-eval. No torch, and lm-eval only where one
-is made. This is the one file that uses parts of lm-eval that are its own affair.
+a name stands for are small artifacts, each written once for a version of lm-eval. No torch, and lm-eval only where
+one is written. No other file uses private parts of lm-eval.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 # What a task's YAML may say that cannot be had here, and why not.
 UNSUPPORTED = {
-    "class": "is a Python class, whose data cannot be told beforehand",
-    "custom_dataset": "makes its data with code, so that it cannot be told beforehand",
+    "class": "is a Python class, whose data cannot be known beforehand",
+    "custom_dataset": "makes its data with code, so that it cannot be known beforehand",
     "unsafe_code": "runs code that the model has written",
     "doc_to_image": "shows images",
     "doc_to_audio": "plays sounds",
@@ -77,9 +77,9 @@ def named_task(name: str, store: Store) -> NamedTask:
     def make(folder: Path) -> None:
         _write(folder / "task.json", _describe(name, store))
 
-    told = json.loads((store.get_or_make("tasks", key, make).path / "task.json").read_text(encoding="utf-8"))
-    leaves = {leaf: Leaf(**facts) for leaf, facts in told["leaves"].items()}
-    return NamedTask(leaves, told["metrics"], told["lower_is_better"])
+    described = json.loads((store.get_or_make("tasks", key, make).path / "task.json").read_text(encoding="utf-8"))
+    leaves = {leaf: Leaf(**facts) for leaf, facts in described["leaves"].items()}
+    return NamedTask(leaves, described["metrics"], described["lower_is_better"])
 
 
 def task_manager(store: Store, data: Mapping[str, Mapping[str, Any]]) -> TaskManager:

@@ -1,4 +1,4 @@
-"""Answers to prompts, written by transformers' own ``generate``."""
+"""Answers to prompts, by ``generate`` of transformers."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from lowrank_lab import progress
-from lowrank_lab.evaluation.robust import CheckScores
+from lowrank_lab.evaluation.robust import check_output
 
 
 @dataclass(frozen=True)
 class Answer:
     """The token ids that a model wrote after a prompt, without the end token, and their text.
 
-    ``cut`` says that it would have gone on, had there been more tokens to write.
+    ``cut`` says that it was stopped at ``max_new_tokens``.
     """
 
     ids: list[int]
@@ -47,7 +48,7 @@ def write(
     check = LogitsProcessorList([CheckScores(model)])
     ways: tuple[dict[str, Any], ...] = ({"do_sample": False}, {"do_sample": True, "top_k": 0, **sampling})
     written = []
-    with _own_settings_aside(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with _without_checkpoint_settings(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         for ids, one_line in progress.track(prompts, "generation", "prompt"):
             prompt = torch.tensor([ids], device=device)
             pair = []
@@ -93,10 +94,21 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 @contextmanager
-def _own_settings_aside(model: Any) -> Iterator[None]:
+def _without_checkpoint_settings(model: Any) -> Iterator[None]:
     """Without the checkpoint's own generation settings, which would fill in what ours leave open."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
+    kept, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = kept
+
+
+class CheckScores(LogitsProcessor):
+    """Looks at the scores of every generated token, and changes none."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        check_output(self.model, input_ids, scores.amax(-1))  # -inf is how other processors forbid a token
+        return scores

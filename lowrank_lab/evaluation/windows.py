@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from lowrank_lab import checks
 from lowrank_lab.errors import SkippedCell
 from lowrank_lab.evaluation.base import Evaluator
+from lowrank_lab.lazy_module import LazyModule
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
     from torch import Tensor
 
     from lowrank_lab.running.context import Context
+else:
+    torch = LazyModule("torch")
 
 
 class WindowEvaluator(Evaluator):
@@ -50,8 +55,6 @@ class WindowEvaluator(Evaluator):
 
         Raises SkippedCell where the text is shorter than one.
         """
-        from lowrank_lab.evaluation.perplexity import windows_of
-
         ids, text = context.text_tokens()
         bos_id = None if self.bos == "text" else context.bos_id()
         windows = windows_of(ids, self.seqlen, self.max_windows, bos_id)
@@ -68,3 +71,15 @@ class WindowEvaluator(Evaluator):
             "tokens_in_tail_dropped": len(ids) - available * content,
             "bos": self.bos,
         }
+
+
+def windows_of(ids: np.ndarray, seqlen: int, max_windows: int | None, bos_id: int | None) -> Tensor:
+    """Cut a token stream (tokens,) into (windows, seqlen). With ``bos_id`` each window begins with it."""
+    content = seqlen if bos_id is None else seqlen - 1
+    count = len(ids) // content
+    if max_windows is not None:
+        count = min(count, max_windows)
+    windows = torch.from_numpy(ids[: count * content].reshape(count, content))
+    if bos_id is None:
+        return windows
+    return torch.cat([torch.full((count, 1), bos_id, dtype=windows.dtype), windows], dim=1)

@@ -1,7 +1,8 @@
-"""Grids in other processes, here or on a cluster, each of which runs this program's own command. No torch.
+"""Grids in other processes, here or on a cluster, each of which runs the command of this program. No torch.
 
-Processes that share a grid agree by the locks of its cells and artifacts (locks.py), and records say what came of
-a cell. So whoever waits here only tells how far it is: that process may be stopped, and those it waits for may die.
+Processes that share a grid coordinate by the locks of its cells and artifacts (locks.py), and records have the
+outcome of each cell. So the process that waits here only reports progress: it may be stopped, and the processes
+that it waits for may die.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
 from lowrank_lab import progress
 from lowrank_lab.cells import grid
 from lowrank_lab.cells.cell import Cell
+from lowrank_lab.cells.hydra_private import argument_parser
 from lowrank_lab.environment import cores
 from lowrank_lab.errors import UserError
 from lowrank_lab.launching import jobs, slurm
@@ -41,7 +42,7 @@ THREADS = "OMP_NUM_THREADS"
 class Grid:
     """What is left of a grid: by key, the cells that are not finished, and the overrides that ask for each.
 
-    ``overrides`` ask for the whole grid, ``settings`` are what else the command line says to Hydra. ``folder`` is
+    ``overrides`` ask for the whole grid, ``settings`` are Hydra's own entries of the command line. ``folder`` is
     where logs go. ``finished`` counts the other cells.
     """
 
@@ -55,7 +56,7 @@ class Grid:
 
     @classmethod
     def of(cls, configs: Sequence[DictConfig], hydra: DictConfig) -> Grid:
-        """The grid of one composed configuration for each cell; ``hydra`` is the launcher's own.
+        """The grid of one composed configuration for each cell; ``hydra`` is Hydra's part of the launcher's.
 
         Raises UserError for cells that only the process which measures them knows by their keys.
         """
@@ -77,7 +78,7 @@ class Grid:
 
     def command(self, overrides: list[str], name: str) -> list[str]:
         """The command for the cells that ``overrides`` ask for, one by one, with its logs in folder ``name``."""
-        arguments = get_args_parser().parse_args()
+        arguments = argument_parser().parse_args()
         where = {"--config-name": arguments.config_name, "--config-dir": arguments.config_dir}
         flags = [f"{flag}={value}" for flag, value in where.items() if value]
         words = [*overrides, *self.settings, f"hydra.sweep.dir='{self.folder / name}'"]
@@ -94,12 +95,12 @@ def local(left: Grid, settings: dict[str, Any]) -> None:
     try:
         for number in range(workers):
             with open(left.folder / f"worker-{number}.log", "w") as out:
-                # In a session of its own: the terminal's Ctrl-C is for this process, which stops the worker once.
+                # In a new session: the terminal's Ctrl-C reaches this process alone, which stops the worker once.
                 words = left.command(left.overrides, f"worker-{number}")
                 process = subprocess.Popen(words, env=environment, stdout=out, stderr=out, start_new_session=True)
                 processes.append(process)
-        log.info("%d workers on %d cells; what they say is in %s", workers, len(left.cells), left.folder)
-        _follow(left, lambda: any(process.poll() is None for process in processes), "here")
+        log.info("%d workers on %d cells; their output is in %s", workers, len(left.cells), left.folder)
+        _report_progress(left, lambda: any(process.poll() is None for process in processes), "here")
     except BaseException:
         for process in processes:
             process.terminate()
@@ -137,18 +138,18 @@ def _workers(settings: dict[str, Any]) -> int:
 
 
 def _going(left: Grid) -> dict[str, set[str]]:
-    """By cell, the jobs of earlier commands that are queued or run. Raises UserError where SLURM does not say."""
+    """By cell, the jobs of earlier commands that are queued or run. Raises UserError if SLURM does not answer."""
     noted = jobs.of_cells(left.results)
     earlier = {key: {job.id for job in noted.get(key, [])} for key in left.cells}
     states = slurm.unfinished(set().union(*earlier.values()))
     if states is None:
         raise UserError(
-            "squeue does not answer, so jobs of an earlier command may still be at these cells; repeat the command "
-            f"when it does, or delete {left.results.root / 'jobs'} where they are surely gone"
+            "squeue does not answer, so jobs of an earlier command may still work on these cells; repeat the "
+            f"command when it answers, or delete {left.results.root / 'jobs'} if these jobs have surely ended"
         )
     going = {job for job, state in states.items() if state != "COMPLETING"}
     if going:
-        log.info("%d jobs of an earlier command are at it", len(going))
+        log.info("%d jobs of an earlier command work on these cells", len(going))
     return {key: ids & going for key, ids in earlier.items()}
 
 
@@ -163,16 +164,16 @@ def _submit(left: Grid, commands: list[list[str]], keys: list[list[str]], settin
     logs = settings["submitit_folder"]
     jobs.note(left.results, dict(zip(submitted, keys, strict=True)), logs)
     log.info(
-        "submitted %d jobs, %s to %s; what they say is in %s", len(submitted), submitted[0], submitted[-1], logs
+        "submitted %d jobs, %s to %s; their output is in %s", len(submitted), submitted[0], submitted[-1], logs
     )
     return submitted
 
 
 def _wait(left: Grid, going: dict[str, set[str]], submitted: list[str]) -> None:
-    """Follow SLURM jobs to their end. Interrupted, say how to follow them without this process."""
+    """Report the progress of SLURM jobs to their end. Interrupted, print how to see and stop them."""
     submitted = [*set().union(*going.values()), *submitted]
     try:
-        _follow(left, lambda: slurm.unfinished(submitted) != {}, "slurm")
+        _report_progress(left, lambda: slurm.unfinished(submitted) != {}, "slurm")
     except KeyboardInterrupt:
         arrays = " ".join(dict.fromkeys(job.partition("_")[0] for job in submitted))
         print("the jobs go on without this command, which follows them again when it is repeated", file=sys.stderr)
@@ -181,30 +182,30 @@ def _wait(left: Grid, going: dict[str, set[str]], submitted: list[str]) -> None:
     _judge(left)
 
 
-def _follow(left: Grid, at_work: Callable[[], bool], where: str) -> None:
-    """Tell of each cell as it is finished, until all are, or nobody is ``at_work`` any more."""
+def _report_progress(left: Grid, is_active: Callable[[], bool], where: str) -> None:
+    """Log each cell as it is finished, until all are, or no process ``is_active`` any more."""
     for _ in range(left.finished):
         progress.cell_done()
-    # Without a word of damaged ones, which were told of before this and will be after it.
+    # Without a warning about damaged records: there was one before this, and there will be one after it.
     look = lambda key: examine(left.results.path(key), IN_RECORD)[0]
     before = {key: look(key) for key in left.cells}
     total, done, idle = left.finished + len(left.cells), left.finished, 0
-    while before and idle < 2:  # a second look, as what the last one wrote may show late on a network's file system
-        idle = 0 if at_work() else idle + 1
+    while before and idle < 2:  # a second look: on a network's file system the last record may appear late
+        idle = 0 if is_active() else idle + 1
         for key in list(before):
             record = look(key)
             if record is not None and record != before[key]:
                 del before[key]
                 done += 1
-                told = (done, total, left.cells[key].label, record["status"], runner.summary(record))
-                log.info("%d/%d %s: %s (%s)", *told)
+                facts = (done, total, left.cells[key].label, record["status"], runner.summary(record))
+                log.info("%d/%d %s: %s (%s)", *facts)
                 progress.cell_done()
         if before:
             time.sleep(SECONDS_BETWEEN_LOOKS[where])
 
 
 def _judge(left: Grid, *logs: Path) -> None:
-    """Raises UserError where a cell of the grid has failed, or has no record; ``logs`` may tell why it has none."""
+    """Raises UserError where a cell of the grid has failed, or has no record; ``logs`` may have the reason."""
     records = [left.results.find(key) for key in left.cells]
     count = Counter("not finished" if record is None else record["status"] for record in records)
     if wrong := [f"{count[what]} {what}" for what in ("failed", "not finished") if count[what]]:

@@ -1,4 +1,4 @@
-"""Who works on a cell that has no record yet: a process that holds its lock, or a job of the cluster.
+"""The state of a cell that has no record yet: a process has its lock, or a job of the cluster is for it.
 
 ``<results>/jobs/<id>.json`` says which cells the jobs of a submission are for, and where their logs are.
 """
@@ -14,8 +14,9 @@ from lowrank_lab.launching import slurm
 from lowrank_lab.records.results import Results
 from lowrank_lab.records.seal import read
 
-# How a job ends that nobody has stopped. One that loses its node is queued again, unless that is switched off.
-NOBODY_STOPPED = ("FAILED", "OUT_OF_MEMORY", "TIMEOUT", "DEADLINE", "NODE_FAIL", "BOOT_FAIL")
+# Ends of a job that was not cancelled or preempted. SLURM queues one that loses its node again, unless configured
+# otherwise.
+NOT_STOPPED = ("FAILED", "OUT_OF_MEMORY", "TIMEOUT", "DEADLINE", "NODE_FAIL", "BOOT_FAIL")
 
 
 @dataclass(frozen=True)
@@ -43,22 +44,25 @@ def of_cells(results: Results) -> dict[str, list[Job]]:
     return found
 
 
-def at_work(results: Results, keys: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """The cells that somebody works on, or has: ``running``, ``queued``, or, where the last job has ended,
-    ``preempted`` or ``failed``; and by whom or why. No SLURM, no word of its jobs."""
+def states(results: Results, keys: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """By cell, its state and the process or job behind it, for those of ``keys`` that were started.
+
+    The state is ``running``, ``queued``, or, where the last job has ended, ``preempted`` or ``failed``. Where SLURM
+    does not answer, cells of its jobs are missing.
+    """
     found = {key: ("running", who) for key in keys if (who := holder(results.lock(key)))}
     submitted = {key: jobs for key, jobs in of_cells(results).items() if key in set(keys) - set(found)}
-    states = slurm.unfinished({job.id for jobs in submitted.values() for job in jobs})
-    if states is None:
+    known = slurm.unfinished({job.id for jobs in submitted.values() for job in jobs})
+    if known is None:
         return found
     ends = slurm.ends({jobs[-1].id for jobs in submitted.values()})
     for key, jobs in submitted.items():
-        if waiting := [job for job in jobs if job.id in states]:
-            found[key] = "queued", f"job {waiting[-1].id}: {states[waiting[-1].id].lower()}"
+        if waiting := [job for job in jobs if job.id in known]:
+            found[key] = "queued", f"job {waiting[-1].id}: {known[waiting[-1].id].lower()}"
         else:
             end = ends.get(jobs[-1].id, "ended")
             found[key] = (
-                "failed" if end in NOBODY_STOPPED else "preempted",
+                "failed" if end in NOT_STOPPED else "preempted",
                 f"job {jobs[-1].id}: {end.lower()}; {jobs[-1].log}",
             )
     return found

@@ -22,7 +22,7 @@ SECONDS_TO_ANSWER = 60
 class Command:
     """A command as a job: submitit pickles it here, calls it on the node, and queues it again by ``checkpoint``.
 
-    ``environment`` is added to the job's own.
+    ``environment`` is added to that of the job.
     """
 
     words: list[str]
@@ -30,7 +30,7 @@ class Command:
 
     def __call__(self) -> None:
         """Run the command to its end, and end as it did."""
-        # SLURM signals all processes of a job; what it says before the end of its time is for submitit.
+        # SLURM signals all processes of a job; the signal before the end of its time is for submitit.
         self._process = subprocess.Popen(
             self.words, env={**os.environ, **self.environment}, preexec_fn=_ignore_end_of_time
         )
@@ -42,7 +42,7 @@ class Command:
         """Out of time, or preempted: stop the command, and say what to run when the job's turn comes again."""
         from submitit.helpers import DelayedSubmission
 
-        _ignore_end_of_time()  # it is said again and again
+        _ignore_end_of_time()  # the signal comes again and again
         self._process.terminate()
         try:
             self._process.wait(SECONDS_TO_STOP)
@@ -107,7 +107,7 @@ def ends(jobs: Collection[str]) -> dict[str, str]:
 
 
 def _ids(jobs: Collection[str]) -> str:
-    """Whole arrays, which both commands tell task by task: a name for each of their tasks may be too long."""
+    """Whole arrays, which both commands list task by task: a name for each of their tasks may be too long."""
     return ",".join(sorted({job.partition("_")[0] for job in jobs}))
 
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from lowrank_lab.cells import config
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.compression import Compression, Plan
+from lowrank_lab.cells.settings import of_answers
 from lowrank_lab.checks import is_count
 from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.answers import Answers
@@ -40,6 +41,9 @@ class LowRank(Compression):
     @property
     def needs_calibration(self) -> bool:
         return self.answers.needs_calibration
+
+    def settings(self, cfg: dict[str, Any]) -> dict[str, Any]:
+        return of_answers(cfg)
 
     def check_settings(self, cfg: DictConfig) -> None:
         for name in ("metric", "grouping", "targets", "storage"):

@@ -10,7 +10,7 @@ import torch
 from lowrank_lab.artifacts.store import Store
 from lowrank_lab.calibration.tokens import load_tokens
 from lowrank_lab.cells.cell import Cell
-from lowrank_lab.evaluation.ppl import Perplexity
+from lowrank_lab.evaluation.perplexity import Perplexity
 from lowrank_lab.lowrank.answers import Answers, answers_of
 from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.lowrank.metric.base import InputStatistics, Metric, OutputStatistics

@@ -15,6 +15,7 @@ from lowrank_lab.artifacts.store import fingerprint
 from lowrank_lab.cells import config, versions
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.compression import Compression, Plan
+from lowrank_lab.cells.settings import of_quantization
 from lowrank_lab.errors import UserError
 from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.modules.formats import Format
@@ -80,6 +81,7 @@ class Quantization(Compression):
                        gave before they were quantized
     """
 
+    axis = "quantization"
     kind = "quantized"
     kind_in_words = "a dense model in few bits"
     components = ("QUANTIZATION",)
@@ -156,6 +158,9 @@ class Quantization(Compression):
         parts = [part.label for part in before if part is not None]
         parts += [*of_weights, *(part.label for part in after if part is not None)]
         return " ".join(part for part in parts if part)
+
+    def settings(self, cfg: dict[str, Any]) -> dict[str, Any]:
+        return of_quantization(cfg, self.name, self.needs_seed)
 
     def key(self, cell: Cell, before: str) -> str:
         settings = cell.cfg.quantization

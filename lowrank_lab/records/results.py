@@ -25,6 +25,8 @@ from lowrank_lab.artifacts.store import Artifact, disk_full, fingerprint, write_
 from lowrank_lab.cells import config, versions
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.errors import SkippedCell, UserError
+from lowrank_lab.records import old
+from lowrank_lab.records.labels import labels
 from lowrank_lab.records.seal import read, sealed
 from lowrank_lab.redaction import redacted, redacted_message, redacted_settings
 
@@ -81,6 +83,7 @@ class Record:
             "started": now(),
             "command": sys.argv,
             "config": _settings(cell),
+            **labels(cell),
             "content": {
                 "model": cell.source.content,
                 "revision": cell.source.revision,
@@ -148,7 +151,8 @@ class Results:
     def find(self, key: str) -> dict[str, Any] | None:
         """The record of a cell whatever its status, or None."""
         file = self.path(key)
-        return read(file, IN_RECORD) if file.is_file() else None
+        record = read(file, IN_RECORD) if file.is_file() else None
+        return old.described(record) if record is not None else None
 
     def finished(self, key: str) -> dict[str, Any] | None:
         """The record of a cell that needs no more work, or None. A failed cell is tried again."""
@@ -199,7 +203,7 @@ class Results:
     def records(self) -> list[dict[str, Any]]:
         """All records, in a fixed order that does not depend on when they were written."""
         found = [read(file, IN_RECORD) for file in sorted((self.root / "records").glob("*.json"))]
-        records = [record for record in found if record is not None]
+        records = [old.described(record) for record in found if record is not None]
         return sorted(records, key=lambda r: (r["model"], r["dataset"], r["method"], -r["ratio"], r["key"]))
 
     def note_grid(self, overrides: list[str], cells: list[Cell]) -> str:

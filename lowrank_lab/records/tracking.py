@@ -1,6 +1,6 @@
 """A copy of each record, or of a report, to Weights & Biases. What is on disk is the result; this is only a copy.
 
-The upload runs in a process of its own with a time limit, so that no network, key or server can block a job
+The upload runs in a separate process with a time limit, so that no network, key or server can block a job
 or take its result along. Where an online upload fails, the run is written offline instead.
 """
 
@@ -87,7 +87,7 @@ def _upload(what: list[str], project: str, entity: str | None, timeout: float, m
 
 
 def logged_in() -> bool:
-    """Whether W&B would find a key, told without asking any server."""
+    """Whether W&B would find a key. No server is asked."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].strip("/")

@@ -20,13 +20,13 @@ def ran(results: Results) -> dict[str, int]:
 def coverage(results: Results) -> pd.DataFrame:
     """One row a table or figure: ``published`` (how many numbers), ``recipe``, ``ran``, ``ours``, ``waits for``.
 
-    ``ours`` is how many published numbers of a table have one of ours beside them, and how many points a figure
+    ``ours`` is how many published numbers of a table are matched by one of ours, and how many points a figure
     would show.
     """
     rows = []
     for name, cells in ran(results).items():
         is_table = name in published.tables()
-        ours = (_beside(name, results) if is_table else len(paper_figures.data_of(name, results))) if cells else 0
+        ours = (_matched(name, results) if is_table else len(paper_figures.data_of(name, results))) if cells else 0
         rows.append(
             {
                 "name": name,
@@ -41,7 +41,7 @@ def coverage(results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _beside(name: str, results: Results) -> int:
+def _matched(name: str, results: Results) -> int:
     joined = join(published.load(name), results)
     return int(((joined["status"] == "done") & (joined["published"] != "")).sum())
 

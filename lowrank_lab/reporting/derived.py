@@ -1,4 +1,4 @@
-"""What a published table derives from its numbers, made of ours: averages of accuracies, and their drops."""
+"""What a published table derives from its numbers, from ours: averages of accuracies, and their drops."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def add(rows: list[dict[str, Any]]) -> None:
     ]
     for row in rows:
         if (row["metric"], row["dataset"]) == ("drop", "average"):
-            own = [r for r in averages if _line(r) == _line(row)]
+            average = [r for r in averages if _line(r) == _line(row)]
             dense = [r for r in averages if r["model"] == row["model"] and r["method"] == "dense"]
             dense = [r for r in dense if r["quantization"] == "none"]
-            dense = [r for r in dense if r["our_model"] == own[0]["our_model"]] if own else []
-            if own and dense:
-                _derive(row, own[:1], partial(_drop, dense[0]["ours"], 100.0 if row["unit"] == "%" else 1.0))
+            dense = [r for r in dense if r["our_model"] == average[0]["our_model"]] if average else []
+            if average and dense:
+                _derive(row, average[:1], partial(_drop, dense[0]["ours"], 100.0 if row["unit"] == "%" else 1.0))
 
 
 def _derive(row: dict[str, Any], parts: list[dict[str, Any]], of: Callable[[list[float]], float]) -> None:

@@ -18,9 +18,9 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from lowrank_lab.reporting.kinds.errors import linear_names
 from lowrank_lab.reporting.sections import OUTPUT_ERROR, PERPLEXITY, SPEED, TRUNCATION
-from lowrank_lab.reporting.tables import WHOLE, all_groups
+from lowrank_lab.reporting.tables import all_groups
 
-# Okabe and Ito's palette: told apart with every common kind of colour blindness, and by marker in grey.
+# Okabe and Ito's palette: distinct with every common kind of colour blindness, and by marker in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLE: Any = {
@@ -51,12 +51,12 @@ def label_of(name: str, variant: str) -> str:
 
 def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | None:
     """Perplexity (log scale) against the fraction of all linears kept, a line for each method."""
-    if not ((group["method"] != "dense") & group["counted"].isin(WHOLE)).any():
+    if not ((group["method"] != "dense") & group["whole"]).any():
         return None
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
         # Ratios of part of the model would stand at the wrong place on this axis.
-        compressed = group[(group["method"] != "dense") & group["counted"].isin(WHOLE)]
+        compressed = group[(group["method"] != "dense") & group["whole"]]
         for number, ((method, variant), line) in enumerate(compressed.groupby(["method", "variant"], sort=True)):
             line = line.sort_values("ratio_reached")
             axes.plot(
@@ -82,7 +82,7 @@ def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | 
         axes.set_title(wrapped(caption), fontsize=11)
         if len(axes.get_lines()) <= 6:
             axes.legend(frameon=False)
-        else:  # beside the axes: inside it would hide the lines
+        else:  # next to the axes: inside it would hide the lines
             figure.set_size_inches(11, max(4.8, 0.45 * len(axes.get_lines())))
             figure.legend(loc="outside right upper", frameon=False)
     return figure
@@ -98,11 +98,11 @@ def perplexity_against_bits(group: pd.DataFrame, caption: str) -> plt.Figure:
     """Perplexity against the bits kept for each weight of the dense linears, both on log scales.
 
     A line for each method and way to quantize, over ratios and formats alike, through those cells that none of its
-    line with as few bits beats; the others are fainter, beside it.
+    line with as few bits beats; the others are fainter.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(11, 6), layout="constrained")
-        rows = group[group["counted"].isin(WHOLE)]
+        rows = group[group["whole"]]
         plain = (rows["method"] == "dense") & (rows["quantized"] == "none")
         for number, ((method, quantized), line) in enumerate(rows[~plain].groupby(["method", "quantized"])):
             line = line.sort_values(["bits", "value"])

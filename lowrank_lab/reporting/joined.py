@@ -9,11 +9,10 @@ import pandas as pd
 
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import derived, measured, models_of_papers
-from lowrank_lab.reporting.beside import Ours, is_cell, latest, of_model, setting, settings_in, within
+from lowrank_lab.reporting.matching import Ours, is_cell, latest, of_model, setting, settings_in, within
 from lowrank_lab.reporting.protocols import differs, marks
 from lowrank_lab.reporting.published import Published
 from lowrank_lab.reporting.recipe_cells import Cell, recipe_cells
-from lowrank_lab.reporting.tables import quantized
 
 COLUMNS = [
     "model",
@@ -64,12 +63,13 @@ def _dicts(rows: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _numbers(record: dict[str, Any], table: Published) -> Iterator[Ours]:
-    """All numbers of a record; those of the dense model beside a compressed one as of a record of its own."""
+    """All numbers of a record; those of the dense model measured with a compressed one as of a dense record."""
     for (metric, dataset, variant, value), source in measured.numbers(record):
         protocol = source.get("protocol", {})
         yield Ours(record, metric, dataset, variant, value, protocol, differs(record, source, table))
     config = {**record["config"], "allocation": None, "quantization": None}
-    dense = {**record, "method": "dense", "ratio": 1.0, "config": config}
+    quantization = {"name": "none", "family": "none"}
+    dense = {**record, "method": "dense", "ratio": 1.0, "config": config, "quantization": quantization}
     for (metric, dataset, variant, value), source in measured.of_dense(record):
         protocol = source.get("protocol", {})
         yield Ours(dense, metric, dataset, variant, value, protocol, differs(dense, source, table))
@@ -112,15 +112,15 @@ def _row(row: dict[str, Any], found: list[Ours], status: str) -> dict[str, Any]:
 
 
 def _beyond(table: Published, numbers: list[Ours]) -> list[dict[str, Any]]:
-    """Our numbers in the table's columns that belong beside none of its rows, such as of a method of one's own.
+    """Our numbers in the table's columns that match none of its rows, such as those of a user's method.
 
-    Of a model that no paper has, all our numbers: beside published ones stand only those of the same cells.
-    A number of a paper's model that belongs beside a row gets no second line, even where a later one stands there.
-    A setting that the table tells of its lines is told of ours too.
+    Of a model that no paper has, these are all our numbers: only those of the same cells match published ones. A
+    number of a paper's model that matches a row gets no second line, even where that row shows a later one. A
+    setting that the table names for its lines is named for ours too.
     """
     rows = _dicts(table.rows)
 
-    def stands_beside(model: str, record: dict[str, Any], metric: str, dataset: str, variant: str) -> bool:
+    def matches(model: str, record: dict[str, Any], metric: str, dataset: str, variant: str) -> bool:
         return any(
             (row["model"], row["metric"], row["dataset"]) == (model, metric, dataset)
             and within(row["variant"], variant)
@@ -129,15 +129,15 @@ def _beyond(table: Published, numbers: list[Ours]) -> list[dict[str, Any]]:
         )
 
     columns = {(row["metric"], row["dataset"]): row["unit"] for row in rows}
-    told = sorted({name for row in rows for name, _ in settings_in(row["variant"])})
+    named = sorted({name for row in rows for name, _ in settings_in(row["variant"])})
     papers = {path: name for name, path in models_of_papers.paths().items()}
     found: dict[tuple[str, ...], dict[tuple[str, str, str], list[Ours]]] = {}
     for ours in numbers:
         record, where = ours.record, (ours.metric, ours.dataset)
         model = papers.get(record["config"]["model"]["path"], "")
-        if where in columns and not (model and stands_beside(model, record, *where, ours.variant)):
-            settings = ";".join(f"{name}={setting(record['config'], name)}" for name in _answered(told, record))
-            line = (record["method"], f"{record['ratio']:g}", quantized(record["config"], "name"), settings)
+        if where in columns and not (model and matches(model, record, *where, ours.variant)):
+            settings = ";".join(f"{name}={setting(record['config'], name)}" for name in _answered(named, record))
+            line = (record["method"], f"{record['ratio']:g}", record["quantization"]["name"], settings)
             of_line = found.setdefault((model or record["model"], *line), {})
             of_line.setdefault((*where, ours.variant), []).append(ours)
     beyond = []
@@ -147,7 +147,7 @@ def _beyond(table: Published, numbers: list[Ours]) -> list[dict[str, Any]]:
             cell = {**shared, "metric": metric, "dataset": dataset, "unit": unit, "value": ""}
             record = next(iter(of_line.values()))[0].record
             ours_derived = metric == "drop" or dataset == "average"
-            if ours_derived and not stands_beside(model, record, metric, dataset, ""):
+            if ours_derived and not matches(model, record, metric, dataset, ""):
                 beyond.append(_row({**cell, "variant": settings}, [], "missing"))
             for (of_metric, of_dataset, variant), same in of_line.items():
                 if (of_metric, of_dataset) == (metric, dataset):

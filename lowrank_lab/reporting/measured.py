@@ -33,7 +33,7 @@ def numbers(record: dict[str, Any]) -> Iterator[tuple[Number, dict[str, Any]]]:
 
 
 def of_dense(record: dict[str, Any]) -> Iterator[tuple[Number, dict[str, Any]]]:
-    """What a compressed model's record says of the dense model that was measured beside it."""
+    """What a compressed model's record says of the dense model that was measured with it."""
     for measured in record["metrics"].values():
         if measured["metric"] == "speed":
             for number in _speeds(measured, "dense"):

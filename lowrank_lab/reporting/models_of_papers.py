@@ -1,4 +1,4 @@
-"""Which model of conf/model/ is which of the papers', told by where it is on the hub."""
+"""Which model of conf/model/ is which of the papers', by its place on the hub."""
 
 from __future__ import annotations
 

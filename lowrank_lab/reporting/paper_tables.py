@@ -1,4 +1,4 @@
-"""Published tables beside our numbers, as a DataFrame, Markdown, CSV and LaTeX. joined.py says what is in them."""
+"""Published tables with our numbers, as a DataFrame, Markdown, CSV and LaTeX. joined.py has their content."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lowrank_lab.reporting.joined import join
 from lowrank_lab.reporting.published import Published
 from lowrank_lab.reporting.recipe_cells import recipe_cells
 
-LINE = ["ratio", "method", "quantization", "variant"]  # what tells the lines of a table
-COLUMN = ["metric", "dataset", "setting"]  # what tells its columns
+LINE = ["ratio", "method", "quantization", "variant"]  # what distinguishes the lines of a table
+COLUMN = ["metric", "dataset", "setting"]  # what distinguishes its columns
 OF_COLUMN = ("batch", "prompt", "gpu", "linear", "shots")  # variants that belong to a column
 HIGHER_IS_BETTER = ("accuracy", "tokens_per_second", "speedup")
 NO_RANK = ("parameters", "size", "memory", "flops")  # nothing to be best at
@@ -79,10 +79,10 @@ def lines(rows: pd.DataFrame, marks: dict[str, str]) -> pd.DataFrame:
     its place. Columns that say nothing (no quantization, no variant) are left out.
     """
     shown = setting_apart(rows)
-    told = [name for name in LINE if name in ("ratio", "method") or (shown[name].replace("none", "") != "").any()]
+    filled = [name for name in LINE if name in ("ratio", "method") or (shown[name].replace("none", "") != "").any()]
     found = []
     for key, line in shown.groupby(LINE, sort=False):
-        head = {name: str(value) for name, value in zip(LINE, key, strict=True) if name in told}
+        head = {name: str(value) for name, value in zip(LINE, key, strict=True) if name in filled}
         head["method"] = published.printed(head["method"])
         of_line = {
             "published": {column_name(row): row["published"] or "—" for _, row in line.iterrows()},
@@ -93,7 +93,7 @@ def lines(rows: pd.DataFrame, marks: dict[str, str]) -> pd.DataFrame:
             empty = all(text == "—" for text in cells.values())
             if not empty or (kind == "published" and (line["published"] != "").any()):
                 found.append({**head, "": kind, **cells})
-    columns = [*told, "", *dict.fromkeys(column_name(row) for _, row in shown.iterrows())]
+    columns = [*filled, "", *dict.fromkeys(column_name(row) for _, row in shown.iterrows())]
     return pd.DataFrame(found, columns=columns).fillna("—")
 
 

@@ -21,8 +21,8 @@ def differs(record: dict[str, Any], source: dict[str, Any], table: Published) ->
     if source.get("metric") == "speed":
         differences.append(f"on {record['hardware'].get('gpu') or record['hardware']['cpu']}")
     if "calibration" in record and record["config"]["allocation"] is not None and "samples" in expected:
-        own = record["config"]["calibration"]
-        ours = (own["samples"], own["seqlen"], own["dataset"]["name"])
+        calibration = record["config"]["calibration"]
+        ours = (calibration["samples"], calibration["seqlen"], calibration["dataset"]["name"])
         if ours != (expected["samples"], expected["seqlen"], expected["calibration"]):
             paper = "{samples} × {seqlen} of {calibration}".format(**expected)
             differences.append(f"calibrated on {ours[0]} × {ours[1]} tokens of {ours[2]}, not {paper}")
@@ -38,6 +38,6 @@ def _standard_error(source: dict[str, Any]) -> str:
 
 
 def marks(model: str, record: dict[str, Any], differs: str) -> str:
-    """What a reader must know of our number beside one of ``model``: another model, and another protocol."""
+    """What a reader must know of our number next to one of ``model``: another model, and another protocol."""
     same = record["config"]["model"]["path"] == models_of_papers.paths().get(model)
     return "; ".join(text for text in ("" if same else f"model {record['model']}", differs) if text)

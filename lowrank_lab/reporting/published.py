@@ -57,7 +57,7 @@ def method_names() -> dict[str, str]:
 
 
 def printed(method: str) -> str:
-    """The printed name of a method; a method of one's own has its own."""
+    """The printed name of a method; a user's method has its slug."""
     return method_names().get(method, method)
 
 

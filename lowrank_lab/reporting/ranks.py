@@ -1,4 +1,4 @@
-"""Where a record's ranks went: by linear and block, in weights and bytes, beside the spectra that they cut."""
+"""Where a record's ranks went: by linear and block, in weights and bytes, with the spectra that they cut."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 
 from lowrank_lab.artifacts.store import Artifact, Store
-from lowrank_lab.cells.config import build_recorded
 from lowrank_lab.errors import UserError
 from lowrank_lab.models.families import tower_for
 from lowrank_lab.modules.site import Site
@@ -63,7 +62,6 @@ def sites(record: dict[str, Any], results: Results) -> dict[str, Site]:
     Raises UserError where the config.json is not on this machine: neither among the artifacts nor in model.path nor
     in the hub's cache.
     """
-    from lowrank_lab.lowrank.sites import sites_of
     from lowrank_lab.lowrank.spectra import linear_shapes
     from lowrank_lab.models.load import load_config, skeleton
 
@@ -77,8 +75,18 @@ def sites(record: dict[str, Any], results: Results) -> dict[str, Site]:
             f"the shapes of {record['model']} are not on this machine; to have them, {again(record, results)}"
         ) from None
     tower = tower_for(config.model_type)
-    answers = (build_recorded(record["config"][name]) for name in ("grouping", "targets", "storage"))
-    return sites_of(tower, linear_shapes(skeleton(config, False), tower), *answers)
+    shapes = linear_shapes(skeleton(config, False), tower)
+    described = compression_of(record, "lowrank")["sites"]
+    return {name: _site(of_one, shapes) for name, of_one in described.items()}
+
+
+def _site(described: dict[str, Any], shapes: list[dict[str, tuple[int, int]]]) -> Site:
+    """A site as a record describes it, costs in weights; ``shapes`` has by block the (out, in) of linears."""
+    members = tuple(described["linears"])
+    of_members = [shapes[described["block"]][member] for member in members]
+    outs, inp = tuple(out for out, _ in of_members), of_members[0][1]
+    out = sum(outs)
+    return Site(described["block"], members, outs, inp, out * inp, lambda rank: rank * (out + inp))
 
 
 def artifact(record: dict[str, Any], stage: str, results: Results) -> Artifact | None:

@@ -1,4 +1,4 @@
-"""What a kind of measurement says about itself for tables. Each of ``kinds/`` is one; sections.py lists them."""
+"""How tables show a kind of measurement. Each of ``kinds/`` is one; sections.py lists them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Section:
     must_agree    the entries of the protocol that must agree for two numbers to stand in one table
     describe      the protocol in one line
     cells         the measurement's columns as people read them, in order; of a measurement in several settings one
-                  dict for each, which is a row of its own
-    details       its numbers in full precision, by the name of their column in the CSV, beside ``value``
+                  dict for each, which has its row
+    details       its numbers in full precision, by the name of their column in the CSV, besides ``value``
     ascending     whether the lowest value ranks first
     """
 

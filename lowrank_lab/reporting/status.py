@@ -1,4 +1,4 @@
-"""What has become of the cells that somebody asked for."""
+"""The state of all cells that commands have asked for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lowrank_lab.records.results import FINISHED, Results
 from lowrank_lab.reporting.tables import outdated
 
 STATES = ("done", "failed", "skipped", "running", "queued", "preempted", "missing", "outdated")
-AT_WORK = ("running", "queued")
+ACTIVE = ("running", "queued")
 ALWAYS_COUNTED = ("done", "failed", "skipped", "missing")
 
 
@@ -44,8 +44,8 @@ def asked(results: Results) -> list[Asked]:
         grids.setdefault(grid["name"], {}).update(grid["cells"])
     states = {key: state_of(known.get(key)) for cells in grids.values() for key in cells}
     unfinished = [key for key, (state, _) in states.items() if state not in FINISHED]
-    for key, (state, why) in jobs.at_work(results, unfinished).items():
-        if state in AT_WORK or key not in known:  # how a job ended tells less than a record
+    for key, (state, why) in jobs.states(results, unfinished).items():
+        if state in ACTIVE or key not in known:  # a record says more than how a job ended
             states[key] = state, why
     return [
         Asked(name, key, label, *states[key], key in known)

@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from hydra import compose, initialize_config_dir
 
 from lowrank_lab.artifacts.store import fingerprint
 from lowrank_lab.cells import versions
-from lowrank_lab.cells.config import build_recorded, plain
-from lowrank_lab.errors import UserError
+from lowrank_lab.records.labels import word
 from lowrank_lab.reporting.frame import frame
 from lowrank_lab.reporting.section import Section
 from lowrank_lab.reporting.sections import PERPLEXITY, SECTIONS
-
-ANSWERS = ("metric", "grouping", "targets", "allocation", "refinement", "storage")
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"
 
 
 def comparison(records: list[dict[str, Any]], section: Section = PERPLEXITY) -> pd.DataFrame:
     """One row a finished measurement, ranked: by group, dense first, then by falling ratio and from the best.
 
     ``group`` numbers the sets of rows that are comparable (same model content and protocol), ``identity`` is
-    a hash of what they share, ``measured`` is all that the evaluator returned, and ``variant`` says in what a row
-    differs from its method as published or from the other rows of its method. Records of other component versions
-    are left out.
+    a hash of what they share, and ``measured`` is all that the evaluator returned. ``variant`` says in what a row
+    differs from its method as published or from the other rows of its method, ``whole`` whether its ratio counts
+    all linears. Records of other component versions are left out.
     """
     done = {r["key"]: r for r in records if r["status"] == "done" and not outdated(r)}
     rows = frame(list(done.values()))
@@ -49,40 +42,25 @@ def comparison(records: list[dict[str, Any]], section: Section = PERPLEXITY) -> 
     ]
     # One measurement may be in several records (another task was added to the job), and twice in one.
     rows["same"] = [
-        fingerprint([done[key]["method"], done[key]["ratio"], _told_of(done[key]), measured])
+        fingerprint([done[key]["method"], done[key]["ratio"], done[key]["settings"], measured])
         for key, measured in zip(rows["key"], rows["measured"], strict=True)
     ]
     rows = rows.drop_duplicates(["same", "identity"]).drop(columns="same")
     order = rows["model"] + rows["protocol_text"] + rows["identity"]
     rows["group"] = pd.factorize(order, sort=True)[0]
     for _, group in rows.groupby("group"):
-        rows.loc[group.index, "variant"] = group["key"].map(_variants([done[key] for key in group["key"]]))
-    rows["counted"] = rows["key"].map(lambda key: counted(done[key]["config"]))
+        rows.loc[group.index, "variant"] = group["key"].map(variants([done[key] for key in group["key"]]))
+    rows["counted"] = rows["key"].map(lambda key: done[key]["counts"]["unit"])
+    rows["whole"] = rows["key"].map(lambda key: done[key]["counts"]["whole"])
     rows["bits"] = rows["key"].map(lambda key: bits(done[key]))
-    rows["quantized"] = rows["key"].map(lambda key: quantized(done[key]["config"], "family"))
+    rows["quantized"] = rows["key"].map(lambda key: done[key]["quantization"]["family"])
     rows["value"] = rows["value"].astype(float)
     rows["_dense_first"] = rows["method"] != "dense"
-    rows["_whole_first"] = ~rows["counted"].isin(WHOLE)
+    rows["_whole_first"] = ~rows["whole"]  # a ratio of a part of the model means less
     order_of_rows = ["group", "_dense_first", "_whole_first", "ratio", "value", "method", "variant"]
     rising = [section.ascending if name == "value" else name != "ratio" for name in order_of_rows]
     rows = rows.sort_values(order_of_rows, ascending=rising, kind="stable")
     return rows.drop(columns=["_dense_first", "_whole_first"]).reset_index(drop=True)
-
-
-WHOLE = ("weights", "16-bit words")  # what ratios of all linears count; other ratios rank below, they mean less
-
-
-def counted(config: dict[str, Any]) -> str:
-    """What a cell's ratio is a fraction of, in a few words."""
-    targets = config["targets"]
-    if config["allocation"] is None:  # its bits may be those of a part of the model alone
-        part = config["quantization"] is not None and targets["linears"] != "all"
-        return f"weights of {targets['linears']}" if part else "weights"
-    if targets["ratio_of"] == "kv_cache":
-        return "cached values"
-    what = "16-bit words" if str(config["storage"]["_target_"]).endswith(".Remap") else "weights"
-    what = what if targets["linears"] == "all" else f"{what} of {targets['linears']}"
-    return f"{what} in blocks {_word(targets['blocks'])}" if targets.get("blocks") else what
 
 
 def bits(record: dict[str, Any]) -> float:
@@ -91,17 +69,6 @@ def bits(record: dict[str, Any]) -> float:
     if not sites["count"]:  # the dense model as it is
         return 32.0 if record["config"]["dtype"] == "float32" else 16.0
     return 8 * sites["bytes"] / sites["parameters_dense"]
-
-
-def quantized(config: dict[str, Any], told: str) -> str:
-    """``name`` or ``family`` of a cell's quantization; "none" where there is none."""
-    settings = config["quantization"]
-    if settings is None:
-        return "none"
-    try:
-        return str(getattr(build_recorded(settings), told))
-    except UserError:  # a class of one's own is told by its name
-        return str((settings.get("method") or settings)["_target_"]).rpartition(".")[2]
 
 
 def outdated(record: dict[str, Any]) -> bool:
@@ -201,7 +168,7 @@ def csv(records: list[dict[str, Any]], section: Section) -> str:
         return ""
     protocol = pd.DataFrame(list(rows["protocol"])).add_prefix("protocol_")
     details = pd.DataFrame([section.details(one) for one in rows["measured"]], index=rows.index)
-    rows = rows.drop(columns=["protocol", "protocol_text", "identity", "reason", "measured"])
+    rows = rows.drop(columns=["protocol", "protocol_text", "identity", "reason", "measured", "whole"])
     return pd.concat([rows, details, protocol], axis=1).to_csv(index=False)
 
 
@@ -218,103 +185,19 @@ def write(records: list[dict[str, Any]], folder: Path) -> list[Path]:
     return files
 
 
-def _variants(records: list[dict[str, Any]]) -> dict[str, str]:
-    """What a table must say of each record (by key) beside its method and ratio; "" for most.
+def variants(records: list[dict[str, Any]]) -> dict[str, str]:
+    """What a table shows of each record (by key) besides its method and ratio; "" for most.
 
-    That is every answer that differs from the method's own or between the cells of one method, by its name; and
-    every setting that cells with the same answer do not share, or in which an answer of the method's own differs
-    from how the method has it.
+    That is every setting in which it differs from its method, and every one that the records of its method do not
+    share.
     """
-    settings = {r["key"]: _told_of(r) for r in records}
-    variants = {}
+    texts = {}
     for record in records:
-        fellows = [settings[r["key"]] for r in records if r["method"] == record["method"]]
-        own = _own_answers(record["method"])
-        here = settings[record["key"]]
-        shown = {name: value for name, value in here.items() if _is_told(name, here, fellows, own)}
-        variants[record["key"]] = ", ".join(f"{name}={_word(value)}" for name, value in shown.items())
-    return variants
-
-
-def _is_told(name: str, here: dict[str, Any], fellows: list[dict[str, Any]], own: dict[str, Any] | None) -> bool:
-    """Whether a table must say what the setting ``name`` of a record is."""
-    if any(name in fellow and fellow[name] != here[name] for fellow in fellows):
-        return True
-    answer = name.split(".")[0]
-    if own is None or answer not in (*ANSWERS, "quantization"):
-        return False
-    if name != answer and own.get(answer) != here[answer]:
-        return False  # a setting of another answer than the method's: the answer itself is told
-    return own.get(name) != here[name]
-
-
-def _word(value: Any) -> str:
-    """A value on one line."""
-    if isinstance(value, list):
-        return f"[{','.join(map(str, value))}]"
-    return repr(value) if isinstance(value, str) and not value.isprintable() else str(value)
-
-
-def _told_of(record: dict[str, Any]) -> dict[str, Any]:
-    return _settings(record["config"], calibrated="calibration" in record)
-
-
-def _settings(config: dict[str, Any], calibrated: bool) -> dict[str, Any]:
-    """The settings that may tell two cells of one method apart, flat, by their names on the command line."""
-    flat: dict[str, Any] = {}
-    if config["allocation"] is None:
-        flat |= {"allocation": "none", "dtype": config["dtype"]}
-        if calibrated:
-            _flatten("calibration", config["calibration"], flat)
-        return flat | _quantization(config)
-    refinement = config["refinement"]
-    if refinement is not None and refinement.get("dataset") == config["calibration"]["dataset"]:
-        config = {**config, "refinement": {k: v for k, v in refinement.items() if k != "dataset"}}
-    for name in (*ANSWERS, "dtype", *(["calibration"] if calibrated else [])):
-        _flatten(name, config[name], flat)
-    return flat | _quantization(config)
-
-
-def _quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """Its name, which tells all formats, and the settings that this does not tell."""
-    settings, flat = config["quantization"], {"quantization": quantized(config, "name")}
-    if settings is None:
-        return flat
-    with suppress(UserError):
-        if build_recorded(settings).needs_seed:
-            flat["seed"] = config["seed"]
-    flat["quantization.sequential"] = settings["sequential"]
-    flat |= {f"quantization.{of}.scale_dtype": settings[of]["scale_dtype"] for of in ("weights", "left", "right")}
-    for part in ("transform", "latent", "method", "kv_cache"):
-        beside: dict[str, Any] = {}
-        _flatten(f"quantization.{part}", settings[part], beside)
-        flat |= {name: value for name, value in beside.items() if name.count(".") > 1}
-    return flat
-
-
-def _flatten(name: str, value: Any, into: dict[str, Any]) -> None:
-    if isinstance(value, dict):
-        for inner_name, inner in value.items():
-            if inner_name == "_target_":
-                into[name] = str(inner).rsplit(".", 1)[-1]
-            elif inner_name == "corpus" or f"{name}.{inner_name}" in (
-                "calibration.dataset.eval",
-                "refinement.dataset.eval",
-                "refinement.micro_batch",
-                "calibration.batch_size",
-                "calibration.offload",
-            ):
-                continue  # a corpus is told by its data set's name; the others have no influence
-            else:
-                _flatten(f"{name}.{inner_name}", inner, into)
-    else:
-        into[name] = value
-
-
-@cache
-def _own_answers(method: str) -> dict[str, Any] | None:
-    """The answers of a method as its YAML has them; None for a method that is not in conf/."""
-    if not (CONFIG_DIR / "method" / f"{method}.yaml").is_file():
-        return None
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return _settings(plain(compose("config", [f"method={method}"])), calibrated=False)
+        same_method = [other["settings"] for other in records if other["method"] == record["method"]]
+        shown = {
+            name: value
+            for name, value in record["settings"].items()
+            if name in record["variant"] or any(other.get(name, value) != value for other in same_method)
+        }
+        texts[record["key"]] = ", ".join(f"{name}={word(value)}" for name, value in shown.items())
+    return texts

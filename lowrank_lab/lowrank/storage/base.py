@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 
 
 class Storage(Protocol):
+    """``counts`` is what ``cost`` counts, as tables show it: "weights" or "16-bit words"."""
+
+    counts: str
+
     def cost(self, out: int, inp: int, rank: int) -> int:
         """What an (out, in) matrix costs at ``rank``, in numbers as large as the out · in of the dense matrix.
 

@@ -20,6 +20,8 @@ class Remap:
     site, all counted in the record's bytes.
     """
 
+    counts = "16-bit words"
+
     def cost(self, out: int, inp: int, rank: int) -> int:
         return rank * max(out, inp)
 

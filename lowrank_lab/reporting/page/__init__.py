@@ -1,4 +1,4 @@
-"""All results as one HTML file: no server, no network, nothing beside it. The same records give the same bytes."""
+"""All results as one HTML file: no server, no network, no other file. The same records give the same bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from lowrank_lab.errors import UserError
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import figures, paper_figures, published
-from lowrank_lab.reporting.page import own, papers
+from lowrank_lab.reporting.page import ours, papers
 from lowrank_lab.reporting.page.facts import facts
 from lowrank_lab.reporting.page.table import Table
 from lowrank_lab.reporting.status import STATES, asked, count
@@ -42,17 +42,17 @@ def write(results: Results, file: Path) -> Path:
 
 
 def html(results: Results) -> str:
-    """The page: state of the grids, published tables beside ours, our own tables, figures, and the records' facts.
+    """The page: state of the grids, published tables with our numbers, our tables, figures, and facts of records.
 
     Raises UserError where there are no records.
     """
     records = results.records()
     if not records:
         raise UserError(f"no records in {results.root}; run something first: python run.py")
-    grids = own.grids(results)
+    grids = ours.grids(results)
     sources = [paper for name in published.tables() if (paper := papers.paper(name, results))]
-    measured = own.measured(records)
-    others = [table for table in (own.without_number(records), own.left_out(records)) if table]
+    measured = ours.measured(records)
+    others = [table for table in (ours.without_number(records), ours.left_out(records)) if table]
     tables = [*grids, *(paper.table for paper in sources), *measured, *others]
     template = Environment(
         loader=PackageLoader("lowrank_lab.reporting.page", "."),

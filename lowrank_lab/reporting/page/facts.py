@@ -1,4 +1,4 @@
-"""What the page tells of a record: enough to repeat it, without ranks, answers and other bulk."""
+"""What the page shows of a record: enough to repeat it, without ranks, answers and other bulk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def facts(record: dict[str, Any]) -> dict[str, Any]:
     """The facts of a record as JSON that browsers read."""
     git = record.get("git") or {}
     dirty = " with changes that are not committed" if git.get("dirty") else ""
-    told = {
+    shown = {
         "label": record["label"],
         "state": "outdated" if outdated(record) else record["status"],
         "reason": record.get("reason", ""),
@@ -37,7 +37,7 @@ def facts(record: dict[str, Any]) -> dict[str, Any]:
         "configuration": record["config"],
         "traceback": record.get("traceback", ""),
     }
-    return {name: _plain(value) for name, value in told.items()}
+    return {name: _plain(value) for name, value in shown.items()}
 
 
 def _measured(found: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The published tables of the page, each number beside ours."""
+"""The published tables of the page, each number with ours."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from lowrank_lab.records.labels import CONFIG_DIR
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import published
 from lowrank_lab.reporting.joined import join
@@ -20,7 +21,6 @@ from lowrank_lab.reporting.paper_tables import (
 )
 from lowrank_lab.reporting.published import Published
 from lowrank_lab.reporting.recipe_cells import recipe_cells
-from lowrank_lab.reporting.tables import CONFIG_DIR
 
 STEPS = (0.01, 0.05, 0.2)  # relative differences from which on a number has a stronger colour
 
@@ -40,7 +40,7 @@ class Paper:
 
 
 def paper(name: str, results: Results) -> Paper | None:
-    """The published table ``name`` beside ours; None where none of its recipes has a record."""
+    """The published table ``name`` with our numbers; None where none of its recipes has a record."""
     if not published.entry(name).get("recipes"):
         return None
     source = published.load(name)
@@ -53,10 +53,10 @@ def paper(name: str, results: Results) -> Paper | None:
 
 def _table(source: Published, joined: pd.DataFrame, marks: dict[str, str]) -> Table:
     """A row a line of the source, and for each of its columns what is published and ours."""
-    told = [name for name in ("quantization", "variant") if (joined[name].replace("none", "") != "").any()]
+    filled = [name for name in ("quantization", "variant") if (joined[name].replace("none", "") != "").any()]
     if joined["model"].nunique() > 1:
-        told = ["model", *told]
-    columns = [Column(name) for name in ("method", "ratio", *told)]
+        filled = ["model", *filled]
+    columns = [Column(name) for name in ("method", "ratio", *filled)]
     heads = list(dict.fromkeys(column_name(row) for _, row in joined.iterrows()))
     columns += [Column(kind, head) for head in heads for kind in ("published", "ours")]
     rows = []
@@ -64,7 +64,7 @@ def _table(source: Published, joined: pd.DataFrame, marks: dict[str, str]) -> Ta
     for line in (line for rows_of_one in by_model for _, line in rows_of_one.groupby(LINE, sort=False)):
         first = line.iloc[0]
         cells = [Cell(published.printed(first["method"])), Cell(first["ratio"] or "—", number_in(first["ratio"]))]
-        cells += [Cell(first[name]) for name in told]
+        cells += [Cell(first[name]) for name in filled]
         numbers = {column_name(row): row for _, row in line.iterrows()}
         for head in heads:
             if head in numbers:

@@ -32,7 +32,7 @@ class Cell:
 
     @property
     def link(self) -> str:
-        """Opens the records: the script reads it, so it works beside the filters in the same address."""
+        """Opens the records: the script reads it, so it works together with the filters in the same address."""
         return "#" + "&".join(f"record={key}" for key in self.keys)
 
 

@@ -80,7 +80,7 @@ def draw_sensitivities(frame: pd.DataFrame) -> plt.Figure:
             axes.set_ylabel("perplexity")
         shades = plt.cm.ScalarMappable(colours, STEPS)
         figure.colorbar(shades, ax=grid, label="ratio of the linear's parameters kept")
-        common.title(figure, f"{common.told(frame)}: one linear truncated alone")
+        common.title(figure, f"{common.subject(frame)}: one linear truncated alone")
     return figure
 
 

@@ -23,11 +23,11 @@ STEPS: Colormap = plt.get_cmap("viridis_r").resampled(256)  # yellow to purple: 
 
 @dataclass(frozen=True)
 class PaperFigure:
-    """One figure of a paper, or one panel where the panels have recipes of their own.
+    """One figure of a paper, or one panel where the panels have different recipes.
 
     title   what it shows, with its number
     recipe  the experiment in conf/experiment/ that is made for it; catalogue.yaml names others that do too
-    data    from records of these what it shows: tidy, in an order of its own, with no rows where no record has it
+    data    from records of these what it shows: tidy, in a fixed order, with no rows where no record has it
     draw    from ``data``, as it is or read from a CSV, the figure
     """
 
@@ -79,7 +79,7 @@ def first_of(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
     return frame[(frame[list(columns)] == frame[list(columns)].iloc[0]).all(axis=1)]
 
 
-def told(frame: pd.DataFrame) -> str:
+def subject(frame: pd.DataFrame) -> str:
     """The model and method of the first row, for a title."""
     return f"{frame['model'].iloc[0]}, {frame['method'].iloc[0]}"
 

@@ -1,4 +1,4 @@
-"""Dobi-SVD's figures (papers/003) that are made of measurements."""
+"""Dobi-SVD's figures (papers/003) that show measurements."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lowrank_lab.reporting.paper_figures.common import PaperFigure, Records
 
 def factor_values(records: Records, role: str) -> pd.DataFrame:
     """The histograms of the left and right factors of linears of the ``role``, a row a bin with its ``low`` and
-    ``high`` edge and its ``count``, and beside it standard deviation and excess kurtosis of the whole factor."""
+    ``high`` edge and its ``count``, with standard deviation and excess kurtosis of the whole factor."""
     rows = []
     for record, found in common.measured(records, "excess kurtosis of factors"):
         for one in found["linears"]:
@@ -25,10 +25,10 @@ def factor_values(records: Records, role: str) -> pd.DataFrame:
             of = {name: record[name] for name in ("model", "method", "ratio")}
             of |= {"linear": one["linear"], "block": one["block"]}
             for factor in ("left", "right"):
-                told = one[factor]
-                of |= {"factor": factor, "std": told["std"], "excess_kurtosis": told["excess_kurtosis"]}
-                edges = np.linspace(-told["largest"], told["largest"], len(told["counts"]) + 1).tolist()
-                for low, high, count in zip(edges[:-1], edges[1:], told["counts"], strict=True):
+                values = one[factor]
+                of |= {"factor": factor, "std": values["std"], "excess_kurtosis": values["excess_kurtosis"]}
+                edges = np.linspace(-values["largest"], values["largest"], len(values["counts"]) + 1).tolist()
+                for low, high, count in zip(edges[:-1], edges[1:], values["counts"], strict=True):
                     rows.append({**of, "low": low, "high": high, "count": count})
     by = ["model", "method", "ratio", "linear", "block", "factor", "low"]
     columns = [*by[:-1], "std", "excess_kurtosis", "low", "high", "count"]
@@ -56,7 +56,7 @@ def draw_factor_values(frame: pd.DataFrame) -> plt.Figure:
             axes.set_title(f"{factor} factor: std {std:.3g}, excess kurtosis {kurtosis:.3g}", fontsize=12)
         panels[0].set_ylabel("density")
         common.legend_below(figure, panels[0], 2)
-        what = f"{common.told(frame)}, ratio {first['ratio']:g}: values of the factors of {first['linear']}"
+        what = f"{common.subject(frame)}, ratio {first['ratio']:g}: values of the factors of {first['linear']}"
         common.title(figure, f"{what}, block {first['block']}; the horizontal axis ends at 6 standard deviations")
     return figure
 
@@ -68,7 +68,7 @@ def speeds(records: Records) -> pd.DataFrame:
     """Tokens decoded a second, by batch size and by the length of the prompt (``panel``).
 
     A compressed model and the dense one were measured by turns in one run, that of the ratio ``run``. Between runs
-    the machine may have changed: how far, the speeds of the dense model tell.
+    the machine may have changed: the speeds of the dense model show how far.
     """
     rows = []
     for record, found in common.measured(records, "speed"):

@@ -1,4 +1,4 @@
-"""The three panels of Dobi-SVD's Figure 3 (papers/003), which have recipes of their own."""
+"""The three panels of Dobi-SVD's Figure 3 (papers/003), which have different recipes."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _by_ratio(
 
 
 def memory(records: Records) -> pd.DataFrame:
-    """The most bytes held by each ``way`` to bring ``samples`` sets of ``rank`` directions of ``width`` to one."""
+    """The peak bytes of each ``way`` to reduce ``samples`` sets of ``rank`` directions of ``width`` to one."""
     rows: list[dict[str, Any]] = [
         {"samples": found["protocol"]["samples"], **point}
         for _, found in common.measured(records, "memory of PCA over IPCA")

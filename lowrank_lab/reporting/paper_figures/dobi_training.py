@@ -68,7 +68,7 @@ def draw_progress(frame: pd.DataFrame) -> plt.Figure:
             if not of_quantity.empty:
                 common.log_scale(axes, of_quantity["value"])
         common.legend_below(figure, panels[0], 3)
-        common.title(figure, f"{common.told(frame)}: training of the ranks")
+        common.title(figure, f"{common.subject(frame)}: training of the ranks")
     return figure
 
 
@@ -113,7 +113,7 @@ def draw_ranks(frame: pd.DataFrame) -> plt.Figure:
             axes.set_ylabel("rank k")
         figure.colorbar(plt.cm.ScalarMappable(colours, STEPS), ax=grid, label="steps of training")
         common.legend_below(figure, grid[0], 1)
-        common.title(figure, f"{common.told(frame)}, ratio {frame['ratio'].iloc[0]:g}: ranks during training")
+        common.title(figure, f"{common.subject(frame)}, ratio {frame['ratio'].iloc[0]:g}: ranks during training")
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Which of our numbers belongs beside a published one: of its cell, in its setting, on its model, of one run."""
+"""Which of our numbers matches a published one: same cell, same setting, same model, and all from one run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any, TypeVar
 from lowrank_lab.artifacts.store import fingerprint
 from lowrank_lab.reporting import models_of_papers
 from lowrank_lab.reporting.published import Published
-from lowrank_lab.reporting.tables import outdated, quantized
 
 T = TypeVar("T")
 
 QUANTIZATIONS = {"NF4": "NF4 g64", "bnb4": "bitsandbytes NF4", "bnb8": "bitsandbytes INT8"}  # as records name them
-HARDWARE = ("gpu",)  # variants that tell of the machine
+HARDWARE = ("gpu",)  # variants that describe the machine
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ def is_cell(row: dict[str, Any], record: dict[str, Any], table: Published) -> bo
     return (
         record["method"] == method
         and (method == "dense" or record["ratio"] == row["kept"])
-        and _quantized(record) == quantization
+        and record["quantization"]["name"] == quantization
         and all(setting(config, name) == value for name, value in settings_in(row["variant"]))
     )
 
@@ -48,16 +47,6 @@ def settings_in(variant: str) -> list[tuple[str, str]]:
     """The parts of a variant that are settings of ours, by their dotted names."""
     parts = [part.partition("=") for part in variant.split(";")]
     return [(name, value) for name, _, value in parts if "." in name]
-
-
-def _quantized(record: dict[str, Any]) -> str:
-    """The name of a record's quantization; that of an outdated one may be settings that are no more."""
-    try:
-        return quantized(record["config"], "name")
-    except Exception:
-        if outdated(record):
-            return "unknown"
-        raise
 
 
 def setting(config: dict[str, Any], name: str) -> str:
@@ -87,7 +76,7 @@ def of_model(model: str, found: list[T], record_of: Callable[[T], dict[str, Any]
 def latest(found: list[Ours]) -> list[Ours]:
     """One for each seed of those that differ from the latest, which comes first, in their seed alone.
 
-    The evaluators' settings are told apart by the protocol of the number: two records may measure other things too.
+    The protocol of the number has the evaluators' settings: two records may measure other things too.
     """
     same = [ours for ours in found if _apart_from_seed(ours) == _apart_from_seed(found[0])]
     of_seed: dict[int, Ours] = {}
@@ -96,7 +85,7 @@ def latest(found: list[Ours]) -> list[Ours]:
     return list(of_seed.values())
 
 
-# What changes no number of a cell, and what is told apart elsewhere.
+# Settings that change no number of a cell, or that are compared elsewhere.
 NO_NUMBER = ("device", "tracker", "results", "artifacts", "save", "eval", "models", "scale", "data_root")
 
 

@@ -41,9 +41,9 @@ def _table(
 ) -> Table:
     """A table of rows by ``_row``, without the columns that say nothing in any of them."""
     names = (first, "method", "ratio", "quantization", "model", "data set", "reason")
-    told = [n for n in range(len(names)) if any(row.cells[n].text not in ("", "none") for row in rows)]
-    shown = tuple(Row(tuple(row.cells[n] for n in told), row.tags) for row in rows)
-    return Table(id, title, tuple(Column(names[n]) for n in told), shown, counts or {}, is_open)
+    filled = [n for n in range(len(names)) if any(row.cells[n].text not in ("", "none") for row in rows)]
+    shown = tuple(Row(tuple(row.cells[n] for n in filled), row.tags) for row in rows)
+    return Table(id, title, tuple(Column(names[n]) for n in filled), shown, counts or {}, is_open)
 
 
 def _row(first: Cell, label: str, reason: str) -> Row:

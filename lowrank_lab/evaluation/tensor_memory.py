@@ -1,4 +1,4 @@
-"""How many bytes of tensors a computation holds at once."""
+"""The peak memory of a computation's tensors."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """The most bytes that tensors made in ``run()`` have at one time, on whatever device.
+    """The most bytes that tensors created in ``run()`` have at one time, on whatever device.
 
     Counted after every operation on the storages that are alive, views once. So it is the same on every machine,
     where what a process takes from the system depends on its allocator. What a kernel takes and gives back within
     itself, such as LAPACK's workspace, is not seen.
     """
-    with torch.no_grad(), _Held() as held:
+    with torch.no_grad(), _Storages() as storages:
         run()
-    return held.peak
+    return storages.peak
 
 
-class _Held(TorchDispatchMode):
+class _Storages(TorchDispatchMode):
     """Adds up the storages that operations return, until they are freed."""
 
     def __init__(self) -> None:

@@ -1,0 +1,38 @@
+"""The parts of Hydra that are not public. A new version of Hydra may break this file, and no other."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins import basic_launcher, basic_sweeper
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
+from omegaconf import DictConfig, open_dict
+
+# The modules, not their classes: Hydra runs both once more when it looks for plugins, and then has other classes.
+__all__ = ["argument_parser", "basic_launcher", "basic_sweeper", "combinations", "composed"]
+
+
+def argument_parser() -> ArgumentParser:
+    """The parser of the command line of every Hydra program."""
+    return get_args_parser()
+
+
+def combinations(overrides: list[Override]) -> list[list[str]]:
+    """The overrides of each job of a sweep over the parsed ``overrides``."""
+    [batch] = basic_sweeper.BasicSweeper.split_arguments(overrides, None)
+    return batch
+
+
+def composed(config_dir: Path, config_name: str, overrides: list[str]) -> DictConfig:
+    """A configuration as ``hydra.compose`` makes it, also within a job of Hydra, which has its own one loaded."""
+    version.setbase("1.3")
+    loader = ConfigLoaderImpl(create_config_search_path(str(config_dir)))
+    cfg = loader.load_configuration(config_name, overrides, RunMode.RUN, from_shell=False)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg

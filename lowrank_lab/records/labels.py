@@ -1,0 +1,107 @@
+"""What a record says of its cell for tables: its settings, and in which of them the cell differs from its method.
+
+Tables compare these entries, and need neither the classes nor the YAML that the settings came from. No torch.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lowrank_lab.cells import config
+from lowrank_lab.cells.cell import Cell
+from lowrank_lab.cells.hydra_private import composed
+from lowrank_lab.cells.settings import flat
+from lowrank_lab.redaction import redacted_settings
+
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"
+NAMED_ELSEWHERE = {"lowrank": "allocation"}  # the setting that says whether there is a compression, if not its own
+OLD_COMPRESSIONS = ("lowrank", "quantization")  # those of records that do not list them
+COMMON = ("dtype", "calibration", "seed")  # settings that are no answer of a method
+
+
+def labels(cell: Cell) -> dict[str, Any]:
+    """The entries of a record that describe its cell to tables, without secrets.
+
+    quantization  ``name``, and ``family``: the name without the formats of the weights; "none" where there is none
+    counts        ``unit``: what the ratio is a fraction of, in a few words; ``whole``: whether of all linears
+    settings      those that may differ between two cells of one method, flat, by their names on the command line
+    variant       those of ``settings`` in which the cell differs from its method as the YAML file has it
+    """
+    plain = redacted_settings(config.plain(cell.cfg))
+    factors = any(one.makes_factors for one in cell.compressions.values())
+    of_compressions = {name: one.settings(plain) for name, one in cell.compressions.items()}
+    of_cell = settings(plain, of_compressions, calibrated=cell.calibration_data is not None)
+    quantization = cell.compressions.get("quantization")
+    return {
+        "quantization": {
+            "name": "none" if quantization is None else quantization.name,
+            "family": "none" if quantization is None else quantization.family,
+        },
+        "counts": counts(plain, cell.site_rules[2].counts if factors else None, quantization is not None),
+        "settings": of_cell,
+        "variant": variant(of_cell, of_method(cell.cfg.method.name)),
+    }
+
+
+def settings(cfg: dict[str, Any], of_compressions: dict[str, dict[str, Any]], calibrated: bool) -> dict[str, Any]:
+    """The ``settings`` of a record from its configuration as plain data, and those of each compression in it.
+
+    ``calibrated``: whether anything reads the calibration text.
+    """
+    absent = {name: {NAMED_ELSEWHERE.get(name, name): "none"} for name in cfg.get("compressions", OLD_COMPRESSIONS)}
+    of_all = {**absent, **of_compressions}
+    common = {"dtype": cfg["dtype"], **(flat("calibration", cfg["calibration"]) if calibrated else {})}
+    found = {**of_all.pop("lowrank"), **common}
+    for of_one in of_all.values():
+        found |= of_one
+    return found
+
+
+def counts(cfg: dict[str, Any], stored: str | None, in_few_bits: bool) -> dict[str, Any]:
+    """The ``counts`` of a record; ``stored`` is what the storage of factors counts, None where there is none."""
+    targets = cfg["targets"]
+    everything = targets["linears"] == "all"
+    of_role = "" if everything else f" of {targets['linears']}"
+    if stored is None:  # the bits may be those of a part of the model alone
+        everything = everything or not in_few_bits
+        return {"unit": "weights" if everything else f"weights{of_role}", "whole": everything}
+    if targets["ratio_of"] == "kv_cache":
+        return {"unit": "cached values", "whole": False}
+    in_blocks = f" in blocks {word(targets['blocks'])}" if targets.get("blocks") else ""
+    return {"unit": f"{stored}{of_role}{in_blocks}", "whole": everything and not in_blocks}
+
+
+def variant(of_cell: dict[str, Any], of_its_method: dict[str, Any] | None) -> dict[str, Any]:
+    """The settings of a cell that differ from those of its method; none where the method has no YAML file.
+
+    A setting of another answer than the method's is left out: the answer itself is there.
+    """
+    if of_its_method is None:
+        return {}
+    found = {}
+    for name, value in of_cell.items():
+        answer = name.split(".")[0]
+        of_same_answer = name == answer or of_its_method.get(answer) == of_cell.get(answer)
+        if answer not in COMMON and of_same_answer and of_its_method.get(name) != value:
+            found[name] = value
+    return found
+
+
+@cache
+def of_method(method: str) -> dict[str, Any] | None:
+    """The settings of a method as its YAML file has them; None for a method that is not in conf/."""
+    if method not in {file.stem for file in (CONFIG_DIR / "method").glob("*.yaml")}:
+        return None
+    cfg = composed(CONFIG_DIR, "config", [f"method={method}"])
+    plain = config.plain(cfg)
+    compressions = config.built(cfg.compressions)
+    return settings(plain, {name: one.settings(plain) for name, one in compressions.items()}, calibrated=False)
+
+
+def word(value: Any) -> str:
+    """A value on one line."""
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
+    return repr(value) if isinstance(value, str) and not value.isprintable() else str(value)

@@ -1,0 +1,80 @@
+"""Records that were written before a record described its cell (labels.py).
+
+The description is derived from their configuration as plain data. Nothing that they name is looked up or run: a
+record may come from somebody else. In what an old cell differs from its method is not known, except for its
+quantization, which no method has.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+from lowrank_lab.cells.settings import of_answers, of_quantization
+from lowrank_lab.modules.formats import Format
+from lowrank_lab.records import labels
+
+WITH_SEED = ("QuaRot", "SpinQuant", "DuQuant")  # classes whose results depend on the seed
+
+
+def described(record: dict[str, Any]) -> dict[str, Any]:
+    """``record`` with the entries of ``labels.labels``; as it is where it has them.
+
+    Where parts of the configuration are missing, as in outdated schemas, the entries stay empty.
+    """
+    if "settings" in record:
+        return record
+    cfg, name = record["config"], _name(record)
+    record = {
+        **record,
+        "quantization": {"name": name, "family": name},
+        "counts": {"unit": "unknown", "whole": False},
+        "settings": {},
+        "variant": {} if name == "none" else {"quantization": name},
+    }
+    with suppress(AttributeError, KeyError, TypeError, ValueError):
+        record["quantization"]["family"] = _family(cfg["quantization"], name)
+        stored = None if cfg["allocation"] is None else _stored(cfg["storage"])
+        record["counts"] = labels.counts(cfg, stored, cfg["quantization"] is not None)
+        record["settings"] = labels.settings(cfg, _of_compressions(cfg, name), "calibration" in record)
+    return record
+
+
+def _of_compressions(cfg: dict[str, Any], quantization: str) -> dict[str, dict[str, Any]]:
+    """The settings of each compression; ``quantization`` is the name of that one."""
+    found = {} if cfg["allocation"] is None else {"lowrank": of_answers(cfg)}
+    if cfg["quantization"] is not None:
+        seeded = any(_class(part) in WITH_SEED for part in cfg["quantization"].values())
+        found["quantization"] = of_quantization(cfg, quantization, seeded)
+    return found
+
+
+def _name(record: dict[str, Any]) -> str:
+    """The name of a record's quantization, which its label has between the ratio and the model."""
+    if not isinstance(record["config"], dict) or record["config"].get("quantization") is None:
+        return "none"
+    text = str(record["label"]).removeprefix(str(record["method"]))
+    with suppress(TypeError, ValueError):
+        text = text.removeprefix(f" ratio={record['ratio']:g}")
+    return text.removesuffix(f" {record['model']} {record['dataset']}").strip()
+
+
+def _family(quantization: dict[str, Any] | None, name: str) -> str:
+    """The name without the formats of the weights."""
+    if quantization is None or quantization["method"] is None:
+        return name
+    weights, left, right = (Format(**quantization[of]).name for of in ("weights", "left", "right"))
+    formats = weights if weights == left == right else f"{weights} ({left}·{right})"
+    before, _, after = name.partition(formats)
+    if _class(quantization["method"]) == "RoundToNearest":
+        before += "RTN"
+    return " ".join(f"{before} {after}".split())
+
+
+def _stored(storage: dict[str, Any]) -> str:
+    return "16-bit words" if _class(storage) == "Remap" else "weights"
+
+
+def _class(node: Any) -> str:
+    """The name of the class that a node describes; "" where it describes none."""
+    return str(node.get("_target_", "")).rpartition(".")[2] if isinstance(node, dict) else ""
