@@ -29,21 +29,23 @@ log = logging.getLogger(__name__)
 
 CONFIG_DIR = Path(__file__).resolve().parent / "conf"
 
-_postponed: list[DictConfig] = []  # cells of this process's grid that wait for another process
+_cells: list[Cell] = []  # those of this command in the order of Hydra's jobs
+_postponed: list[Cell] = []  # cells of this process's grid that wait for another process
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def job(cfg: DictConfig) -> None:
+def job(_cfg: DictConfig) -> None:
     redaction.guard_streams()  # also in a process that a launcher has started
     hydra_cfg = HydraConfig.get()
     is_basic = hydra_cfg.launcher._target_.endswith("BasicLauncher") or runner.LAUNCH in os.environ
     one_by_one = hydra_cfg.mode == RunMode.MULTIRUN and is_basic
+    cell = _cells[hydra_cfg.job.num if hydra_cfg.mode == RunMode.MULTIRUN else 0]
     postponed = False
     try:
-        runner.run(cfg, os.environ.get(grid.NAME), wait=not one_by_one)
+        runner.run(cell, os.environ.get(grid.NAME), wait=not one_by_one)
     except Busy as busy:
         log.info("%s; this cell comes later", busy)
-        _postponed.append(cfg)
+        _postponed.append(cell)
         postponed = True
     except UserError as error:
         if hydra_cfg.mode == RunMode.RUN:
@@ -66,10 +68,10 @@ def main() -> None:
     )
     try:
         if asks_for_work:
-            cells = _plan(arguments)
-            if not cells:
+            _cells.extend(_plan(arguments))
+            if not _cells:
                 return
-            with progress.grid(len(cells)):
+            with progress.grid(len(_cells)):
                 _run()
         else:
             job()

@@ -96,13 +96,13 @@ def measure(model: str, offload: bool) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        runner.run(cell_of("tiny:llama", root, offload).cfg)
+        runner.run(cell_of("tiny:llama", root, offload))
         before = {kind: resident(kind) for kind in ("VmRSS", "RssAnon")}
         cell = cell_of(model, root, offload)
         shapes = shapes_of(cell)
         told = max(step.host for step in Planner(cell, with_sites(shapes, cell), on_gpu=False).steps()) - BASE
         with Peaks() as peaks:
-            runner.run(cell.cfg)
+            runner.run(cell)
     weights, block = 4 * shapes.parameters, 8 * shapes.block
     statistics = 8 * sum(width**2 for width in shapes.inputs[0])
     states = 0 if offload else 4 * SAMPLES * LENGTH * HIDDEN

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=options.folder.parent) as results:
         places = [f"model.path={options.folder}", f"results={results}", f"device={options.device}"]
         for cell in grid.plan(CONF, "config", [*WORDS, *places, *options.words], multirun=True):
-            record = runner.run(cell.cfg)
+            record = runner.run(cell)
             minutes = {
                 stage["stage"]: stage["seconds"] / 60 for stage in record["stages"] if not stage.get("reused")
             }

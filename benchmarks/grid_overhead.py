@@ -63,12 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as results:
         words = [*words, f"results={results}", f"method={','.join(METHODS)}", f"ratio={','.join(map(str, RATIOS))}"]
         for cell in plan(words, "method=dense", "ratio=1", "eval.ppl.max_windows=1"):
-            runner.run(cell.cfg)  # converts the model
+            runner.run(cell)  # converts the model
         stages: Counter[str] = Counter()
         took, unavoidable = 0.0, 0.0
         for number, cell in enumerate(plan(words)):
             record: dict[str, Any] = {}
-            of_cell = seconds(lambda cell=cell, record=record: record.update(runner.run(cell.cfg)))
+            of_cell = seconds(lambda cell=cell, record=record: record.update(runner.run(cell)))
             for stage in record["stages"]:
                 stages[stage["stage"]] += stage["seconds"]
             of_calibration, of_evaluation = forwards(cell, record["compressions"]["lowrank"]["plan"])

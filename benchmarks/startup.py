@@ -49,7 +49,7 @@ def child_seconds(arguments: Sequence[str], repeats: int) -> float:
 def of_a_finished_cell(results: str, repeats: int) -> dict[str, float]:
     words = [*CELL, f"results={results}"]
     [cell] = grid.plan(CONF, "config", words, multirun=False)
-    runner.run(cell.cfg)
+    runner.run(cell)
     took = {
         "python": child_seconds(["-c", "pass"], repeats),
         "import_hydra": child_seconds(["-c", "import hydra"], repeats),

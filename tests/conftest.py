@@ -20,7 +20,6 @@ os.environ["WANDB_ERROR_REPORTING"] = "false"
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from lowrank_lab.cells import grid
@@ -68,7 +67,7 @@ class Lab:
     def run(self, *overrides: str) -> dict[str, Any]:
         """Run one cell in this process; returns its record."""
         [cell] = self.cells(*overrides)
-        return runner.run(OmegaConf.create(OmegaConf.to_container(cell.cfg, resolve=False)))
+        return runner.run(cell)
 
     def command(self, *overrides: str) -> list[str]:
         return [sys.executable, "run.py", *self.overrides(*overrides)]

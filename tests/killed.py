@@ -54,7 +54,7 @@ def run_and_die(overrides: list[str], **when: Any) -> int:
     try:
         [cell] = grid.plan(REPOSITORY / "conf", "config", overrides, False)
         die(**when)
-        runner.run(cell.cfg)
+        runner.run(cell)
     except BaseException:
         traceback.print_exc()
     os._exit(1)  # it should not have come so far

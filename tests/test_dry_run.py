@@ -159,7 +159,7 @@ def test_only_the_configuration_of_a_model_is_read_and_the_exit_status_tells(lab
 def test_a_model_without_linears_to_compress_is_told_as_the_run_would(lab, medium, monkeypatch):
     monkeypatch.setattr(context, "sites_of", lambda *_: {})
     [cell] = lab.cells(f"model.path={medium}")
-    for compute in (print_needs, lambda cells: runner.run(cells[0].cfg)):
+    for compute in (print_needs, lambda cells: runner.run(cells[0])):
         with pytest.raises(UserError, match=f"model {medium.name} has no compressible layer"):
             compute([cell])
 

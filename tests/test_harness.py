@@ -60,7 +60,7 @@ class HarnessLab:
 
     def run(self, *overrides: str) -> dict[str, Any]:
         [cell] = self.cells(*overrides)
-        return runner.run(OmegaConf.create(OmegaConf.to_container(cell.cfg, resolve=False)))
+        return runner.run(cell)
 
 
 def write(root: Path, where: str, rows: list[dict[str, Any]]) -> None:
@@ -237,7 +237,8 @@ def test_a_finished_cell_needs_neither_lm_eval_nor_torch(lab):
         "import json, sys\n"
         "from omegaconf import OmegaConf\n"
         "from lowrank_lab.running import runner\n"
-        "record = runner.run(OmegaConf.create(json.loads(sys.argv[1])))\n"
+        "from lowrank_lab.cells.cell import Cell\n"
+        "record = runner.run(Cell.from_config(OmegaConf.create(json.loads(sys.argv[1]))))\n"
         "assert record['status'] == 'done'\n"
         "assert not {'torch', 'lm_eval', 'transformers'} & set(sys.modules)\n"
     )

@@ -14,10 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from omegaconf import DictConfig, OmegaConf
 
 from lowrank_lab.artifacts import locks
 from lowrank_lab.artifacts.locks import Busy, held, holder
+from lowrank_lab.cells.cell import Cell
 from lowrank_lab.records.results import Results
 from lowrank_lab.running import runner
 
@@ -48,10 +48,10 @@ def another_process_holds(file: Path) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
-def config(lab: Lab, *overrides: str) -> tuple[str, DictConfig]:
-    """The key of a cell, and its configuration as the runner is given it."""
+def keyed(lab: Lab, *overrides: str) -> tuple[str, Cell]:
+    """The key of a cell, and the cell."""
     [cell] = lab.cells(*overrides)
-    return cell.key, OmegaConf.create(OmegaConf.to_container(cell.cfg, resolve=False))
+    return cell.key, cell
 
 
 def made(results: Results) -> Counter[str]:
@@ -128,35 +128,34 @@ def test_a_holder_on_another_machine_that_lets_go_while_it_is_looked_for_is_none
 
 
 def test_a_cell_that_another_process_computes_is_not_computed_again(lab):
-    key, cfg = config(lab)
+    key, cell = keyed(lab)
     with another_process_holds(lab.results.lock(key)), pytest.raises(Busy, match=r"svdllm ratio=0\.8 tiny-llama"):
-        runner.run(cfg, wait=False)
+        runner.run(cell, wait=False)
     assert lab.results.records() == []
-    assert runner.run(cfg, wait=False)["status"] == "done"
+    assert runner.run(cell, wait=False)["status"] == "done"
 
 
 def test_an_artifact_that_another_process_makes_is_not_made_again(lab):
     """The cell gives up without a record, and what it had made by then counts as its own."""
-    key, cfg = config(lab)
-    [cell] = lab.cells()
+    key, cell = keyed(lab)
     lock = cell.store.path("statistics", cell.keys.statistics).parent / f".{cell.keys.statistics}.lease"
     with another_process_holds(lock), pytest.raises(Busy, match=f"statistics {cell.keys.statistics}: process"):
-        runner.run(cfg, wait=False)
+        runner.run(cell, wait=False)
     assert lab.results.records() == []
     assert lab.results.begun(key).exists()
-    runner.run(cfg, wait=False)
+    runner.run(cell, wait=False)
     assert set(made(lab.results)) == artifacts(lab.root)
     assert list((lab.root / "running").iterdir()) == []
 
 
 def test_what_was_postponed_goes_on_as_it_becomes_free_and_past_failures(lab, monkeypatch, caplog):
-    _, broken = config(lab, "method=svd")
-    _, fine = config(lab, "method=svd", "ratio=0.6")
+    _, broken = keyed(lab, "method=svd")
+    _, fine = keyed(lab, "method=svd", "ratio=0.6")
     calls = []
 
-    def run(cfg, grid, wait):
-        calls.append((cfg.ratio, wait))
-        if cfg is broken:
+    def run(cell, grid, wait):
+        calls.append((cell.ratio, wait))
+        if cell is broken:
             raise RuntimeError("broken")
         if not wait:
             raise Busy("not yet")

@@ -240,11 +240,11 @@ def test_a_cell_with_nothing_to_measure_is_skipped_and_says_so(lab):
         base = [o for o in lab.overrides() if not o.startswith("eval.")]
         return grid.plan(REPOSITORY / "conf", "config", [*base, "eval=output_error", *SMALL, *overrides], False)[0]
 
-    record = runner.run(only("method=dense").cfg)
+    record = runner.run(only("method=dense"))
     assert record["status"] == "skipped"
     assert record["reason"] == "eval=output_error measures nothing on the dense model"
     saved = lab.run("method=svd", "save=true")["checkpoint"]
-    record = runner.run(only(f"model.path={lab.root / saved}").cfg)
+    record = runner.run(only(f"model.path={lab.root / saved}"))
     assert "whose dense original is not known" in record["reason"]
 
 

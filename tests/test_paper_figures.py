@@ -16,7 +16,6 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib import pyplot as plt
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from lowrank_lab.cells.cell import Cell
@@ -62,7 +61,7 @@ def run(paper_lab: Lab) -> Run:
     def run(recipe: str, *overrides: str) -> list[dict[str, Any]]:
         overrides = (f"experiment={recipe}", *SMALLER.get(recipe, ()), *overrides)
         cells = paper_lab.cells(*overrides, multirun=True)
-        return [runner.run(OmegaConf.create(OmegaConf.to_container(c.cfg, resolve=False))) for c in cells]
+        return [runner.run(c) for c in cells]
 
     return run
 

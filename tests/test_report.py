@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from omegaconf import OmegaConf
 
 from lowrank_lab.cells import grid, versions
 from lowrank_lab.records.labels import labels
@@ -131,7 +130,7 @@ def test_an_evaluator_that_does_not_suit_the_model_leaves_the_others_their_numbe
     assert "eval=generation (tiny-llama has no chat template" in markdown
     alone = ["model=tiny", f"results={lab.root}", "method=svd", "eval=generation", "eval.generation.chat=true"]
     [cell] = grid.plan(REPOSITORY / "conf", "config", alone, False)
-    skipped = runner.run(OmegaConf.create(OmegaConf.to_container(cell.cfg, resolve=False)))
+    skipped = runner.run(cell)
     assert (skipped["status"], skipped["metrics"]) == ("skipped", {})
 
 

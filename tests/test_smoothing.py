@@ -375,11 +375,11 @@ def test_mistakes_stop_before_work(lab, overrides, message):
 def test_a_search_without_rounding_is_skipped(lab, checkpoints):
     context = context_of(lab, checkpoints["llama"], "quantization=awq", "quantization/method=none", rank=20)
     with pytest.raises(SkippedCell, match="AWQ"):
-        context.cell.compressions["quantization"].check(context.tower)
+        context.cell.compressions["quantization"].check(context)
     options = ["quantization/method=none", "quantization/latent=beta"]
     context = context_of(lab, checkpoints["llama"], "quantization=int4", *options, rank=20)
     with pytest.raises(SkippedCell, match="beta"):
-        context.cell.compressions["quantization"].check(context.tower)
+        context.cell.compressions["quantization"].check(context)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,6 @@ import os
 from collections import Counter, deque
 from typing import Any
 
-from omegaconf import DictConfig
-
 from lowrank_lab import progress
 from lowrank_lab.artifacts.locks import Busy, held
 from lowrank_lab.artifacts.store import Store, disk_full
@@ -24,14 +22,14 @@ log = logging.getLogger(__name__)
 LAUNCH = "LOWRANK_LAB_LAUNCH"  # in the environment of a launcher's workers, and their records: which launch it was
 
 
-def run(cfg: DictConfig, grid: str | None = None, wait: bool = True) -> dict[str, Any]:
-    """Return the record of the cell that ``cfg`` describes. A finished one is found without importing torch.
+def run(cell: Cell, grid: str | None = None, wait: bool = True) -> dict[str, Any]:
+    """Return the record of a cell. A finished one is found without importing torch.
 
     Raises UserError for what a user can mend, before any model is loaded; any other failure is written into
     the record with its traceback and raised again. Where another process computes the cell, or makes an artifact
     that it needs, it is waited for; with ``wait`` False Busy is raised instead.
     """
-    cell = Cell.from_config(cfg)
+    cfg = cell.cfg
     results = Results(cfg.results)
     if (saved := cell.source.saved) is not None:
         known = (cell.source.name, saved.method, saved.ratio)
@@ -82,16 +80,16 @@ def _computed(cell: Cell, results: Results, grid: str | None) -> dict[str, Any]:
     return record
 
 
-def run_postponed(configs: list[DictConfig], grid: str | None) -> bool:
+def run_postponed(cells: list[Cell], grid: str | None) -> bool:
     """Run cells that were Busy, each as soon as it can go on; whether all went well. A failure stops no other."""
-    waiting, in_a_row, all_well = deque(configs), 0, True
+    waiting, in_a_row, all_well = deque(cells), 0, True
     while waiting:
-        cfg = waiting.popleft()
+        cell = waiting.popleft()
         nothing_else_to_do = in_a_row > len(waiting)
         try:
-            run(cfg, grid, wait=nothing_else_to_do)
+            run(cell, grid, wait=nothing_else_to_do)
         except Busy:
-            waiting.append(cfg)
+            waiting.append(cell)
             in_a_row += 1
             continue
         except UserError as error:
