@@ -236,7 +236,7 @@ def test_a_finished_cell_needs_neither_lm_eval_nor_torch(lab):
     code = (
         "import json, sys\n"
         "from omegaconf import OmegaConf\n"
-        "from lowrank_lab import runner\n"
+        "from lowrank_lab.running import runner\n"
         "record = runner.run(OmegaConf.create(json.loads(sys.argv[1])))\n"
         "assert record['status'] == 'done'\n"
         "assert not {'torch', 'lm_eval', 'transformers'} & set(sys.modules)\n"
