@@ -213,7 +213,7 @@ def test_where_squeue_does_not_answer_nothing_is_submitted_again(tmp_path, monke
     jobs.note(Results(tmp_path), {"7": ["key"]}, "/logs")
     grid = Grid(Results(tmp_path), {"key": None}, {"key": []}, [], [], tmp_path, 0)
     for launch in (launching.slurm_jobs, launching.slurm_array):
-        with pytest.raises(UserError, match="squeue does not answer, so jobs of an earlier command may still be"):
+        with pytest.raises(UserError, match="squeue does not answer, so jobs of an earlier command may still"):
             launch(grid, {"workers": 1})
     assert not (tmp_path / "submitted").exists()
 
