@@ -13,6 +13,7 @@ from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.lowrank.factors import orthogonal_factors
 from lowrank_lab.lowrank.metric.identity import Identity
 from lowrank_lab.lowrank.ranks import rank_for_ratio, total_cost
+from lowrank_lab.lowrank.sizes import sizes_of_ranks
 from lowrank_lab.lowrank.spectra import compress, make_spectra
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.lowrank.storage.remap import Remap
@@ -206,7 +207,7 @@ def test_remapped_models_are_counted_and_close_to_unquantized_ones(checkpoints, 
     with torch.no_grad():
         ours, theirs = remapped(IDS).logits, models[Absorb](IDS).logits
     assert (ours - theirs).norm() < 0.02 * theirs.norm()
-    measured = sizes(remapped, tower, sites, ranks, 0.7)
+    measured = sizes_of_ranks(remapped, tower, sites, ranks, 0.7) | sizes(remapped, tower, sites)
     words = total_cost(sites, ranks)
     scales = 4 * sum(rank * (1 + len(sites[name].members)) for name, rank in ranks.items())
     assert measured["sites"]["bytes"] == 2 * words + scales

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lowrank_lab import environment, progress
-from lowrank_lab.modules.steps import Step
+from lowrank_lab.modules.base import nbytes
+from lowrank_lab.modules.counts import count
+from lowrank_lab.modules.steps import steps_in
 from lowrank_lab.out_of_memory import unless_out_of_memory
-from lowrank_lab.records.sizes import linear_tensors, macs_per_token
 
 T = TypeVar("T")
 Models: TypeAlias = Mapping[str, nn.Module]
@@ -67,11 +68,9 @@ def measure(
         **({"reason": "out of memory in the first setting"} if ratio is None else {}),
         "settings": compared,
         "macs": macs,
-        "weight_bytes": {
-            name: sum(p.numel() * p.element_size() for p in m.parameters()) for name, m in models.items()
-        },
+        "weight_bytes": {name: nbytes(*m.parameters()) for name, m in models.items()},
         "ideal": {
-            "macs": macs_per_token(dense) / macs_per_token(model),
+            "macs": count(dense).macs / count(model).macs,
             "bytes": _linear_bytes(dense) / _linear_bytes(model),
         },
         "conditions": conditions,
@@ -90,7 +89,7 @@ def count_macs(model: nn.Module, prompt: Tensor) -> dict[str, int]:
         cache, token = _prefill(model, prompt)
     with _counter() as of_step:
         _decode(model, cache, token, 1)
-    expected = (prefill_macs(model, prompt.shape[1]), macs_per_token(model))
+    expected = (prefill_macs(model, prompt.shape[1]), count(model).macs)
     counted = (_linear_macs(of_prefill, model), _linear_macs(of_step, model))
     if counted != expected:
         raise RuntimeError(f"the linears run {counted} multiply-accumulates, their shapes say {expected}")
@@ -102,7 +101,7 @@ def count_macs(model: nn.Module, prompt: Tensor) -> dict[str, int]:
 def prefill_macs(model: Any, length: int) -> int:
     """Multiply-accumulates of all linears for a prompt of ``length`` tokens, lm_head only for the last."""
     head = model.get_output_embeddings().weight.numel()
-    return length * (macs_per_token(model) - head) + head
+    return length * (count(model).macs - head) + head
 
 
 def _counter() -> FlopCounterMode:
@@ -122,14 +121,13 @@ def _linear_macs(counter: FlopCounterMode, model: nn.Module) -> int:
 def _steps_flops(counter: FlopCounterMode, model: nn.Module) -> Counter[Any]:
     """By kernel, what the counter found in the steps in front of linears."""
     counts, found = counter.get_flop_counts(), Counter[Any]()
-    for name, module in model.named_modules():
-        if isinstance(module, Step):
-            found.update(counts.get(f"{type(model).__name__}.{name}", {}))
+    for path in steps_in(model):
+        found.update(counts.get(f"{type(model).__name__}.{path}", {}))
     return found
 
 
 def _linear_bytes(model: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in linear_tensors(model))
+    return nbytes(*count(model).weights)
 
 
 def _compare(

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from lowrank_lab.errors import SkippedCell
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import blocks_of
-from lowrank_lab.modules.factorized import FactorizedLinear
 from lowrank_lab.modules.hadamard import randomized, transform
 from lowrank_lab.modules.linears import (
-    Followed,
+    NormWithSteps,
     change_bias,
     change_weight,
     input_side,
+    is_factored,
     output_side,
     set_steps,
 )
@@ -170,7 +170,7 @@ def rotate(model: Any, tower: Tower, r1: Tensor, r2: Tensor) -> None:
     if head.weight is embedding.weight:
         step = Rotate(len(r1), len(r1)).to(norm.weight)
         step.blocks.data[0] = r1.T @ (gain.unsqueeze(1) * r1)
-        model.set_submodule(tower.final_norm, Followed(norm, [step]))
+        model.set_submodule(tower.final_norm, NormWithSteps(norm, [step]))
     else:
         head.weight.data = _by_rows(head.weight, gain.unsqueeze(1) * r1)
     embedding.weight.data = _by_rows(embedding.weight, r1)
@@ -185,7 +185,7 @@ def _by_rows(weight: Tensor, right: Tensor) -> Tensor:
 def rotate_latent(model: nn.Module, tower: Tower) -> None:
     """Rotate the latent values of all factors by Hadamard matrices, folded into both."""
     for block in blocks_of(model, tower):
-        factorized = [name for name in tower.linears if isinstance(block.get_submodule(name), FactorizedLinear)]
+        factorized = [name for name in tower.linears if is_factored(block, name)]
         for path in dict.fromkeys(input_side(block, member) for member in factorized):
             change_weight(block, path, lambda right: transform(right.T).T)
         for member in factorized:

@@ -23,6 +23,7 @@ from lowrank_lab.checkpoints.description import Saved
 from lowrank_lab.errors import SkippedCell
 from lowrank_lab.lowrank.factors import install_factors
 from lowrank_lab.lowrank.ranks import Ranks, Site
+from lowrank_lab.lowrank.sizes import sizes_of_ranks
 from lowrank_lab.lowrank.spectra import compress
 from lowrank_lab.records.results import CHECKPOINTS, Record
 from lowrank_lab.records.sizes import sizes
@@ -71,9 +72,10 @@ def compute(cell: Cell, record: Record) -> None:
             cell.quantization(context)
     changed = bool(ranks)
     tower, sites = (context.tower, context.sites) if changed else (None, {})
-    record.data["sizes"] = sizes(context.model, tower, sites, ranks, cell.ratio)
+    of_ranks = sizes_of_ranks(context.model, tower, sites, ranks, cell.ratio)
+    record.data["sizes"] = {**of_ranks, **sizes(context.model, tower, sites)}
     if changed and cell.checkpoints:
-        saved = checkpoint.describe(context.model, context.tower, sites, ranks, cell.described, cell.ratio)
+        saved = checkpoint.describe(context.model, sites, ranks, cell.described, cell.ratio)
     if "checkpoint" in cell.checkpoints:
         _save(cell, record, context, "checkpoint", saved)
 

@@ -17,6 +17,8 @@ class Absorb:
     ½ is the papers' √Σ split (left = U √Σ, right = √Σ Vᵀ), 1 puts all of it in U, 0 in V.
     """
 
+    counts = "weights"
+
     def __init__(self, left_share: float) -> None:
         if not checks.is_number(left_share) or not 0 <= left_share <= 1:
             raise ValueError(f"left_share={left_share} is not valid; it must be a number in [0, 1]")

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 
 
 class Storage(Protocol):
+    """``counts`` is what ``cost_per_rank`` counts, as tables show it: "weights" or "16-bit words"."""
+
+    counts: str
+
     def cost_per_rank(self, out: int, inp: int) -> int:
         """What one rank of an (out, in) matrix costs, in numbers as large as those of the dense matrix."""
         ...

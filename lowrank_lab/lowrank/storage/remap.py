@@ -20,6 +20,8 @@ class Remap:
     site, all counted in the record's bytes.
     """
 
+    counts = "16-bit words"
+
     def cost_per_rank(self, out: int, inp: int) -> int:
         return max(out, inp)
 

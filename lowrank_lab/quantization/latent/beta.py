@@ -46,10 +46,10 @@ class BetaSplit(Transform):
     def __call__(self, context: Context, quantization: Quantization) -> None:
         from lowrank_lab import progress
         from lowrank_lab.models.walk import blocks_of
-        from lowrank_lab.quantization.folding import is_factored, latents_in
+        from lowrank_lab.quantization.folding import any_factored, latents_in
         from lowrank_lab.quantization.inputs import gather_inputs
 
-        if not is_factored(context.model, context.tower):
+        if not any_factored(context.model, context.tower):
             return
         count = len(blocks_of(context.model, context.tower))
         blocks = context.walk(context.model)

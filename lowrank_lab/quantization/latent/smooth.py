@@ -28,10 +28,10 @@ class LatentSmooth(Transform):
         self.alpha = alpha
 
     def __call__(self, context: Context, quantization: Quantization) -> None:
-        from lowrank_lab.quantization.folding import calibrated, fold, is_factored, weights_of
+        from lowrank_lab.quantization.folding import any_factored, calibrated, fold, weights_of
         from lowrank_lab.quantization.scales import largest, smoothing
 
-        if not is_factored(context.model, context.tower):
+        if not any_factored(context.model, context.tower):
             return
         for block, inputs in calibrated(context, ["latent"]):
             scales = []
