@@ -23,7 +23,7 @@ class Saved:
     sites, ranks    by full name, as everywhere; a rank of None is a site that stayed dense
     modules         by full path what stands in the place of a module of the model, those within it too: its
                     ``kind``, what it describes, and in ``borrows`` the paths of what other modules list for it
-    is_quantized    whether anything is in few bits, or done to inputs of linears; such a model is not quantized again
+    is_quantized    whether anything is in few bits, or done to inputs of linears: it is not quantized again
     online          whether anything is done in the forward beside multiplying, which dense weights cannot hold
     kv_cache        the format of keys and values; None: they are as they are
     """
@@ -56,8 +56,8 @@ class Saved:
         """What ``to_dict`` gave. Raises UserError for another version and for what is not whole."""
         if data.get("version") not in READABLE:
             raise UserError(
-                f"a lowrank_lab checkpoint of version {data.get('version')}; "
-                f"this lowrank_lab reads version {VERSION} and older ones: use the one that wrote it"
+                f"a lowrank_lab checkpoint of version {data.get('version')} cannot be read: "
+                f"this lowrank_lab reads version {VERSION} and older ones; use the one that wrote it"
             )
         try:
             content = data if data["version"] == VERSION else old_versions.converted(data)

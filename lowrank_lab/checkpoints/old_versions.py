@@ -1,7 +1,8 @@
 """Descriptions of checkpoints of versions 1 to 3, as the present version writes them. No torch.
 
 They list what was done, not the modules: the sites with their ranks and one storage for all of them, the linears in
-few bits, and the steps in front of linears. Version 1 has no linears in few bits, version 2 no steps and no KV cache.
+few bits, and the steps in front of linears. Version 1 has no linears in few bits, version 2 no steps and no KV
+cache.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ class CompressedLinear(Replacement):
         return None
 
     def to_plain(self, dtype: torch.dtype) -> nn.Module:
-        """The same in plain linears of ``dtype``, for a quantization to round. Raises SkippedCell where it cannot."""
+        """The same in plain linears of ``dtype``, for a quantization to round. Raises SkippedCell by default."""
         raise SkippedCell(f"linears of kind '{self.kind}' cannot be quantized")
 
     def parts(self) -> dict[str, nn.Module]:
@@ -195,7 +195,7 @@ def rank_of(linear: nn.Module) -> int | None:
 
 
 def innermost(linear: Any, side: str) -> Any:
-    """The linear within a linear that reads its input (``side`` is input_part) or gives its output (output_part)."""
+    """The linear within a linear that reads its input (``side`` is input_part) or gives its output."""
     while (name := getattr(linear, side, None)) is not None:
         linear = getattr(linear, name)
     return linear
