@@ -73,6 +73,10 @@ class PreparedLinear(CompressedLinear):
     def dense_weight(self) -> Tensor:
         return dense_weight(self.linear).detach().float()
 
+    def to_plain(self, dtype: torch.dtype) -> nn.Module:
+        self.linear = to_plain(self.linear, dtype)
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.prepare(x))
 
