@@ -15,16 +15,16 @@ from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.models import tiny
 from lowrank_lab.models.families import kv_cache_shape
 from lowrank_lab.modules.attention import RoundedCache, cache_of, round_cache
+from lowrank_lab.modules.cache_format import CacheFormat
 from lowrank_lab.modules.steps import Round
-from lowrank_lab.quantization.kv_cache import KvCache
 
 from .conftest import load_lively
 
 IDS = torch.tensor([[1, 80, 97, 120, 33, 55, 200, 41] * 4, [1, 8, 9, 12, 3, 5, 20, 1] * 4])
 
 
-def kv(bits: int, rotate: bool = False, symmetric: bool = False, granularity: Any = "head") -> KvCache:
-    return KvCache(bits, symmetric, granularity, rotate, "float16")
+def kv(bits: int, rotate: bool = False, symmetric: bool = False, granularity: Any = "head") -> CacheFormat:
+    return CacheFormat(bits, symmetric, granularity, rotate, "float16")
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -215,7 +215,7 @@ def test_the_speed_of_a_rotated_cache_counts_no_product_twice(lab):
         (kv(4), 8 + 2 + 0.5),
         (kv(4, symmetric=True), 8 + 2),
         (kv(2, granularity=8), 4 + 2 * 2 + 2 * 0.25),
-        (KvCache(4, True, "head", False, "float32"), 8 + 4),
+        (CacheFormat(4, True, "head", False, "float32"), 8 + 4),
     ],
     ids=lambda value: getattr(value, "label", None),
 )

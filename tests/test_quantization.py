@@ -144,7 +144,7 @@ def test_a_linear_multiplies_with_the_values_of_its_codes(form):
     linear = QuantizedLinear.of(quantized, bias)
     torch.testing.assert_close(linear.weight, quantized.dequantize(), rtol=0, atol=0)
     torch.testing.assert_close(linear(x), x @ quantized.dequantize().T + bias)
-    empty = QuantizedLinear.empty(form, (9, RAGGED), bias)
+    empty = QuantizedLinear.empty(linear.describe(), torch.nn.Linear(RAGGED, 9, device="meta"))
     shapes = lambda module: {name: (p.shape, p.dtype) for name, p in module.named_parameters()}
     assert shapes(empty) == shapes(linear)
     assert linear.codes.numel() == math.ceil(9 * RAGGED * form.bits / 8)
@@ -326,7 +326,8 @@ def test_each_factor_may_have_a_format_of_its_own(lab):
     alike = lab.run("method=svdllm", "quantization=int4")
     assert record["sizes"]["bytes"] > alike["sizes"]["bytes"]
     settings = json.loads((lab.root / record["checkpoint"] / "config.json").read_text())["quantization_config"]
-    bits = {name.rpartition(".")[2]: form["bits"] for name, form in settings["quantized"].items()}
+    formats = {name: one["format"] for name, one in settings["modules"].items() if one["kind"] == "quantized"}
+    bits = {name.rpartition(".")[2]: form["bits"] for name, form in formats.items()}
     assert bits == {"left": 8, "right": 4}
     [cell] = lab.cells("method=svdllm", "quantization=int4", "quantization.left.bits=8")
     assert cell.compressions["quantization"].name == "INT4 (INT8·INT4)"

@@ -174,7 +174,7 @@ def test_a_preset_runs_and_comes_back_as_it_was(shared, lively, plain, tmp_path,
     assert 0 < away < (0.05 if fewest_bits(quantization) == 8 else 0.8)
     linears = [module for module in context.model.modules() if isinstance(module, QuantizedLinear)]
     assert len(linears) == (0 if quantization.method is None else 42 if method == "svdllm" else 21)
-    description = checkpoint.describe(context.model, context.tower, context.sites, ranks, preset, context.ratio)
+    description = checkpoint.describe(context.model, context.sites, ranks, preset, context.ratio)
     checkpoint.save(tmp_path, context.model, context.tokenizer, True, description)
     assert torch.equal(logits(context, load_model(str(tmp_path), None, "float32", False)), found)
 

@@ -22,6 +22,7 @@ from lowrank_lab.models.load import load_model
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.factorized import FactorizedLinear, SharedLatent, factors_of, site_weight
 from lowrank_lab.modules.mixed import MixedLinear
+from lowrank_lab.records.rank_sizes import sizes_of_ranks
 from lowrank_lab.records.sizes import sizes
 from tests.sites import site as plain_site
 from tests.sites import sites_in
@@ -206,7 +207,7 @@ def test_remapped_models_are_counted_and_close_to_unquantized_ones(checkpoints, 
     with torch.no_grad():
         ours, theirs = remapped(IDS).logits, models[Absorb](IDS).logits
     assert (ours - theirs).norm() < 0.02 * theirs.norm()
-    measured = sizes(remapped, tower, sites, ranks, 0.7)
+    measured = sizes_of_ranks(remapped, tower, sites, ranks, 0.7) | sizes(remapped, tower, sites)
     words = total_cost(sites, ranks)
     scales = 4 * sum(rank * (1 + len(sites[name].members)) for name, rank in ranks.items())
     assert measured["sites"]["bytes"] == 2 * words + scales

@@ -19,7 +19,9 @@ from lowrank_lab.models import tiny
 from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.models.load import load_model
 from lowrank_lab.models.walk import blocks_of
-from lowrank_lab.records.sizes import macs_per_token, sizes
+from lowrank_lab.modules.counts import count
+from lowrank_lab.records.rank_sizes import sizes_of_ranks
+from lowrank_lab.records.sizes import sizes
 from lowrank_lab.reporting import figures, tables
 from lowrank_lab.reporting.sections import SPEED
 from lowrank_lab.running.context import Context
@@ -59,7 +61,7 @@ def test_torch_counts_what_the_shapes_say(checkpoints, family):
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     rotary = sum(type(module).__name__.endswith("RotaryEmbedding") for module in model.modules())
     kinds = 2 if family == "gemma3_text" else rotary  # one set of angles for each kind of its layers
-    assert counted["linears"] == macs_per_token(model)
+    assert counted["linears"] == count(model).macs
     assert counted["context"] == 13
     assert counted["attention"] == 2 * layers * heads * size * 13 + kinds * size // 2
 
@@ -73,7 +75,7 @@ def test_macs_are_those_of_the_factors(checkpoints, storage, joint):
     ranks = {name: 3 + number % 5 for number, name in enumerate(sites)}
     with_random_factors(model, tower, sites, ranks, storage)
     expected = sum(ranks[name] * (site.out + site.inp) for name, site in sites.items()) + 260 * 48
-    assert sizes(model, tower, sites, ranks, 0.4)["macs_per_token"] == expected
+    assert sizes(model, tower, sites)["macs_per_token"] == expected
     with torch.no_grad():
         assert count_macs(model, PROMPT)["linears"] == expected
     assert prefill_macs(model, 7) == 7 * (expected - 260 * 48) + 260 * 48
@@ -106,7 +108,7 @@ def test_hardware_costs_are_those_of_the_lecture(joint, linears, cached, publish
         sites = sites_in(model, tower, joint, linears)
         ranks = dict.fromkeys(sites, round(r2 / 100 * cached))
         with_random_factors(model, tower, sites, ranks, Absorb(0.5))
-        cost = sizes(model, tower, sites, ranks, 0.5)["hardware_cost"]
+        cost = sizes_of_ranks(model, tower, sites, ranks, 0.5)["hardware_cost"]
         assert 100 * cost["r1"] == pytest.approx(r1, abs=0.05)
         assert 100 * cost["r2"] == pytest.approx(r2)
 
@@ -262,7 +264,7 @@ def test_a_checkpoint_is_compared_with_its_merged_weights(lab):
     context = Context(cell, None, CPU)
     dense = context.dense_model()
     compressed = load_model(str(folder), None, "float32", False)
-    assert macs_per_token(dense) - macs_per_token(compressed) == (
+    assert count(dense).macs - count(compressed).macs == (
         made["sizes"]["sites"]["parameters_dense"] - made["sizes"]["sites"]["parameters"]
     )
     with torch.no_grad():

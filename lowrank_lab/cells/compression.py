@@ -91,6 +91,10 @@ class Compression:
         """What will be done to each site or linear. Raises SkippedCell where the settings make no sense."""
         raise NotImplementedError
 
+    def ranks(self, plan: Plan) -> dict[str, int | None] | None:
+        """The rank that ``plan`` gives each site (None: it stays dense); None where it is not about ranks."""
+        return None
+
     def apply(self, context: Any, plan: Plan) -> dict[str, Any]:
         """Change ``context.model`` in place; returns facts about it, plain data for the record."""
         raise NotImplementedError

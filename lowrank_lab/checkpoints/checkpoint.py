@@ -1,13 +1,15 @@
 """Checkpoints of compressed models, which transformers loads like those of any other quantization method.
 
-config.json lists the sites under ``quantization_config`` (saved.py). Before the weights are read, each member of
-a site is replaced by empty factors, and ``from_pretrained`` fills them by their names. Importing this module
-registers the method; ``import lowrank_lab`` sees to it.
+config.json describes every module that stands in the place of one of the model's own, under ``quantization_config``
+(description.py). Before the weights are read, these are put into the model empty, and ``from_pretrained`` fills
+them by their names. Importing this module registers the method; ``import lowrank_lab`` sees to it.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +22,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank_lab.checkpoints.description import QUANT_METHOD, Saved
 from lowrank_lab.errors import UserError
-from lowrank_lab.models.families import Tower, tower_for
-from lowrank_lab.models.walk import blocks_of
-from lowrank_lab.modules import steps
+from lowrank_lab.modules import linears, mixed, quantized
 from lowrank_lab.modules.attention import cache_of, round_cache
-from lowrank_lab.modules.factorized import FactorizedLinear, dense_weight, factorize, factors_of
-from lowrank_lab.modules.linears import Followed, output_side, prepared_in, set_steps
-from lowrank_lab.modules.mixed import MixedLinear, install_empty
-from lowrank_lab.modules.quantized import QuantizedLinear
-from lowrank_lab.modules.site import Ranks, Site, Sites
+from lowrank_lab.modules.base import Described, Replacement, bias_of, dense_weight
+from lowrank_lab.modules.cache_format import CacheFormat
+from lowrank_lab.modules.factorized import factors_of
+from lowrank_lab.modules.rebuild import build_modules, check_kinds, describe_modules
+from lowrank_lab.modules.site import Ranks, Sites
 
-# What the factors of each kind are made of.
-HALVES = {nn.Linear: "factors", QuantizedLinear: "factors", MixedLinear: "remap"}
+BUILT_IN = (linears, mixed, quantized)  # whose kinds are known once they are imported
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -49,45 +48,16 @@ class LowRankConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class LowRankQuantizer(HfQuantizer):
-    """Puts empty factors into a model before ``from_pretrained`` reads its weights.
+    """Puts empty modules into a model before ``from_pretrained`` reads its weights.
 
-    Tensors take the dtype that is asked for, as in any model, but those of MixedLinear keep their own.
+    Tensors take the dtype that is asked for, as in any model, but those with a dtype of their own keep it.
     """
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
         saved = self.quantization_config.saved
-        for block, name in _blocks(model, saved.sites):
-            site, rank = saved.sites[name], saved.ranks[name]
-            if rank is not None and saved.kind == "remap":
-                install_empty(block, site, rank)
-            elif rank is not None:
-                empty = torch.empty(site.out, rank, device="meta"), torch.empty(rank, site.inp, device="meta")
-                factorize(block, site, *empty)
-            if rank is not None:
-                # GPT-2 sets initial weights of a block's linears from above, where it would miss theirs.
-                for member in site.members:
-                    parent: Any = block.get_submodule(member.rpartition(".")[0])
-                    parent._is_hf_initialized = True
-        for names, described in saved.steps.items():
-            places = [name.partition(".") for name in names.split(",")]
-            block = _block(model, int(places[0][0]))
-            set_steps(block, [path for _, _, path in places], steps.empty(described))
-            for _, _, path in places:
-                owner: Any = block.get_submodule(path.rpartition(".")[0])
-                owner._is_hf_initialized = True
-        if saved.final:
-            path = _path(model, tower_for(model.config.model_type).final_norm)
-            model.set_submodule(path, Followed(model.get_submodule(path), steps.empty(saved.final)))
-        for name, form in saved.quantized.items():
-            index, _, path = name.partition(".")
-            block = _block(model, int(index))
-            linear: Any = block.get_submodule(path)
-            shape = dense_weight(linear).shape
-            block.set_submodule(path, QuantizedLinear.empty(form, (shape[0], shape[1]), linear.bias))
-            owner = block.get_submodule(path.rpartition(".")[0])
-            owner._is_hf_initialized = True
+        build_modules(model, _paths_in(model, saved.modules))
         if saved.kv_cache is not None:
-            round_cache(model, saved.kv_cache)
+            round_cache(model, CacheFormat(**saved.kv_cache))
         self._shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
         return model
 
@@ -99,8 +69,9 @@ class LowRankQuantizer(HfQuantizer):
                     f"the checkpoint is damaged: {name} is {tuple(tensor.shape)}, not {tuple(self._shapes[name])}"
                 )
         for module in model.modules():
-            if isinstance(module, (MixedLinear, QuantizedLinear, steps.Step)):
-                module.requires_grad_(False)
+            if isinstance(module, Described) and not getattr(module, "trainable", False):
+                for parameter in module.parameters(recurse=False):
+                    parameter.requires_grad_(False)
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
@@ -111,37 +82,31 @@ class LowRankQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        saved = self.quantization_config.saved
-        return saved.kind == "factors" and not saved.is_quantized
+        kinds = {described["kind"] for described in self.quantization_config.saved.modules.values()}
+        return not self.quantization_config.saved.is_quantized and all(
+            Replacement.of_kind(kind).trainable for kind in kinds
+        )
 
 
-def describe(model: nn.Module, tower: Tower, sites: Sites, ranks: Ranks, method: str, ratio: float) -> Saved:
+def describe(model: nn.Module, sites: Sites, ranks: Ranks, method: str, ratio: float) -> Saved:
     """How ``model`` was compressed. Raises UserError for a storage that checkpoints cannot hold."""
-    found = set()
-    quantized = {
-        f"{index}.{path}": module.format
-        for index, block in enumerate(blocks_of(model, tower))
-        for path, module in block.named_modules()
-        if isinstance(module, QuantizedLinear)
-    }
     for name, site in sites.items():
-        if ranks[name] is None:
-            continue
-        block = model.get_submodule(f"{tower.blocks}.{site.block}")
-        for member in site.members:
-            module: Any = block.get_submodule(member)
-            left = block.get_submodule(output_side(block, member))
-            found.add(HALVES.get(type(left)) if isinstance(module, FactorizedLinear) else None)
-    steps_of = {
-        ",".join(f"{index}.{path}" for path in paths): steps.describe(prepared)
-        for index, block in enumerate(blocks_of(model, tower))
-        for paths, prepared in prepared_in(block)
-    }
-    final = [step for norm in model.modules() if isinstance(norm, Followed) for step in steps.describe(norm.steps)]
-    kind = found.pop() if len(found) == 1 else "factors" if not found else None
-    if kind is None:
-        raise UserError("save=true: a checkpoint cannot hold this storage; use storage=uv, u, v or remap")
-    return Saved(method, ratio, kind, dict(sites), dict(ranks), quantized, steps_of, final, cache_of(model))
+        for member in site.members if ranks[name] is not None else ():
+            path = f"{name.removesuffix(site.key)}{member}"
+            check_kinds(model.get_submodule(path), path)
+    modules, cache = describe_modules(model), cache_of(model)
+    kinds = [Replacement.of_kind(described["kind"]) for described in modules.values()]
+    online = cache is not None or any(kind.online for kind in kinds)
+    return Saved(
+        method,
+        ratio,
+        dict(sites),
+        dict(ranks),
+        modules,
+        is_quantized=online or any(kind.quantized for kind in kinds),
+        online=online,
+        kv_cache=None if cache is None else asdict(cache),
+    )
 
 
 def save(folder: Path, model: Any, tokenizer: Any, use_cache: bool, saved: Saved | None) -> None:
@@ -171,48 +136,48 @@ def merge(model: Any, saved: Saved) -> Any:
     with torch.device("meta"):
         skeleton = type(model)(model.config)  # it knows whether a linear is a Linear or a Conv1D
     dtype = model.get_input_embeddings().weight.dtype
-    dense_blocks = _blocks(skeleton, saved.sites)
-    for (block, name), (dense_block, _) in zip(_blocks(model, saved.sites), dense_blocks, strict=True):
-        site = saved.sites[name]
-        weight = _product(block, site)
-        if weight is None:
-            continue
-        rows = weight.to(dtype).split(site.outs)
-        for member, its_rows in zip(site.members, rows, strict=True):
-            linear: Any = dense_block.get_submodule(member)
-            its_rows = its_rows.T if isinstance(linear, Conv1D) else its_rows
-            linear.weight = nn.Parameter(its_rows.clone(memory_format=torch.contiguous_format))
-            module: Any = block.get_submodule(member)
-            bias = getattr(module.left if isinstance(module, FactorizedLinear) else module, "bias", None)
-            if bias is not None:
-                linear.bias = nn.Parameter(bias.detach())
-            block.set_submodule(member, linear)
+    for path, weight in _dense_weights(model, saved):
+        linear: Any = skeleton.get_submodule(path)
+        weight = weight.to(dtype)
+        weight = weight.T if isinstance(linear, Conv1D) else weight
+        linear.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
+        if (bias := bias_of(model.get_submodule(path))) is not None:
+            linear.bias = nn.Parameter(bias.detach())
+        model.set_submodule(path, linear)
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
     return model
 
 
-def _product(block: nn.Module, site: Site) -> Tensor | None:
-    """The weight (out, in), float32, that a site multiplies with; None where it is dense as it was."""
-    factors = factors_of(block, site)
-    if factors is not None:
-        left, right = factors
-        return left.float() @ right.float()
-    members: list[Any] = [block.get_submodule(name) for name in site.members]
-    if all(isinstance(member, QuantizedLinear) for member in members):
-        return torch.cat([member.weight for member in members])
-    return None
+def _dense_weights(model: Any, saved: Saved) -> Iterator[tuple[str, Tensor]]:
+    """By path the weight (out, in), float32, of every compressed linear; of factors one product a site."""
+    outermost = [_path(model, path) for path in saved.modules if not _within(path, saved.modules)]
+    for name, site in saved.sites.items():
+        prefix = _path(model, name).removesuffix(site.key)
+        factors = factors_of(model.get_submodule(prefix.removesuffix(".")), site)
+        if factors is not None:
+            left, right = factors
+            rows = (left.float() @ right.float()).split(site.outs)
+            for member, weight in zip(site.members, rows, strict=True):
+                outermost.remove(f"{prefix}{member}")
+                yield f"{prefix}{member}", weight
+    for path in outermost:
+        yield path, dense_weight(model.get_submodule(path))
 
 
-def _blocks(model: Any, sites: Sites) -> list[tuple[nn.Module, str]]:
-    """The block of each site, with the site's name."""
-    return [(_block(model, site.block), name) for name, site in sites.items()]
+def _within(path: str, modules: Collection[str]) -> bool:
+    """Whether the module at ``path`` is a part of another one of ``modules``."""
+    names = path.split(".")
+    return any(".".join(names[:count]) in modules for count in range(1, len(names)))
 
 
-def _block(model: Any, index: int) -> nn.Module:
-    """One block of ``model``, which may also be a bare one, without lm_head."""
-    blocks: Any = model.get_submodule(_path(model, tower_for(model.config.model_type).blocks))
-    return blocks[index]
+def _paths_in(model: Any, modules: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """``modules`` by their paths in ``model``, which may also be a bare one, without lm_head."""
+    here = {_path(model, path): dict(described) for path, described in modules.items()}
+    for described in here.values():
+        if "borrows" in described:
+            described["borrows"] = {name: _path(model, lent) for name, lent in described["borrows"].items()}
+    return here
 
 
 def _path(model: Any, path: str) -> str:

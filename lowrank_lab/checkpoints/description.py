@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from operator import mul
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from lowrank_lab.checkpoints import old_versions
 from lowrank_lab.errors import UserError
-from lowrank_lab.modules.formats import Format
 from lowrank_lab.modules.site import Ranks, Site
-from lowrank_lab.quantization.kv_cache import KvCache
 
 QUANT_METHOD = "lowrank_lab"  # the name under which transformers knows these checkpoints
 VERSION = 4  # raise when a checkpoint of the present kind could no longer be read
-# 1 has no quantized linears, 2 no steps in front of them and no KV cache, 3 the cost of one rank of each site.
-READABLE = (1, 2, 3, 4)
-KINDS = ("factors", "remap")
+READABLE = (*old_versions.READABLE, VERSION)
 
 
 @dataclass(frozen=True)
@@ -25,95 +20,65 @@ class Saved:
     """How a model was compressed: enough to rebuild its modules, and to count its sizes.
 
     method, ratio   the method's name and the ratio that was asked of it
-    kind            ``factors``: two linears in the model's dtype; ``remap``: two MixedLinear
     sites, ranks    by full name, as everywhere; a rank of None is a site that stayed dense
-    quantized       the formats of the linears in few bits, factors or dense: by "<block>.<name within the block>"
-    steps           what is done to the input of linears, described, by the names, as above, of those that share it,
-                    with commas between them
-    final           what is done to the output of the last norm, described
+    modules         by full path what stands in the place of a module of the model, those within it too: its
+                    ``kind``, what it describes, and in ``borrows`` the paths of what other modules list for it
+    is_quantized    whether anything is in few bits, or done to inputs of linears: it is not quantized again
+    online          whether anything is done in the forward beside multiplying, which dense weights cannot hold
     kv_cache        the format of keys and values; None: they are as they are
     """
 
     method: str
     ratio: float
-    kind: str
     sites: dict[str, Site]
     ranks: Ranks
-    quantized: dict[str, Format] = field(default_factory=dict)
-    steps: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    final: list[dict[str, Any]] = field(default_factory=list)
-    kv_cache: KvCache | None = None
-
-    @property
-    def is_quantized(self) -> bool:
-        return bool(self.quantized or self.steps or self.final) or self.kv_cache is not None
-
-    @property
-    def online(self) -> bool:
-        """Whether anything is done in the forward beside multiplying, which dense weights cannot hold."""
-        return bool(self.steps or self.final) or self.kv_cache is not None
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    is_quantized: bool = False
+    online: bool = False
+    kv_cache: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for JSON."""
-        sites = [
-            {
-                "name": name,
-                "block": site.block,
-                "members": list(site.members),
-                "outs": list(site.outs),
-                "inp": site.inp,
-                "dense": site.dense,
-                "cost": site.cost(self.ranks[name]),
-                "rank": self.ranks[name],
-            }
-            for name, site in self.sites.items()
-        ]
         return {
             "quant_method": QUANT_METHOD,
             "version": VERSION,
             "method": self.method,
             "ratio": self.ratio,
-            "storage": self.kind,
-            "sites": sites,
-            "quantized": {name: asdict(form) for name, form in self.quantized.items()},
-            "steps": self.steps,
-            "final": self.final,
-            "kv_cache": None if self.kv_cache is None else asdict(self.kv_cache),
+            "sites": [_site_to_dict(name, site, self.ranks[name]) for name, site in self.sites.items()],
+            "modules": self.modules,
+            "quantized": self.is_quantized,
+            "online": self.online,
+            "kv_cache": self.kv_cache,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Saved:
         """What ``to_dict`` gave. Raises UserError for another version and for what is not whole."""
-        if data.get("version") not in READABLE or data.get("storage") not in KINDS:
+        if data.get("version") not in READABLE:
             raise UserError(
-                f"a lowrank_lab checkpoint of version {data.get('version')} and storage {data.get('storage')}; "
-                f"this lowrank_lab reads version {VERSION} ({', '.join(KINDS)}): use the one that wrote it"
+                f"a lowrank_lab checkpoint of version {data.get('version')} cannot be read: "
+                f"this lowrank_lab reads version {VERSION} and older ones; use the one that wrote it"
             )
         try:
-            sites, ranks = {}, {}
-            for entry in data["sites"]:
-                outs = tuple(int(out) for out in entry["outs"])
-                cost = (int(entry["dense"]), _cost_of(entry))
-                site = Site(int(entry["block"]), tuple(entry["members"]), outs, int(entry["inp"]), *cost)
-                sites[str(entry["name"])] = site
-                ranks[str(entry["name"])] = None if entry["rank"] is None else int(entry["rank"])
-            quantized = {str(name): Format(**form) for name, form in data.get("quantized", {}).items()}
-            steps = {str(names): [dict(step) for step in found] for names, found in data.get("steps", {}).items()}
-            final = [dict(step) for step in data.get("final", [])]
-            kv_cache = None if data.get("kv_cache") is None else KvCache(**data["kv_cache"])
-            made = str(data["method"]), float(data["ratio"]), data["storage"], sites, ranks
-            return cls(*made, quantized, steps, final, kv_cache)
-        except (KeyError, TypeError, ValueError) as error:
+            content = data if data["version"] == VERSION else old_versions.converted(data)
+            named = [_site_from_dict(entry) for entry in content["sites"]]
+            modules = {str(path): dict(described) for path, described in content["modules"].items()}
+            for described in modules.values():
+                str(described["kind"])
+            return cls(
+                str(content["method"]),
+                float(content["ratio"]),
+                {name: site for name, site, _ in named},
+                {name: rank for name, _, rank in named},
+                modules,
+                bool(content["quantized"]),
+                bool(content["online"]),
+                None if content["kv_cache"] is None else dict(content["kv_cache"]),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"a lowrank_lab checkpoint whose quantization_config is damaged ({type(error).__name__}: {error})"
             ) from None
-
-
-def _cost_of(site: Mapping[str, Any]) -> Callable[[int], int]:
-    """The cost of a site at its own rank; all that is known of it, except in files of versions 1 to 3."""
-    if "per_rank" in site:
-        return partial(mul, int(site["per_rank"]))
-    return {site["rank"]: int(site["cost"])}.__getitem__
 
 
 def saved_in(config: Mapping[str, Any]) -> Saved | None:
@@ -122,3 +87,24 @@ def saved_in(config: Mapping[str, Any]) -> Saved | None:
     if not isinstance(quantization, Mapping) or quantization.get("quant_method") != QUANT_METHOD:
         return None
     return Saved.from_dict(quantization)
+
+
+def _site_to_dict(name: str, site: Site, rank: int | None) -> dict[str, Any]:
+    return {
+        "name": name,
+        "block": site.block,
+        "members": list(site.members),
+        "outs": list(site.outs),
+        "inp": site.inp,
+        "dense": site.dense,
+        "cost": site.cost(rank),
+        "rank": rank,
+    }
+
+
+def _site_from_dict(entry: Mapping[str, Any]) -> tuple[str, Site, int | None]:
+    """The name, the site and its rank. What its other ranks would cost is not known of a checkpoint."""
+    rank = None if entry["rank"] is None else int(entry["rank"])
+    outs = tuple(int(out) for out in entry["outs"])
+    place = (int(entry["block"]), tuple(entry["members"]), outs, int(entry["inp"]), int(entry["dense"]))
+    return str(entry["name"]), Site(*place, {rank: int(entry["cost"])}.__getitem__), rank

@@ -20,7 +20,8 @@ from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.lowrank.spectra import by_block, load_spectrum
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import blocks_of, walk
-from lowrank_lab.modules.factorized import FactorizedLinear, factors_of, site_weight
+from lowrank_lab.modules.base import rank_of
+from lowrank_lab.modules.factorized import factors_of, site_weight
 from lowrank_lab.modules.site import Site
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def _of_linears(
     hooks = []
     for name in tower.linears:
         compressed = block.get_submodule(name)
-        if isinstance(compressed, FactorizedLinear):
+        if rank_of(compressed) is not None:
             errors[name] = RelativeError()
             compare = partial(_compare, errors[name], compressed)
             hooks.append(dense_block.get_submodule(name).register_forward_hook(compare))

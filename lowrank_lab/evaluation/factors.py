@@ -46,16 +46,15 @@ class Factors(Evaluator):
     def __call__(self, context: Context, part: str) -> dict[str, Any]:
         """Measure it: the value, and all of ``linears``. Raises SkippedCell where none of them has factors."""
         from lowrank_lab.models.walk import blocks_of
-        from lowrank_lab.modules.factorized import FactorizedLinear, innermost
+        from lowrank_lab.modules.base import factors_of_linear
 
         blocks, found = blocks_of(context.model, context.tower), []
         for site in self._chosen(context).values():
-            module = blocks[site.block].get_submodule(site.key)
-            if isinstance(module, FactorizedLinear):
+            factors = factors_of_linear(blocks[site.block].get_submodule(site.key))
+            if factors is not None:
                 role = "mlp" if site.key in context.tower.roles["mlp"] else "attention"
-                factors = {"left": innermost(module.left).weight, "right": innermost(module.right).weight}
-                told = {name: distribution(factor, self.bins) for name, factor in factors.items()}
-                found.append({"linear": site.key, "role": role, "block": site.block, **told})
+                left, right = (distribution(factor, self.bins) for factor in factors)
+                found.append({"linear": site.key, "role": role, "block": site.block, "left": left, "right": right})
         if not found:
             raise SkippedCell("eval=factors: none of the linears asked for is factored")
         kurtoses = [one[factor]["excess_kurtosis"] for one in found for factor in ("left", "right")]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from lowrank_lab.modules.steps import Step
-from lowrank_lab.records.sizes import linear_tensors, macs_per_token
+from lowrank_lab.modules.base import nbytes
+from lowrank_lab.modules.counts import count
+from lowrank_lab.modules.steps import steps_in
 
 
 def prefill(model: nn.Module, prompts: Tensor) -> tuple[Any, Tensor]:
@@ -28,14 +29,14 @@ def decode(model: nn.Module, cache: Any, tokens: Tensor, steps: int) -> None:
 def ideal(dense: nn.Module, model: nn.Module) -> dict[str, float]:
     """The decode speed-ups if time went with the linears' multiply-accumulates and with their bytes."""
     return {
-        "macs": macs_per_token(dense) / macs_per_token(model),
+        "macs": count(dense).macs / count(model).macs,
         "bytes": _linear_bytes(dense) / _linear_bytes(model),
     }
 
 
 def weight_bytes(model: nn.Module) -> int:
     """Those of all its weights."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    return nbytes(*model.parameters())
 
 
 def count_macs(model: nn.Module, prompt: Tensor) -> dict[str, int]:
@@ -50,7 +51,7 @@ def count_macs(model: nn.Module, prompt: Tensor) -> dict[str, int]:
         cache, token = prefill(model, prompt)
     with counter() as of_step:
         decode(model, cache, token, 1)
-    expected = (prefill_macs(model, prompt.shape[1]), macs_per_token(model))
+    expected = (prefill_macs(model, prompt.shape[1]), count(model).macs)
     counted = (_linear_macs(of_prefill, model), _linear_macs(of_step, model))
     if counted != expected:
         raise RuntimeError(f"the linears run {counted} multiply-accumulates, their shapes say {expected}")
@@ -62,7 +63,7 @@ def count_macs(model: nn.Module, prompt: Tensor) -> dict[str, int]:
 def prefill_macs(model: Any, length: int) -> int:
     """Multiply-accumulates of all linears for a prompt of ``length`` tokens, lm_head only for the last."""
     head = model.get_output_embeddings().weight.numel()
-    return length * (macs_per_token(model) - head) + head
+    return length * (count(model).macs - head) + head
 
 
 def counter() -> FlopCounterMode:
@@ -82,11 +83,10 @@ def _linear_macs(counter: FlopCounterMode, model: nn.Module) -> int:
 def _steps_flops(counter: FlopCounterMode, model: nn.Module) -> Counter[Any]:
     """By kernel, what the counter found in the steps in front of linears."""
     counts, found = counter.get_flop_counts(), Counter[Any]()
-    for name, module in model.named_modules():
-        if isinstance(module, Step):
-            found.update(counts.get(f"{type(model).__name__}.{name}", {}))
+    for path in steps_in(model):
+        found.update(counts.get(f"{type(model).__name__}.{path}", {}))
     return found
 
 
 def _linear_bytes(model: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in linear_tensors(model))
+    return nbytes(*count(model).weights)

@@ -16,7 +16,7 @@ from lowrank_lab.checks import is_count
 from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.answers import Answers
 from lowrank_lab.lowrank.keys import LowRankKeys
-from lowrank_lab.modules.site import Site
+from lowrank_lab.modules.site import Ranks, Site
 
 if TYPE_CHECKING:
     from lowrank_lab.running.context import Context
@@ -73,6 +73,9 @@ class LowRank(Compression):
         """The rank of every site; None: it stays dense."""
         with context.record.stage("allocation"):
             return self.answers.allocation(context)
+
+    def ranks(self, plan: Plan) -> Ranks:
+        return plan
 
     def apply(self, context: Context, plan: Plan) -> dict[str, Any]:
         """Put the factors into the model.

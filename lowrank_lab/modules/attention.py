@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from lowrank_lab.errors import SkippedCell
 from lowrank_lab.models.families import kv_cache_shape, tower_for
+from lowrank_lab.modules.cache_format import CacheFormat
 from lowrank_lab.modules.steps import Hadamard, Round
-from lowrank_lab.quantization.kv_cache import KvCache
 
 NAMES = {"sdpa": "lowrank_lab_sdpa", "eager": "lowrank_lab_eager"}  # by the name of what each does after rounding
 
 
-def round_cache(model: Any, cache: KvCache) -> None:
+def round_cache(model: Any, cache: CacheFormat) -> None:
     """Have ``model``, also a bare one without lm_head, attend to keys and values rounded as ``cache`` says.
 
     Raises SkippedCell where its attention is none of those that are known here.
@@ -39,10 +39,10 @@ def round_cache(model: Any, cache: KvCache) -> None:
         raise SkippedCell(f"{type(model).__name__} does not let its attention be replaced")
     _, _, head_size = kv_cache_shape(model.config)
     for attention in _attentions(model):
-        attention.kv_cache = RoundedCache(cache, head_size)
+        attention.kv_cache = RoundedCache(CacheFormat(**asdict(cache)), head_size)
 
 
-def cache_of(model: Any) -> KvCache | None:
+def cache_of(model: Any) -> CacheFormat | None:
     """What ``round_cache`` was given for ``model``; None where its keys and values are as they are."""
     return next((module.cache for module in model.modules() if isinstance(module, RoundedCache)), None)
 
@@ -50,7 +50,7 @@ def cache_of(model: Any) -> KvCache | None:
 class RoundedCache(nn.Module):
     """What is done to queries, keys and values (batch, heads, length, head size) before they meet."""
 
-    def __init__(self, cache: KvCache, head_size: int) -> None:
+    def __init__(self, cache: CacheFormat, head_size: int) -> None:
         super().__init__()
         self.cache = cache
         self.rotation = Hadamard(head_size, 1) if cache.rotate else None

@@ -11,35 +11,85 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from lowrank_lab.modules.base import (
+    CompressedLinear,
+    Counts,
+    bias_of,
+    dense_weight,
+    factors_of_linear,
+    innermost,
+)
+from lowrank_lab.modules.counts import count
 from lowrank_lab.modules.site import Site
 
 
-class FactorizedLinear(nn.Module):
+class FactorizedLinear(CompressedLinear):
     """y = left(right(x)): a linear of shape (out, in) at rank k, with k · (out + in) weights.
 
     ``right`` (k, in) maps the input to k latent values, ``left`` (out, k) maps these to the output and has the
-    bias, if there is one. With ``leads`` False ``right`` belongs to another member of the site: it is used here,
+    bias, if there is one. With ``borrows`` the right factor belongs to another member of the site: it is used here,
     but listed only there, so that it is stored, counted and moved between devices once.
     """
 
+    kind = "factorized"
+    input_part, output_part = "right", "left"
+    trainable = True
+    shareable = ("right",)
+
     right: nn.Module
 
-    def __init__(self, left: nn.Module, right: nn.Module, leads: bool = True) -> None:
+    def __init__(self, left: nn.Module, right: nn.Module, borrows: bool = False) -> None:
         super().__init__()
-        if leads:
-            self.right = right
+        if borrows:
+            self.borrow("right", right)
         else:
-            self.__dict__["right"] = right
+            self.right = right
         self.left = left
+
+    @classmethod
+    def empty(cls, described: dict[str, Any], replaced: Any) -> FactorizedLinear:
+        like, rank = dense_weight(replaced), described["rank"]
+        out, inp = like.shape
+        bias = bias_of(replaced)
+        return cls(plain_linear(like.new_empty(out, rank), bias), plain_linear(like.new_empty(rank, inp), None))
+
+    def describe(self) -> dict[str, Any]:
+        return {"rank": self.rank}
+
+    @property
+    def rank(self) -> int:
+        return int(innermost(self.left, "output_part").in_features)
+
+    def counts(self) -> Counts:
+        return sum((count(part) for part in self.parts().values()), Counts())
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        left, right = innermost(self.left, "output_part"), innermost(self.right, "input_part")
+        return dense_weight(left), dense_weight(right)
+
+    def dense_weight(self) -> Tensor:
+        left, right = self.factors()
+        return left.detach().float() @ right.detach().float()
+
+    def to_plain(self, dtype: torch.dtype) -> nn.Module:
+        for name, part in self.parts().items():
+            self._modules[name] = to_plain(part, dtype)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         return self.left(self.right(x))
 
 
-class SharedLatent(nn.Module):
-    """The right factor of a site of several linears: computed by the first that asks, then handed to the others."""
+class SharedLatent(CompressedLinear):
+    """The right factor of a site of several linears: computed by the first that asks, then handed to the others.
+
+    What prepares the input of several linears is shared in the same way.
+    """
+
+    kind = "shared"
+    input_part = output_part = "linear"
+    trainable = True
 
     def __init__(self, linear: nn.Module, users: int) -> None:
         super().__init__()
@@ -48,6 +98,23 @@ class SharedLatent(nn.Module):
         self._input: Tensor | None = None
         self._latent: Tensor | None = None
         self._to_serve = 0
+
+    @classmethod
+    def empty(cls, described: dict[str, Any], replaced: Any) -> SharedLatent:
+        return cls(replaced, described["users"])
+
+    def describe(self) -> dict[str, Any]:
+        return {"users": self.users}
+
+    def counts(self) -> Counts:
+        return count(self.linear)
+
+    def dense_weight(self) -> Tensor:
+        return dense_weight(self.linear).detach().float()
+
+    def to_plain(self, dtype: torch.dtype) -> nn.Module:
+        self.linear = to_plain(self.linear, dtype)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         if self._to_serve == 0 or self._input is not x:
@@ -61,13 +128,9 @@ class SharedLatent(nn.Module):
         return latent
 
 
-def dense_weight(linear: nn.Module) -> Tensor:
-    """The weight of a dense layer as (out, in), whether it is a Linear or GPT-2's transposed Conv1D."""
-    if isinstance(linear, Conv1D):
-        return linear.weight.T
-    if isinstance(linear, nn.Linear):
-        return linear.weight
-    raise TypeError(f"{type(linear).__name__} is not a dense linear layer")
+def to_plain(linear: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A linear layer in plain linears; a dense one is plain already."""
+    return linear.to_plain(dtype) if isinstance(linear, CompressedLinear) else linear
 
 
 def site_weight(block: nn.Module, site: Site) -> Tensor:
@@ -99,7 +162,7 @@ def install(
     for number, (name, out) in enumerate(zip(site.members, site.outs, strict=True)):
         bias = getattr(block.get_submodule(name), "bias", None)
         left = make_left(slice(first, first + out), bias if isinstance(bias, Tensor) else None)
-        block.set_submodule(name, FactorizedLinear(left, right, leads=number == 0))
+        block.set_submodule(name, FactorizedLinear(left, right, borrows=number > 0))
         first += out
 
 
@@ -111,16 +174,12 @@ def factorize(block: nn.Module, site: Site, left: Tensor, right: Tensor) -> None
 
 
 def factors_of(block: nn.Module, site: Site) -> tuple[Tensor, Tensor] | None:
-    """``left`` (out, k) and ``right`` (k, in) of a site made by ``factorize``; None where it is dense."""
-    members: list[Any] = [block.get_submodule(name) for name in site.members]
-    if not all(isinstance(member, FactorizedLinear) for member in members):
-        return None
-    lefts = [innermost(member.left).weight.detach() for member in members]
-    return torch.cat(lefts), innermost(members[0].right).weight.detach()
-
-
-def innermost(module: Any) -> Any:
-    """The linear itself, dense or in few bits, within what shares its outcome or prepares its input."""
-    while "linear" in module._modules:
-        module = module.linear
-    return module
+    """``left`` (out, k) and ``right`` (k, in) of a site as they are stored; None where it has no factors."""
+    members = [factors_of_linear(block.get_submodule(name)) for name in site.members]
+    lefts, rights = [], []
+    for factors in members:
+        if factors is None:
+            return None
+        lefts.append(factors[0].detach())
+        rights.append(factors[1].detach())
+    return torch.cat(lefts), rights[0]

@@ -14,48 +14,90 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_lab.models.families import Tower
-from lowrank_lab.modules.factorized import FactorizedLinear, SharedLatent, dense_weight, plain_linear
-from lowrank_lab.modules.mixed import MixedLinear
+from lowrank_lab.modules.base import (
+    CompressedLinear,
+    Counts,
+    Replacement,
+    dense_weight,
+    innermost,
+    plain_parts,
+)
+from lowrank_lab.modules.counts import count
+from lowrank_lab.modules.factorized import SharedLatent, to_plain
+from lowrank_lab.modules.steps import describe as describe_steps
+from lowrank_lab.modules.steps import empty as empty_steps
 
 
-class PreparedLinear(nn.Module):
+class PreparedLinear(CompressedLinear):
     """``linear`` on what ``prepare``, a Sequential of steps, makes of the input.
 
-    Linears that are given the same input share one ``prepare`` in a SharedLatent, which runs it once; only the one
-    that ``leads`` lists it.
+    Linears that are given the same input share one ``prepare`` in a SharedLatent, which runs it once; those with
+    ``borrows`` leave it to another of them to list it.
     """
+
+    kind = "prepared"
+    input_part = output_part = "linear"
+    online = True
+    shareable = ("prepare",)
 
     prepare: nn.Module
 
-    def __init__(self, prepare: nn.Module, linear: nn.Module, leads: bool = True) -> None:
+    def __init__(self, prepare: nn.Module, linear: nn.Module, borrows: bool = False) -> None:
         super().__init__()
-        if leads:
-            self.prepare = prepare
+        if borrows:
+            self.borrow("prepare", prepare)
         else:
-            self.__dict__["prepare"] = prepare
+            self.prepare = prepare
         self.linear = linear
+
+    @classmethod
+    def empty(cls, described: dict[str, Any], replaced: Any) -> PreparedLinear:
+        return cls(nn.Sequential(*empty_steps(described["steps"])), replaced)
+
+    def describe(self) -> dict[str, Any]:
+        return {"steps": describe_steps(self.steps) if self.lists_steps else []}
 
     @property
     def steps(self) -> nn.Sequential:
-        prepare = self.prepare.linear if isinstance(self.prepare, SharedLatent) else self.prepare
+        prepare = innermost(self.prepare, "input_part")
         assert isinstance(prepare, nn.Sequential)
         return prepare
 
     @property
-    def leads(self) -> bool:
+    def lists_steps(self) -> bool:
         return "prepare" in self._modules
+
+    def counts(self) -> Counts:
+        return (count(self.prepare) if self.lists_steps else Counts()) + count(self.linear)
+
+    def dense_weight(self) -> Tensor:
+        return dense_weight(self.linear).detach().float()
+
+    def to_plain(self, dtype: torch.dtype) -> nn.Module:
+        self.linear = to_plain(self.linear, dtype)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.prepare(x))
 
 
-class Followed(nn.Module):
+class NormWithSteps(Replacement):
     """A norm with ``steps`` after it: the last norm of a model whose lm_head cannot take them over."""
+
+    kind = "norm_with_steps"
+    online = True
 
     def __init__(self, norm: nn.Module, steps: Iterable[nn.Module]) -> None:
         super().__init__()
         self.norm = norm
         self.steps = nn.Sequential(*steps)
+
+    @classmethod
+    def empty(cls, described: dict[str, Any], replaced: Any) -> NormWithSteps:
+        return cls(replaced, empty_steps(described["steps"]))
+
+    def describe(self) -> dict[str, Any]:
+        return {"steps": describe_steps(self.steps)}
 
     def forward(self, x: Tensor) -> Tensor:
         return self.steps(self.norm(x))
@@ -63,53 +105,51 @@ class Followed(nn.Module):
 
 def linears_in(block: nn.Module, members: Iterable[str]) -> list[str]:
     """The paths of the plain linears that make up ``members``: themselves, or their factors."""
-    found = []
-    for member in members:
-        module = block.get_submodule(member)
-        if not isinstance(module, FactorizedLinear):
-            found.append(_inner(block, member))
-            continue
-        if "right" in module._modules:  # else it belongs to another member of the site
-            found.append(_inner(block, f"{member}.right"))
-        found.append(_inner(block, f"{member}.left"))
+    return [path for member in members for path, _ in plain_parts(block.get_submodule(member), member)]
+
+
+def is_factored(block: nn.Module, member: str) -> bool:
+    """Whether a member is made of two linears, with a latent between them."""
+    module = block.get_submodule(member)
+    return innermost(module, "input_part") is not innermost(module, "output_part")
+
+
+def factor_paths(model: nn.Module) -> dict[str, list[str]]:
+    """The paths of all ``left`` and of all ``right`` factors in ``model``; one that is shared is listed once."""
+    found: dict[str, list[str]] = {"left": [], "right": []}
+    for path, module in model.named_modules():
+        if isinstance(module, CompressedLinear) and module.input_part != module.output_part:
+            for side, name in (("right", module.input_part), ("left", module.output_part)):
+                if name in module.parts():
+                    found[side] += [where for where, _ in plain_parts(module.parts()[name], f"{path}.{name}")]
     return found
 
 
 def shared_inputs(block: nn.Module, tower: Tower, members: Iterable[str]) -> list[list[str]]:
     """The paths of ``linears_in``, grouped by the input that they are given."""
     members, groups = list(members), []
-    latents: dict[int, list[str]] = {}
+    latents: dict[str, list[str]] = {}
     for inputs in tower.inputs:
         here = [member for member in inputs if member in members]
         groups.append(list(dict.fromkeys(input_side(block, member) for member in here)))
         for member in here:
-            module = block.get_submodule(member)
-            if isinstance(module, FactorizedLinear):
-                latents.setdefault(id(module.right), []).append(_inner(block, f"{member}.left"))
+            if is_factored(block, member):
+                latents.setdefault(input_side(block, member), []).append(output_side(block, member))
     return [group for group in [*groups, *latents.values()] if group]
 
 
 def input_side(block: nn.Module, member: str) -> str:
     """The path of the linear that reads a member's input: itself, or its right factor wherever that is listed."""
-    module = block.get_submodule(member)
-    if not isinstance(module, FactorizedLinear):
-        return _inner(block, member)
-    for name, other in block.named_modules():
-        if isinstance(other, FactorizedLinear) and other.right is module.right and "right" in other._modules:
-            return _inner(block, f"{name}.right")
-    raise AssertionError(f"the right factor of {member} is listed nowhere")
+    return _path_of(block, innermost(block.get_submodule(member), "input_part"))
 
 
 def output_side(block: nn.Module, member: str) -> str:
     """The path of the linear that gives a member's output: itself, or its left factor."""
-    factorized = isinstance(block.get_submodule(member), FactorizedLinear)
-    return _inner(block, f"{member}.left" if factorized else member)
+    return _path_of(block, innermost(block.get_submodule(member), "output_part"))
 
 
-def _inner(block: nn.Module, path: str) -> str:
-    while isinstance(block.get_submodule(path), (SharedLatent, PreparedLinear)):
-        path += ".linear"
-    return path
+def _path_of(block: nn.Module, linear: nn.Module) -> str:
+    return next(path for path, module in block.named_modules() if module is linear)
 
 
 def set_steps(block: nn.Module, group: list[str], steps: Iterable[nn.Module]) -> None:
@@ -122,7 +162,7 @@ def set_steps(block: nn.Module, group: list[str], steps: Iterable[nn.Module]) ->
     if len(group) > 1:
         prepare = SharedLatent(prepare, len(group))
     for number, path in enumerate(group):
-        block.set_submodule(path, PreparedLinear(prepare, block.get_submodule(path), leads=number == 0))
+        block.set_submodule(path, PreparedLinear(prepare, block.get_submodule(path), borrows=number > 0))
 
 
 def steps_of(block: nn.Module, path: str) -> nn.Sequential:
@@ -137,7 +177,7 @@ def prepared_in(block: nn.Module) -> list[tuple[list[str], nn.Sequential]]:
     for path, module in block.named_modules():
         if isinstance(module, PreparedLinear):
             group = found.setdefault(id(module.prepare), ([], module.steps))[0]
-            group.insert(0 if module.leads else len(group), path)
+            group.insert(0 if module.lists_steps else len(group), path)
     return list(found.values())
 
 
@@ -157,10 +197,10 @@ def change_bias(block: nn.Module, path: str, change: Callable[[Tensor], Tensor])
         linear.bias.data = change(linear.bias.detach().double()).to(linear.bias.dtype)
 
 
-@torch.no_grad()
 def make_plain(block: nn.Module, members: Iterable[str], dtype: torch.dtype) -> None:
-    """Put plain linears in the place of remapped factors: these are quantized anew, from the values they have."""
-    for path in linears_in(block, members):
-        mixed = block.get_submodule(path)
-        if isinstance(mixed, MixedLinear):
-            block.set_submodule(path, plain_linear(mixed.weight.to(dtype), mixed.bias))
+    """Put plain linears in the place of all in which ``members`` are stored otherwise, from the values they have.
+
+    So a quantization can round them anew. Raises SkippedCell for a storage that does not allow it.
+    """
+    for member in members:
+        block.set_submodule(member, to_plain(block.get_submodule(member), dtype))

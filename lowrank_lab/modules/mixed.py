@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from lowrank_lab.modules.factorized import install
+from lowrank_lab.modules.base import CompressedLinear, Counts, bias_of, dense_weight, nbytes
+from lowrank_lab.modules.factorized import plain_linear
 from lowrank_lab.modules.site import Site
 
 
-class MixedLinear(nn.Module):
+class MixedLinear(CompressedLinear):
     """A factor of a site. ``side`` says where its rank lies, and so which way it is cut.
 
     side="left"   weight (out, k): the first rows in 8 bits; scale (k,) belongs to the input
@@ -18,9 +21,13 @@ class MixedLinear(nn.Module):
     The weight is cat(int8 · scale, float16).
     """
 
+    kind = "mixed"
+
     def __init__(self, side: str, int8: Tensor, float16: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.side = side
+        rank, length = len(scale), sum(part.shape[0 if side == "left" else 1] for part in (int8, float16))
+        self.out_features, self.in_features = (length, rank) if side == "left" else (rank, length)
         self.int8 = nn.Parameter(int8, requires_grad=False)
         self.float16 = nn.Parameter(float16, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
@@ -40,23 +47,35 @@ class MixedLinear(nn.Module):
         return cls("right", int8, _half(weight[:, in_8_bit:]), scale.float(), None)
 
     @classmethod
-    def empty(cls, side: str, rank: int, in_8_bit: int, in_16_bit: int, bias: Tensor | None) -> MixedLinear:
-        """One without memory, on the meta device, for a checkpoint to fill: that many rows or columns of each."""
+    def empty(cls, described: dict[str, Any], replaced: Any) -> MixedLinear:
+        side, in_8_bit = described["side"], described["in_8_bit"]
+        out, inp = dense_weight(replaced).shape
+        length, rank = (out, inp) if side == "left" else (inp, out)
         int8, float16 = (
             torch.empty((count, rank) if side == "left" else (rank, count), dtype=dtype, device="meta")
-            for count, dtype in ((in_8_bit, torch.int8), (in_16_bit, torch.float16))
+            for count, dtype in ((in_8_bit, torch.int8), (length - in_8_bit, torch.float16))
         )
-        return cls(side, int8, float16, torch.empty(rank, dtype=torch.float32, device="meta"), bias)
+        scale = torch.empty(rank, dtype=torch.float32, device="meta")
+        return cls(side, int8, float16, scale, bias_of(replaced))
 
-    @property
-    def rank(self) -> int:
-        return int(self.scale.shape[0])
+    def describe(self) -> dict[str, Any]:
+        return {"side": self.side, "in_8_bit": self.int8.shape[0 if self.side == "left" else 1]}
 
     @property
     def weight(self) -> Tensor:
         """The weight that the layer multiplies with, (out, k) or (k, in), float32."""
         scale = self.scale if self.side == "left" else self.scale.unsqueeze(-1)
         return torch.cat([self.int8.float() * scale, self.float16.float()], dim=0 if self.side == "left" else 1)
+
+    def dense_weight(self) -> Tensor:
+        return self.weight
+
+    def counts(self) -> Counts:
+        weights = Counts.of_weights(self.int8, self.float16)
+        return weights + Counts(bytes=nbytes(self.scale))
+
+    def to_plain(self, dtype: torch.dtype) -> nn.Module:
+        return plain_linear(self.weight.to(dtype), self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
@@ -65,16 +84,6 @@ class MixedLinear(nn.Module):
 def rows_in_8_bit(site: Site, rows: slice) -> int:
     """How many of these rows of the left factor of ``site`` are in 8 bits: those among its first min(out, in)."""
     return max(0, min(site.full, rows.stop) - rows.start)
-
-
-def install_empty(block: nn.Module, site: Site, rank: int) -> None:
-    """Replace the members of ``site`` in a block on the meta device as storage/remap.py does, without values."""
-
-    def make_left(rows: slice, bias: Tensor | None) -> nn.Module:
-        in_8_bit = rows_in_8_bit(site, rows)
-        return MixedLinear.empty("left", rank, in_8_bit, rows.stop - rows.start - in_8_bit, bias)
-
-    install(block, site, MixedLinear.empty("right", rank, site.full, site.inp - site.full, None), make_left)
 
 
 def _scale(largest: Tensor) -> Tensor:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_lab.modules.base import CompressedLinear, Counts, bias_of, dense_weight, nbytes
 from lowrank_lab.modules.codec import Quantized, pack, unpack
 from lowrank_lab.modules.formats import Format
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(CompressedLinear):
     """y = x Wᵀ + b with W (out, in) in a ``Format``; it multiplies with the values that the codes stand for.
 
     codes     uint8, the stream of all codes, ⌈out · in · bits / 8⌉ bytes
@@ -19,6 +21,9 @@ class QuantizedLinear(nn.Module):
     zero      uint8, the stream of the zero points' codes; None where the format has none
     codebook  (out, groups, 2^bits) of a codebook grid
     """
+
+    kind = "quantized"
+    quantized = True
 
     def __init__(
         self, form: Format, shape: tuple[int, int], tensors: dict[str, Tensor], bias: Tensor | None
@@ -44,8 +49,10 @@ class QuantizedLinear(nn.Module):
         return cls(form, (quantized.codes.shape[0], quantized.codes.shape[1]), tensors, bias)
 
     @classmethod
-    def empty(cls, form: Format, shape: tuple[int, int], bias: Tensor | None) -> QuantizedLinear:
-        """One without memory, on the meta device, for a checkpoint to fill."""
+    def empty(cls, described: dict[str, Any], replaced: Any) -> QuantizedLinear:
+        form = Format(**described["format"])
+        out, inp = dense_weight(replaced).shape
+        shape = (out, inp)
         scales, dtype = form.scales(shape), getattr(torch, form.scale_dtype)
         tensors = {
             "codes": torch.empty(form.packed(shape), dtype=torch.uint8, device="meta"),
@@ -55,7 +62,18 @@ class QuantizedLinear(nn.Module):
             tensors["zero"] = torch.empty(form.packed(scales), dtype=torch.uint8, device="meta")
         if form.grid == "codebook":
             tensors["codebook"] = torch.empty((*scales, 2**form.bits), dtype=dtype, device="meta")
-        return cls(form, shape, tensors, bias)
+        return cls(form, shape, tensors, bias_of(replaced))
+
+    def describe(self) -> dict[str, Any]:
+        return {"format": asdict(self.format)}
+
+    def counts(self) -> Counts:
+        weights, codes = self.out_features * self.in_features, self.get_parameter("codes")
+        tensors = [tensor for name, tensor in self.named_parameters() if name != "bias"]
+        return Counts(weights, nbytes(*tensors), weights, (codes,))
+
+    def dense_weight(self) -> Tensor:
+        return self.weight
 
     @property
     def weight(self) -> Tensor:

@@ -1,11 +1,12 @@
 """What is done to the input of a linear before the multiplication: small modules x (…, width) → (…, width).
 
-``settings()`` is plain data with which a checkpoint makes the same step again, without its values.
+``describe()`` is plain data with which a checkpoint makes the same step again, without its values.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -13,23 +14,29 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lab.modules import hadamard
+from lowrank_lab.modules.base import Counts, Described, nbytes
 from lowrank_lab.modules.codec import decode, encode, grids, spread
 from lowrank_lab.modules.formats import Format
 
 
-class Step(nn.Module):
-    def settings(self) -> dict[str, Any]:
-        raise NotImplementedError
+class Step(Described):
+    """A subclass takes what its ``describe()`` gives as arguments. Its tensors are parameters."""
+
+    def counts(self) -> Counts:
+        """A step has no weights: its tensors count as bytes alone."""
+        return Counts(bytes=nbytes(*self.parameters()))
 
 
 class Scale(Step):
     """x · factor, one a channel."""
 
+    kind = "scale"
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.factor = nn.Parameter(torch.ones(width, dtype=torch.float32), requires_grad=False)
 
-    def settings(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         return {"width": len(self.factor)}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,11 +46,13 @@ class Scale(Step):
 class Permute(Step):
     """Channel i of the output is channel ``order[i]`` of the input."""
 
+    kind = "permute"
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.order = nn.Parameter(torch.arange(width, dtype=torch.int32), requires_grad=False)
 
-    def settings(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         return {"width": len(self.order)}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,12 +65,14 @@ class Rotate(Step):
     ``blocks`` is (⌈width / size⌉, size, size); with size = width it is one full matrix.
     """
 
+    kind = "rotate"
+
     def __init__(self, width: int, size: int) -> None:
         super().__init__()
         self.width, self.size = width, size
         self.blocks = nn.Parameter(torch.eye(size).repeat(math.ceil(width / size), 1, 1), requires_grad=False)
 
-    def settings(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         return {"width": self.width, "size": self.size}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,11 +88,13 @@ class Hadamard(Step):
     With stride 1 it is one of all channels; with that of a head it mixes the heads, and leaves each as it is.
     """
 
+    kind = "hadamard"
+
     def __init__(self, width: int, stride: int) -> None:
         super().__init__()
         self.width, self.stride = width, stride
 
-    def settings(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         return {"width": self.width, "stride": self.stride}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,6 +108,8 @@ class Round(Step):
     With one scale for the whole tensor it is a fixed one: ``scale`` and ``zero`` (1, 1), to be set by ``fix``.
     """
 
+    kind = "round"
+
     def __init__(self, form: dict[str, Any]) -> None:
         super().__init__()
         self.form = Format(**form)
@@ -103,7 +118,7 @@ class Round(Step):
             value = nn.Parameter(torch.ones(1, 1, dtype=torch.float32), requires_grad=False) if there else None
             self.register_parameter(name, value)
 
-    def settings(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         return {"form": asdict(self.form)}
 
     def fix(self, lowest: Tensor, highest: Tensor) -> None:
@@ -129,16 +144,17 @@ class Round(Step):
         return values.masked_fill(lost, torch.nan).to(x.dtype).view(x.shape)
 
 
-STEPS = {"scale": Scale, "permute": Permute, "rotate": Rotate, "hadamard": Hadamard, "round": Round}
+def steps_in(model: nn.Module) -> dict[str, Step]:
+    """All steps in ``model``, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Step)}
 
 
 def describe(steps: nn.Sequential) -> list[dict[str, Any]]:
-    """Their names and settings, as plain data for JSON."""
-    names = {kind: name for name, kind in STEPS.items()}
-    return [{"step": names[type(step)], **step.settings()} for step in steps if isinstance(step, Step)]
+    """Their kinds and settings, as plain data for JSON."""
+    return [{"step": step.kind, **step.describe()} for step in steps if isinstance(step, Step)]
 
 
-def empty(described: list[dict[str, Any]]) -> list[Step]:
-    """Steps without memory, on the meta device, for a checkpoint to fill."""
+def empty(described: Iterable[dict[str, Any]]) -> list[Step]:
+    """Steps without memory, on the meta device, for a checkpoint to fill. Raises UserError for an unknown kind."""
     with torch.device("meta"):
-        return [STEPS[one["step"]](**{k: v for k, v in one.items() if k != "step"}) for one in described]
+        return [Step.of_kind(one["step"])(**{k: v for k, v in one.items() if k != "step"}) for one in described]

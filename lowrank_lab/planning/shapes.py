@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 from transformers import AutoConfig
-from transformers.pytorch_utils import Conv1D
 
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.lowrank.ranks import rank_within
@@ -18,8 +17,9 @@ from lowrank_lab.models.families import FAMILIES, kv_cache_shape, tower_for
 from lowrank_lab.models.load import load_config, skeleton
 from lowrank_lab.models.tiny import CONFIGS
 from lowrank_lab.models.walk import blocks_of
+from lowrank_lab.modules.base import is_linear
+from lowrank_lab.modules.counts import count
 from lowrank_lab.modules.site import Ranks, Site
-from lowrank_lab.records.sizes import macs_per_token
 from lowrank_lab.running.context import sites_of_cell
 
 
@@ -80,7 +80,7 @@ def shapes_of(cell: Cell) -> Shapes:
     blocks: Iterable[nn.Module] = blocks_of(model, tower) if tower is not None else []
     head = model.get_output_embeddings()
     layers, _, head_size = kv_cache_shape(model_config)
-    linears = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    linears: list[Any] = [module for module in model.modules() if is_linear(module)]
     return Shapes(
         model_type=model_config.model_type,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -93,8 +93,8 @@ def shapes_of(cell: Cell) -> Shapes:
         widest=max(max(linear.weight.shape) for linear in linears if linear is not head),
         linears=shapes,
         inputs=inputs,
-        linear_macs=macs_per_token(model) - macs_per_token(head),
-        head_macs=macs_per_token(head),
+        linear_macs=count(model).macs - count(head).macs,
+        head_macs=count(head).macs,
     )
 
 

@@ -18,11 +18,12 @@ from lowrank_lab import progress
 from lowrank_lab.calibration.statistics import Accumulator, gather
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import blocks_of
-from lowrank_lab.modules.factorized import FactorizedLinear, dense_weight
+from lowrank_lab.modules.base import dense_weight
 from lowrank_lab.modules.linears import (
     change_bias,
     change_weight,
     input_side,
+    is_factored,
     linears_in,
     output_side,
     set_steps,
@@ -102,7 +103,7 @@ def latents_in(block: nn.Module, tower: Tower) -> dict[str, list[str]]:
     """By the path of every right factor in ``block``, those of the left factors that read what it gives."""
     latents: dict[str, list[str]] = {}
     for member in tower.linears:
-        if isinstance(block.get_submodule(member), FactorizedLinear):
+        if is_factored(block, member):
             latents.setdefault(input_side(block, member), []).append(output_side(block, member))
     return latents
 

@@ -20,7 +20,14 @@ from lowrank_lab.modules.linears import linears_in, set_steps, shared_inputs
 from lowrank_lab.quantization import straight_through
 from lowrank_lab.quantization.base import Quantization
 from lowrank_lab.quantization.cayley import CayleySgd
-from lowrank_lab.quantization.rotation import Turn, start, turned, turned_rows, turns, values_width
+from lowrank_lab.quantization.rotation import (
+    Rotated,
+    rotated_linears,
+    rotated_rows,
+    rotated_weight,
+    start,
+    values_width,
+)
 from lowrank_lab.quantization.targets import members_by_block
 from lowrank_lab.running.context import Context
 from lowrank_lab.running.training import Recipe, train
@@ -81,16 +88,16 @@ def attach(
     values = values_width(model.config)
     members = members_by_block(context)
     for index, block in enumerate(blocks_of(model, context.tower)):
-        following = turns(block, context.tower)
+        following = rotated_linears(block, context.tower)
         rounded_here = linears_in(block, members[index])
         groups = shared_inputs(block, context.tower, members[index])
         for path in dict.fromkeys([*following, *rounded_here]):
             linear: Any = block.get_submodule(path)
             form = quantization.format_of(path) if round_weights and path in rounded_here else None
-            turn = following.get(path, Turn())
-            register_parametrization(linear, "weight", RotatedWeight(turn, r1, r2, index, values, form))
+            sides = following.get(path, Rotated())
+            register_parametrization(linear, "weight", RotatedWeight(sides, r1, r2, index, values, form))
             if linear.bias is not None:
-                register_parametrization(linear, "bias", RotatedWeight(turn, r1, r2, index, values, None))
+                register_parametrization(linear, "bias", RotatedWeight(sides, r1, r2, index, values, None))
         if quantization.activations is not None:
             for group in groups:
                 set_steps(block, group, [straight_through.RoundInputs(quantization.activations.form)])
@@ -105,14 +112,14 @@ class RotatedWeight(nn.Module):
     """A weight (out, in) or bias (out,) as the rotations leave it, rounded if there is a format."""
 
     def __init__(
-        self, turn: Turn, r1: nn.Parameter, r2: nn.Parameter, block: int, values: int, form: Format | None
+        self, sides: Rotated, r1: nn.Parameter, r2: nn.Parameter, block: int, values: int, form: Format | None
     ) -> None:
         super().__init__()
-        self.turn, self.r1, self.r2, self.block, self.values, self.form = turn, r1, r2, block, values, form
+        self.sides, self.r1, self.r2, self.block, self.values, self.form = sides, r1, r2, block, values, form
 
     def forward(self, tensor: Tensor) -> Tensor:
-        here = self.turn, self.r1.to(tensor), self.r2[self.block].to(tensor), self.values
+        here = self.sides, self.r1.to(tensor), self.r2[self.block].to(tensor), self.values
         if tensor.ndim == 1:
-            return turned_rows(tensor, *here)
-        followed = turned(tensor, *here)
+            return rotated_rows(tensor, *here)
+        followed = rotated_weight(tensor, *here)
         return followed if self.form is None else straight_through.rounded_values(followed, self.form)

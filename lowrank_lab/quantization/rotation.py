@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from lowrank_lab.errors import SkippedCell
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import blocks_of
-from lowrank_lab.modules.factorized import FactorizedLinear
 from lowrank_lab.modules.hadamard import randomized, transform
 from lowrank_lab.modules.linears import (
-    Followed,
+    NormWithSteps,
     change_bias,
     change_weight,
     input_side,
+    is_factored,
     output_side,
     set_steps,
 )
@@ -54,7 +54,7 @@ def check(tower: Tower, label: str) -> None:
 
 
 @dataclass
-class Turn:
+class Rotated:
     """What follows a rotation on either side of one plain linear; None: nothing.
 
     inputs   ``residual`` (R1), or ``heads``: R2 on the heads next to each other
@@ -65,9 +65,9 @@ class Turn:
     outputs: Literal["residual", "heads"] | None = None
 
 
-def turns(block: nn.Module, tower: Tower) -> dict[str, Turn]:
+def rotated_linears(block: nn.Module, tower: Tower) -> dict[str, Rotated]:
     """The plain linears of ``block`` that follow the rotations, by path."""
-    found: dict[str, Turn] = defaultdict(Turn)
+    found: dict[str, Rotated] = defaultdict(Rotated)
     for path, _ in behind_norms(block, tower):
         found[path].inputs = "residual"
     for member in tower.residual:
@@ -86,23 +86,23 @@ def behind_norms(block: nn.Module, tower: Tower) -> Iterator[tuple[str, Any]]:
                 yield path, block.get_submodule(norm)
 
 
-def turned(weight: Tensor, turn: Turn, r1: Tensor, r2: Tensor, values: int) -> Tensor:
+def rotated_weight(weight: Tensor, sides: Rotated, r1: Tensor, r2: Tensor, values: int) -> Tensor:
     """A linear's ``weight`` (out, in) after the rotations ``r1`` (hidden, hidden) and ``r2`` (head, head).
 
     ``values`` is how wide the values of a token are, over all key-value heads: v is the last rows of its linear.
     """
-    if turn.inputs == "residual":
+    if sides.inputs == "residual":
         weight = weight @ r1
-    elif turn.inputs == "heads":
+    elif sides.inputs == "heads":
         weight = (weight.unflatten(1, (-1, len(r2))) @ r2).flatten(1)
-    return turned_rows(weight, turn, r1, r2, values)
+    return rotated_rows(weight, sides, r1, r2, values)
 
 
-def turned_rows(weight: Tensor, turn: Turn, r1: Tensor, r2: Tensor, values: int) -> Tensor:
-    """The output side of ``turned``, for a weight (out, in) or a bias (out,)."""
-    if turn.outputs == "residual":
+def rotated_rows(weight: Tensor, sides: Rotated, r1: Tensor, r2: Tensor, values: int) -> Tensor:
+    """The output side of ``rotated_weight``, for a weight (out, in) or a bias (out,)."""
+    if sides.outputs == "residual":
         return r1.T @ weight
-    if turn.outputs == "heads":
+    if sides.outputs == "heads":
         others, of_values = weight[:-values], weight[-values:]
         of_heads = of_values.unflatten(0, (-1, len(r2)))
         return torch.cat([others, torch.einsum("hi...,ij->hj...", of_heads, r2).flatten(0, 1)])
@@ -132,7 +132,7 @@ def fold_norms(model: nn.Module, tower: Tower) -> None:
 def rotate_online(block: nn.Module, member: str, step: Step) -> None:
     """Put an orthogonal ``step`` in front of a ``member`` that alone reads its input, and undo it in its weight."""
     path = input_side(block, member)
-    change_weight(block, path, step)  # its rows are turned as the tokens that they meet
+    change_weight(block, path, step)  # its rows are rotated like the tokens that they meet
     set_steps(block, [path], [step])
 
 
@@ -157,11 +157,11 @@ def rotate(model: Any, tower: Tower, r1: Tensor, r2: Tensor) -> None:
     """
     values = values_width(model.config)
     for block, of_heads in zip(blocks_of(model, tower), r2, strict=True):
-        for path, turn in turns(block, tower).items():
+        for path, sides in rotated_linears(block, tower).items():
             device = next(block.parameters()).device
-            here = {"turn": turn, "r1": r1.to(device), "r2": of_heads.to(device), "values": values}
-            change_weight(block, path, partial(turned, **here))
-            change_bias(block, path, partial(turned_rows, **here))
+            here = {"sides": sides, "r1": r1.to(device), "r2": of_heads.to(device), "values": values}
+            change_weight(block, path, partial(rotated_weight, **here))
+            change_bias(block, path, partial(rotated_rows, **here))
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     norm: Any = model.get_submodule(tower.final_norm)
@@ -170,7 +170,7 @@ def rotate(model: Any, tower: Tower, r1: Tensor, r2: Tensor) -> None:
     if head.weight is embedding.weight:
         step = Rotate(len(r1), len(r1)).to(norm.weight)
         step.blocks.data[0] = r1.T @ (gain.unsqueeze(1) * r1)
-        model.set_submodule(tower.final_norm, Followed(norm, [step]))
+        model.set_submodule(tower.final_norm, NormWithSteps(norm, [step]))
     else:
         head.weight.data = _by_rows(head.weight, gain.unsqueeze(1) * r1)
     embedding.weight.data = _by_rows(embedding.weight, r1)
@@ -185,7 +185,7 @@ def _by_rows(weight: Tensor, right: Tensor) -> Tensor:
 def rotate_latent(model: nn.Module, tower: Tower) -> None:
     """Rotate the latent values of all factors by Hadamard matrices, folded into both."""
     for block in blocks_of(model, tower):
-        factorized = [name for name in tower.linears if isinstance(block.get_submodule(name), FactorizedLinear)]
+        factorized = [name for name in tower.linears if is_factored(block, name)]
         for path in dict.fromkeys(input_side(block, member) for member in factorized):
             change_weight(block, path, lambda right: transform(right.T).T)
         for member in factorized:

@@ -19,6 +19,7 @@ from lowrank_lab.cells.cell import Cell
 from lowrank_lab.checkpoints import checkpoint
 from lowrank_lab.checkpoints.description import Saved
 from lowrank_lab.errors import SkippedCell
+from lowrank_lab.records.rank_sizes import sizes_of_ranks
 from lowrank_lab.records.results import CHECKPOINTS, Record
 from lowrank_lab.records.sizes import sizes
 from lowrank_lab.running.context import Context, pick_device
@@ -85,20 +86,25 @@ def _check_positions(context: Context, of: str, lengths: dict[str, int]) -> None
 
 def _describe(context: Context) -> Saved | None:
     """Count the model that came out, and describe it for a checkpoint; None where it is the dense one."""
-    cell, saved = context.cell, context.cell.source.saved
-    ranks = dict(saved.ranks) if saved is not None else {}
-    if cell.compressions:
-        ranks = ranks or cell_ranks(context)
+    cell, ranks = context.cell, _ranks(context)
     tower, sites = (context.tower, context.sites) if ranks else (None, {})
-    context.record.data["sizes"] = sizes(context.model, tower, sites, ranks, cell.ratio)
+    of_ranks = sizes_of_ranks(context.model, tower, sites, ranks, cell.ratio)
+    context.record.data["sizes"] = {**of_ranks, **sizes(context.model, tower, sites)}
     if ranks and cell.checkpoints:
-        return checkpoint.describe(context.model, context.tower, sites, ranks, cell.described, cell.ratio)
-    return saved
+        return checkpoint.describe(context.model, sites, ranks, cell.described, cell.ratio)
+    return cell.source.saved
 
 
-def cell_ranks(context: Context) -> dict[str, int | None]:
-    found = context.record.data["compressions"].get("lowrank")
-    return found["plan"] if found else dict.fromkeys(context.sites)
+def _ranks(context: Context) -> dict[str, int | None]:
+    """The rank of every site of a compressed model, None where it has none; nothing for the dense model."""
+    if (saved := context.cell.source.saved) is not None:
+        return dict(saved.ranks)
+    compressions = context.cell.compressions
+    for name, compression in compressions.items():
+        planned = compression.ranks(context.record.data["compressions"][name]["plan"])
+        if planned is not None:
+            return planned
+    return dict.fromkeys(context.sites) if compressions else {}
 
 
 def _evaluate(context: Context) -> None:

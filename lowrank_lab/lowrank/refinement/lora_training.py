@@ -19,7 +19,8 @@ from lowrank_lab.lowrank.spectra import by_block, check_finite, compress
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import blocks_of
-from lowrank_lab.modules.factorized import FactorizedLinear, SharedLatent, factors_of
+from lowrank_lab.modules.factorized import factors_of
+from lowrank_lab.modules.linears import factor_paths
 from lowrank_lab.modules.site import Ranks, Sites
 from lowrank_lab.running.training import Recipe, train
 
@@ -100,15 +101,7 @@ def train_side(model: nn.Module, side: str, ids: Tensor, folder: Path, settings:
 
 def linears_of(model: nn.Module, side: str) -> list[str]:
     """The names of all left or all right factors; the right one of a joint site is named once."""
-    names = []
-    for name, module in model.named_modules():
-        if not isinstance(module, FactorizedLinear):
-            continue
-        if side == "left":
-            names.append(f"{name}.left")
-        elif "right" in module._modules:  # elsewhere it belongs to another member of the site
-            names.append(f"{name}.right.linear" if isinstance(module.right, SharedLatent) else f"{name}.right")
-    return names
+    return factor_paths(model)[side]
 
 
 def attach(model: nn.Module, names: Sequence[str], settings: Settings) -> dict[str, LoraLayer]:

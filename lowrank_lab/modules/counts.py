@@ -1,0 +1,48 @@
+"""What a whole model, or a part of one, costs: asked of its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from lowrank_lab.modules.base import CompressedLinear, Counts, dense_weight, is_linear, nbytes
+from lowrank_lab.modules.steps import Step
+
+
+def count(module: nn.Module) -> Counts:
+    """Of all linear layers in ``module``, lm_head too, and of what is done to their inputs."""
+    if isinstance(module, (CompressedLinear, Step)):
+        return module.counts()
+    if is_linear(module):
+        return Counts.of_weights(dense_weight(module))
+    return sum((count(child) for child in module.children()), Counts())
+
+
+def parameters(model: nn.Module) -> int:
+    """Those of the whole model, tied ones once; scales and the like of few bits are bytes, but no parameters."""
+    counted = list(_counted(model))
+    inside = {
+        id(parameter)
+        for module in counted
+        for name, parameter in module.named_parameters()
+        if name.rpartition(".")[2] != "bias"
+    }
+    others = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
+    return others + sum(module.counts().parameters for module in counted)
+
+
+def bytes_of_parts(model: nn.Module, linears: list[nn.Module]) -> int:
+    """The bytes of ``linears`` of ``model``, and of what is done to the inputs of any linear."""
+    theirs = {id(module) for linear in linears for module in linear.modules()}
+    steps = [module for module in model.modules() if isinstance(module, Step) and id(module) not in theirs]
+    return sum(count(linear).bytes for linear in linears) + sum(nbytes(*step.parameters()) for step in steps)
+
+
+def _counted(module: nn.Module) -> Iterator[CompressedLinear | Step]:
+    """The outermost modules in ``module`` that count themselves."""
+    if isinstance(module, (CompressedLinear, Step)):
+        yield module
+        return
+    for child in module.children():
+        yield from _counted(child)
