@@ -23,6 +23,8 @@ from lowrank_lab.records.results import Record
 from lowrank_lab.running.context import Context, pick_device
 from tests.conftest import load_lively
 
+pytestmark = pytest.mark.own_artifacts  # models are changed here under the keys of those that they were
+
 # Widths of models, of heads, and of the fields they lead to: prime (107), squares (25, 49) and cubes (27, 343).
 HADAMARD = [1, 2, 4, 12, 20, 28, 36, 44, 48, 52, 64, 80, 100, 192, 976, 500, 576, 1536]
 OTHERS = [3, 5, 7, 137, 92, 6, 74, 274]
@@ -206,7 +208,6 @@ def test_a_checkpoint_of_a_rotated_model_is_the_model_in_memory(lab, method, pre
         merge(whole, Saved.from_dict(described))
 
 
-@pytest.mark.own_artifacts
 def test_learned_rotations_are_made_once_for_all_weight_formats(lab):
     rotations = []
     for bits in (4, 3):
@@ -264,7 +265,6 @@ def test_without_rounding_the_loss_depends_on_no_rotation(lab, checkpoints, monk
         assert (turned - turned.mT).norm() < 1e-6 * turned.norm()
 
 
-@pytest.mark.own_artifacts
 def test_learning_lowers_the_loss_of_the_rounded_model(lab, checkpoints, monkeypatch):
     """Of one that has learned its text with two large channels; it begins without rotations here."""
     begin = torch.eye(48).double(), torch.eye(12).double().repeat(3, 1, 1)
