@@ -152,9 +152,10 @@ def outliers(model):
     [("dense", "rtn"), ("dense", "none"), ("factors", "none"), ("joint factors", "none")],
 )
 def test_rotations_lose_less_in_few_bits_where_channels_stand_out(lab, checkpoints, sites, weights):
-    errors = {}
-    for preset in ("w4a4", "quarot", "spinquant"):
-        overrides = [f"quantization={preset}", f"quantization/method={weights}"]
+    """In the mean over seeds: what one draw loses in so small a model differs by a fifth, also by the processor."""
+
+    def error(preset: str, seed: int) -> float:
+        overrides = [f"quantization={preset}", f"quantization/method={weights}", f"seed={seed}"]
         steps = ["quantization.transform.steps=2"] if preset == "spinquant" else []
         context = context_of(lab, checkpoints["mistral"], *overrides, *steps, joint=sites == "joint factors")
         if sites != "dense":
@@ -162,9 +163,13 @@ def test_rotations_lose_less_in_few_bits_where_channels_stand_out(lab, checkpoin
         outliers(context.model)
         exact = logits_of(context.model)
         context.cell.quantization(context)
-        errors[preset] = (logits_of(context.model) - exact).norm() / exact.norm()
-    assert errors["quarot"] < 0.85 * errors["w4a4"]
-    assert errors["spinquant"] < 0.85 * errors["w4a4"]
+        return float((logits_of(context.model) - exact).norm() / exact.norm())
+
+    alone = error("w4a4", 0)
+    for preset in ("quarot", "spinquant"):
+        errors = [error(preset, seed) for seed in range(4)]
+        assert max(errors) < alone
+        assert sum(errors) / 4 < 0.85 * alone
 
 
 def test_latent_hadamards_spread_the_latent_values(lab, checkpoints):
