@@ -37,7 +37,7 @@ from .conftest import Lab
 SMALLER = {
     "dobi_figure3_middle": ("allocation.learning_rate=0.3",),
     "dobi_figure3_right": ("eval.ipca_memory.widths=[16,32,64]",),
-    "dobi_figure4": ("eval.speed.repeats=2", "eval.speed.new_tokens=2"),
+    "dobi_figure4": ("allocation.steps=4", "eval.speed.repeats=2", "eval.speed.new_tokens=2"),
     "dobi_figure11": ("eval.truncation.seqlen=64",),
     "dobi_figure8": (
         "eval.learned_ranks.seqlen=32",

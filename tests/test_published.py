@@ -114,10 +114,11 @@ def test_every_recipe_is_a_grid_of_valid_cells(recipe, scale, checkpoints, monke
     usual = "smollm2" if scale == "small" or recipe in EARLIER else "llama_7b"
     models = str(OmegaConf.select(config, f"models.{scale}", default=usual)).split(",")
     words = [f"experiment={recipe}", f"scale={scale}"]
-    swept = OmegaConf.select(config, "hydra.sweeper.params", default={})
+    swept = OmegaConf.to_container(OmegaConf.select(config, "hydra.sweeper.params") or OmegaConf.create({}))
     narrowed = {"model": models[0], "ratio": str(swept.get("ratio", "0.8")).split(",")[0]}
     if scale == "paper":
-        narrowed = {name: str(values).split(",")[-1] for name, values in swept.items()} | narrowed
+        options = {name: str(values).split(",")[-1] for name, values in swept.items() if "." not in name}
+        narrowed = options | narrowed
     words += [f"{name}={value}" for name, value in narrowed.items()]
     cells = grid.plan(REPOSITORY / "conf", "config", words, multirun=scale == "small")
     assert all(one.evaluators or one.kind == "dense" for one in cells)

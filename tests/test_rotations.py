@@ -23,6 +23,8 @@ from lowrank_lab.records.results import Record
 from lowrank_lab.running.context import Context, pick_device
 from tests.conftest import load_lively
 
+pytestmark = pytest.mark.own_artifacts  # models are changed here under the keys of those that they were
+
 # Widths of models, of heads, and of the fields they lead to: prime (107), squares (25, 49) and cubes (27, 343).
 HADAMARD = [1, 2, 4, 12, 20, 28, 36, 44, 48, 52, 64, 80, 100, 192, 976, 500, 576, 1536]
 OTHERS = [3, 5, 7, 137, 92, 6, 74, 274]
@@ -150,9 +152,10 @@ def outliers(model):
     [("dense", "rtn"), ("dense", "none"), ("factors", "none"), ("joint factors", "none")],
 )
 def test_rotations_lose_less_in_few_bits_where_channels_stand_out(lab, checkpoints, sites, weights):
-    errors = {}
-    for preset in ("w4a4", "quarot", "spinquant"):
-        overrides = [f"quantization={preset}", f"quantization/method={weights}"]
+    """In the mean over seeds: what one draw loses in so small a model differs by a fifth, also by the processor."""
+
+    def error(preset: str, seed: int) -> float:
+        overrides = [f"quantization={preset}", f"quantization/method={weights}", f"seed={seed}"]
         steps = ["quantization.transform.steps=2"] if preset == "spinquant" else []
         context = context_of(lab, checkpoints["mistral"], *overrides, *steps, joint=sites == "joint factors")
         if sites != "dense":
@@ -160,9 +163,13 @@ def test_rotations_lose_less_in_few_bits_where_channels_stand_out(lab, checkpoin
         outliers(context.model)
         exact = logits_of(context.model)
         context.cell.compressions["quantization"].apply(context, {})
-        errors[preset] = (logits_of(context.model) - exact).norm() / exact.norm()
-    assert errors["quarot"] < 0.85 * errors["w4a4"]
-    assert errors["spinquant"] < 0.85 * errors["w4a4"]
+        return float((logits_of(context.model) - exact).norm() / exact.norm())
+
+    alone = error("w4a4", 0)
+    for preset in ("quarot", "spinquant"):
+        errors = [error(preset, seed) for seed in range(4)]
+        assert max(errors) < alone
+        assert sum(errors) / 4 < 0.85 * alone
 
 
 def test_latent_hadamards_spread_the_latent_values(lab, checkpoints):
@@ -207,7 +214,6 @@ def test_a_checkpoint_of_a_rotated_model_is_the_model_in_memory(lab, method, pre
         merge(whole, Saved.from_dict(described))
 
 
-@pytest.mark.own_artifacts
 def test_learned_rotations_are_made_once_for_all_weight_formats(lab):
     rotations = []
     for bits in (4, 3):
@@ -265,7 +271,6 @@ def test_without_rounding_the_loss_depends_on_no_rotation(lab, checkpoints, monk
         assert (turned - turned.mT).norm() < 1e-6 * turned.norm()
 
 
-@pytest.mark.own_artifacts
 def test_learning_lowers_the_loss_of_the_rounded_model(lab, checkpoints, monkeypatch):
     """Of one that has learned its text with two large channels; it begins without rotations here."""
     begin = torch.eye(48).double(), torch.eye(12).double().repeat(3, 1, 1)

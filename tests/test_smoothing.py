@@ -23,6 +23,8 @@ from lowrank_lab.records.results import Record
 from lowrank_lab.running.context import Context, pick_device
 from tests.conftest import load_lively
 
+pytestmark = pytest.mark.own_artifacts  # models are changed here under the keys of those that they were
+
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
