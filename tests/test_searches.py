@@ -44,7 +44,7 @@ class Small:
         self, folder: Path, family: str = "llama", layers: int = 4, certain: bool = False, **sites: Any
     ) -> None:
         self.family, self.layers, self.spectra, self.certain = family, layers, folder, certain
-        self.tower: Tower = FAMILIES[family]
+        self.tower: Tower = FAMILIES[family].tower
         self.sites: dict[str, Site] = sites_in(self.model(), self.tower, **sites)
         self.ids = torch.randint(0, 260, (4, 24), generator=torch.Generator().manual_seed(1))
         if certain:

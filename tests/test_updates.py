@@ -45,7 +45,7 @@ def make_bench(
     checkpoints: dict[str, Path], folder: Path, family: str = "llama", joint: tuple[str, ...] = ()
 ) -> Any:
     """What a refinement reads of a Context: a tiny model with biases that are not zero, and its spectra."""
-    tower = FAMILIES[family]
+    tower = FAMILIES[family].tower
 
     def dense() -> Any:
         model = load_model(str(checkpoints[family]), None, "float32", False)

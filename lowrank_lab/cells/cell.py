@@ -14,7 +14,6 @@ from lowrank_lab.cells import config
 from lowrank_lab.cells.keys import Keys, text_of
 from lowrank_lab.checkpoints.description import Saved
 from lowrank_lab.errors import UserError
-from lowrank_lab.models.families import tower_for
 from lowrank_lab.models.source import resolve
 from lowrank_lab.redaction import redacted
 
@@ -45,8 +44,6 @@ class Cell(Keys):
         if source.saved is not None:
             cfg = _evaluation_only(cfg, source.saved)
         metric = allocation = refinement = calibration_data = training_data = None
-        if source.model_type is not None and (cfg.allocation is not None or cfg.quantization is not None):
-            tower_for(source.model_type)
         if cfg.allocation is not None:
             metric, allocation, refinement = (built[name] for name in ("metric", "allocation", "refinement"))
             if refinement is not None and "dataset" in cfg.refinement:

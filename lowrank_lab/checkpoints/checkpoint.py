@@ -21,7 +21,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lowrank_lab.checkpoints.description import QUANT_METHOD, Saved
 from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.ranks import Ranks, Site, Sites
-from lowrank_lab.models.families import Tower, tower_for
+from lowrank_lab.models.discovery import family_of
+from lowrank_lab.models.families import Tower, folding_of
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules import steps
 from lowrank_lab.modules.attention import cache_of, round_cache
@@ -76,7 +77,7 @@ class LowRankQuantizer(HfQuantizer):
                 owner: Any = block.get_submodule(path.rpartition(".")[0])
                 owner._is_hf_initialized = True
         if saved.final:
-            path = _path(model, tower_for(model.config.model_type).final_norm)
+            path = _path(model, folding_of(family_of(model).tower).final_norm)
             model.set_submodule(path, Followed(model.get_submodule(path), steps.empty(saved.final)))
         for name, form in saved.quantized.items():
             index, _, path = name.partition(".")
@@ -211,7 +212,7 @@ def _blocks(model: Any, sites: Sites) -> list[tuple[nn.Module, str]]:
 
 def _block(model: Any, index: int) -> nn.Module:
     """One block of ``model``, which may also be a bare one, without lm_head."""
-    blocks: Any = model.get_submodule(_path(model, tower_for(model.config.model_type).blocks))
+    blocks: Any = model.get_submodule(_path(model, family_of(model).tower.blocks))
     return blocks[index]
 
 

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from lowrank_lab import progress
 from lowrank_lab.evaluation.robust import NotFiniteError, check_output, in_batches
+from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM, of_tokens
 
 Bos = Literal["text", "window"]
 
@@ -46,10 +46,9 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int, device: torch
 
     def losses(batch: Tensor) -> Tensor:
         batch = batch.to(device)
-        logits = model(batch, use_cache=False).logits[:, :-1].float()
-        of_tokens = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
-        check_output(model, batch, of_tokens)
-        return of_tokens.view(len(batch), -1).sum(1, dtype=torch.float64).cpu()
+        losses = CAUSAL_LM.loss(model, of_tokens(batch), "none")
+        check_output(model, batch, losses)
+        return losses.sum(1, dtype=torch.float64).cpu()
 
     total = 0.0
     of_windows = progress.track(in_batches(windows, batch_size, losses), "perplexity", "window", len(windows))

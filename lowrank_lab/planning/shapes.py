@@ -12,9 +12,11 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_lab.cells.cell import Cell
+from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.ranks import Ranks, Site, rank_within
 from lowrank_lab.lowrank.spectra import linear_shapes
-from lowrank_lab.models.families import FAMILIES, kv_cache_shape, tower_for
+from lowrank_lab.models.discovery import family_of
+from lowrank_lab.models.families import Tower, head_size, kv_cache_shape
 from lowrank_lab.models.load import load_config, skeleton
 from lowrank_lab.models.tiny import CONFIGS
 from lowrank_lab.models.walk import blocks_of
@@ -26,7 +28,6 @@ from lowrank_lab.running.context import sites_of_cell
 class Shapes:
     """A dense model in numbers, and what a cell compresses of it.
 
-    model_type     as in config.json
     parameters     of the whole model, tied ones once; ``block`` those of its largest block
     stored         the dtype of the weights on disk
     attention      heads times the size of a head
@@ -37,7 +38,6 @@ class Shapes:
     sites          what is factored, by name; nothing where nothing is compressed
     """
 
-    model_type: str
     parameters: int
     block: int
     stored: str
@@ -66,29 +66,32 @@ def with_sites(shapes: Shapes, cell: Cell) -> Shapes:
         return replace(shapes, sites=cell.source.saved.sites)
     if not cell.compresses:
         return shapes
-    return replace(shapes, sites=sites_of_cell(cell, tower_for(shapes.model_type), shapes.linears))
+    tower = family_of(skeleton(config_of(cell), cell.cfg.model.trust_remote_code)).tower
+    return replace(shapes, sites=sites_of_cell(cell, tower, shapes.linears))
 
 
 def shapes_of(cell: Cell) -> Shapes:
     """Of the cell's dense model. Raises UserError for one that needs its own code."""
     model_config = config_of(cell)
     model = skeleton(model_config, cell.cfg.model.trust_remote_code)
-    tower = FAMILIES.get(model_config.model_type)
+    try:
+        tower: Tower | None = family_of(model).tower
+    except UserError:  # which matters only where something is compressed
+        tower = None
     shapes = linear_shapes(model, tower) if tower is not None else []
     inputs = [[of_block[group[0]][1] for group in tower.inputs] for of_block in shapes] if tower is not None else []
     blocks: Iterable[nn.Module] = blocks_of(model, tower) if tower is not None else []
     head = model.get_output_embeddings()
-    layers, _, head_size = kv_cache_shape(model_config)
+    has_attention = kv_cache_shape(model_config) is not None
     linears = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
     return Shapes(
-        model_type=model_config.model_type,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         block=max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0),
         stored=str(getattr(model_config, "dtype", None) or "float32").removeprefix("torch."),
         hidden=model_config.hidden_size,
         vocabulary=model_config.vocab_size,
-        layers=layers,
-        attention=model_config.num_attention_heads * head_size,
+        layers=model_config.num_hidden_layers,
+        attention=model_config.num_attention_heads * head_size(model_config) if has_attention else 0,
         widest=max(max(linear.weight.shape) for linear in linears if linear is not head),
         linears=shapes,
         inputs=inputs,

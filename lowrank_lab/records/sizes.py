@@ -27,7 +27,8 @@ def sizes(
     sites                    of what is compressed, biases apart: ``parameters`` now and dense, whatever their
                              bits; ``bytes`` with scales and all that is done to activations
     macs_per_token           multiply-accumulates of all linear layers with lm_head, attention products apart
-    kv_cache_bytes_per_token keys and values of all layers in the model's dtype, or in few bits with their scales
+    kv_cache_bytes_per_token keys and values of all layers in the model's dtype, or in few bits with their scales;
+                             None for a model that caches something else
     kv_latent_bytes_per_token  in the model's dtype, if the latent of each key and value projection were cached
                              instead of its output, where it is narrower (ASVD §3.4; a latent that both share counts
                              once); None where they are fused with the queries
@@ -45,7 +46,13 @@ def sizes(
     assert counted == parameters, "the tensors do not have the planned ranks"
     dense = sum(site.dense for site in sites.values())
     cached, shape, cache = kv_cache_values_per_token(model.config), kv_cache_shape(model.config), cache_of(model)
-    latent = None if tower is not None and "kv" not in tower.roles else cached - _latent_saves(tower, sites, ranks)
+    latent = None
+    if cached is not None and (tower is None or "kv" in tower.roles):
+        latent = cached - _latent_saves(tower, sites, ranks)
+    if shape is not None and cache is not None:
+        cache_bytes: int | None = cache.bytes_per_token(*shape)
+    else:
+        cache_bytes = None if cached is None else cached * value_bytes
     return {
         "ratio_asked": ratio,
         "ratio_reached": total_cost(sites, ranks) / dense if sites else 1.0,
@@ -58,11 +65,11 @@ def sizes(
             "bytes": sum(p.numel() * p.element_size() for p in of_sites.values()),
         },
         "macs_per_token": macs_per_token(model),
-        "kv_cache_bytes_per_token": cached * value_bytes if cache is None else cache.bytes_per_token(*shape),
+        "kv_cache_bytes_per_token": cache_bytes,
         "kv_latent_bytes_per_token": None if latent is None else latent * value_bytes,
         "hardware_cost": {
             "r1": _kept_of_qkv(model, tower, sites, ranks),
-            "r2": None if latent is None else latent / cached,
+            "r2": None if latent is None or cached is None else latent / cached,
         },
     }
 
@@ -105,10 +112,17 @@ def _members(model: nn.Module, tower: Tower | None, site: Site) -> list[nn.Modul
     return [block.get_submodule(member) for member in site.members]
 
 
-def _kept_of_qkv(model: nn.Module, tower: Tower | None, sites: Sites, ranks: Mapping[str, int | None]) -> float:
-    """The fraction kept of the parameters of all query, key and value projections, compressed or not."""
+def _kept_of_qkv(
+    model: nn.Module, tower: Tower | None, sites: Sites, ranks: Mapping[str, int | None]
+) -> float | None:
+    """The fraction kept of the parameters of all query, key and value projections, compressed or not.
+
+    None for a model without them.
+    """
     if tower is None:
         return 1.0
+    if "qkv" not in tower.roles:
+        return None
     of_qkv = {name: site for name, site in sites.items() if set(site.members) <= set(tower.roles["qkv"])}
     saved = sum(site.parameters(None) - site.parameters(ranks[name]) for name, site in of_qkv.items())
     projections = [block.get_submodule(name) for block in blocks_of(model, tower) for name in tower.roles["qkv"]]

@@ -13,7 +13,6 @@ from lowrank_lab.artifacts.store import Artifact, Store
 from lowrank_lab.cells.config import build_recorded
 from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.ranks import Site
-from lowrank_lab.models.families import tower_for
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting.kinds.errors import linear_names
 
@@ -64,6 +63,7 @@ def sites(record: dict[str, Any], results: Results) -> dict[str, Site]:
     """
     from lowrank_lab.lowrank.sites import sites_of
     from lowrank_lab.lowrank.spectra import linear_shapes
+    from lowrank_lab.models.discovery import family_of
     from lowrank_lab.models.load import load_config, skeleton
 
     model = record["config"]["model"]
@@ -75,9 +75,10 @@ def sites(record: dict[str, Any], results: Results) -> dict[str, Site]:
         raise UserError(
             f"the shapes of {record['model']} are not on this machine; to have them, {again(record, results)}"
         ) from None
-    tower = tower_for(config.model_type)
+    model = skeleton(config, False)
+    tower = family_of(model).tower
     answers = (build_recorded(record["config"][name]) for name in ("grouping", "targets", "storage"))
-    return sites_of(tower, linear_shapes(skeleton(config, False), tower), *answers)
+    return sites_of(tower, linear_shapes(model, tower), *answers)
 
 
 def artifact(record: dict[str, Any], stage: str, results: Results) -> Artifact | None:

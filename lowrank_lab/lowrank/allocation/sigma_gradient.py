@@ -42,8 +42,9 @@ class SigmaGradient:
             "spectra": context.cell.spectra_key,
             "tokens": context.cell.calibration_tokens_key,
         }
+        tower, sites, device, task = context.tower, context.sites, context.device, context.task
         make = lambda folder: make_sigma_gradients(
-            folder, context.take_model().float(), context.tower, context.sites, spectra, ids, context.device
+            folder, context.take_model().float(), tower, sites, spectra, ids, device, task
         )
         folder = context.artifact("singular value gradients", "sigma", parts, make)
         sigma, mean_abs, mean_square = load_sigma_gradients(folder, context.sites)

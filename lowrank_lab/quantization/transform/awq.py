@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from lowrank_lab import checks
 from lowrank_lab.errors import SkippedCell
+from lowrank_lab.models.families import Tower, folding_of
 from lowrank_lab.quantization.base import Quantization, Transform
 
 if TYPE_CHECKING:
-    from lowrank_lab.models.families import Tower
     from lowrank_lab.running.context import Context
 
 
@@ -36,6 +36,7 @@ class Awq(Transform):
         self.online = where == "all"
 
     def check(self, tower: Tower, quantization: Quantization) -> None:
+        folding_of(tower, self.label)
         if quantization.method is None:
             raise SkippedCell("AWQ scales weights that are rounded; choose a quantization/method")
 

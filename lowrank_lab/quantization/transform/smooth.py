@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lowrank_lab import checks
+from lowrank_lab.models.families import Tower, folding_of
 from lowrank_lab.quantization.base import Quantization, Transform
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ class SmoothQuant(Transform):
         checks.one_of(("norms", "foldable", "all"), where=where)
         self.alpha, self.where = alpha, where
         self.online = where == "all"
+
+    def check(self, tower: Tower, quantization: Quantization) -> None:
+        folding_of(tower, self.label)
 
     def __call__(self, context: Context, quantization: Quantization) -> None:
         from lowrank_lab.quantization.folding import SOURCES, calibrated, fold, weights_of
