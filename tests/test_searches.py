@@ -27,6 +27,7 @@ from lowrank_lab.lowrank.spectra import compress, load_spectrum, make_spectra
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.models import tiny
 from lowrank_lab.models.families import FAMILIES, Tower
+from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.factorized import site_weight
 from tests.sites import sites_in
@@ -79,6 +80,7 @@ class Small:
             spectra=self.spectra,
             ratio=ratio,
             take_model=self.model,
+            task=CAUSAL_LM,
         )
 
 
