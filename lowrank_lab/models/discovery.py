@@ -65,7 +65,8 @@ def discovered(model_class: Any, model_config: Any) -> Family:
 def _tower(model_class: Any, model_config: Any) -> Tower:
     config = copy.deepcopy(model_config)
     config._attn_implementation = "eager"
-    with FakeTensorMode(), _default_dtype(torch.bfloat16), torch.random.fork_rng(devices=[]), torch.no_grad():
+    # from_pretrained asks for a family while the default device is meta; fake tensors are on the CPU.
+    with FakeTensorMode(), torch.device("cpu"), _default_dtype(torch.bfloat16), torch.no_grad():
         model = model_class(config).eval()
         blocks = _blocks(model)
         calls = _calls(model, model.get_submodule(blocks))

@@ -18,7 +18,7 @@ from lowrank_lab.lowrank.spectra import linear_shapes
 from lowrank_lab.models.discovery import family_of
 from lowrank_lab.models.families import Tower, head_size, kv_cache_shape
 from lowrank_lab.models.load import load_config, skeleton
-from lowrank_lab.models.tiny import CONFIGS
+from lowrank_lab.models.tiny import EVERY
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.records.sizes import macs_per_token
 from lowrank_lab.running.context import sites_of_cell
@@ -104,7 +104,7 @@ def config_of(cell: Cell) -> Any:
     """The configuration of a cell's model, of one that is yet to be converted as well."""
     source = cell.source
     if source.kind == "tiny":  # made of this very configuration
-        return AutoConfig.for_model(source.location, **CONFIGS[source.location])
+        return AutoConfig.for_model(source.location, **EVERY[source.location])
     if source.kind != "gguf":
         return load_config(source.location, source.revision, cell.cfg.model.trust_remote_code)
     if (converted := cell.store.get("model", cell.model_key)) is not None:

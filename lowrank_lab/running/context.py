@@ -111,8 +111,16 @@ class Context:
     @cached_property
     def family(self) -> Family:
         """Raises UserError for a model without blocks whose linears can be compressed."""
-        row = FAMILIES.get(self.model_config.model_type)
-        return row if row is not None else family_of(self.skeleton())
+        if (row := FAMILIES.get(self.model_config.model_type)) is not None:
+            return row
+        family = family_of(self.skeleton())
+        tower = family.tower
+        self.record.data["discovered"] = {
+            "blocks": tower.blocks,
+            "inputs": [list(group) for group in tower.inputs],
+            "stays_dense": list(tower.stays_dense),
+        }
+        return family
 
     @property
     def tower(self) -> Tower:
