@@ -67,10 +67,12 @@ def resolve(path: str, revision: str | None, store: Store) -> ModelSource:
 
 
 def _tiny(family: str) -> ModelSource:
-    from lowrank_lab.models.tiny import EVERY, VERSION
+    from lowrank_lab.models.tiny import CONFIGS, EVERY, OTHERS, VERSION
 
     if family not in EVERY:
-        raise UserError(f"model.path=tiny:{family}: no such family; choose one of {', '.join(sorted(EVERY))}")
+        raise UserError(
+            f"model.path=tiny:{family}: no such family; choose one of {', '.join([*sorted(CONFIGS), *sorted(OTHERS)])}"
+        )
     content = fingerprint({"tiny": family, "config": EVERY[family], "version": VERSION})
     return ModelSource("tiny", f"tiny-{family}", family, content, model_type=family)
 
