@@ -205,17 +205,10 @@ def test_the_page_of_families_is_up_to_date():
 @pytest.mark.parametrize("family", ["falcon", "mamba"])
 def test_evaluators_look_into_a_discovered_family(lab, family):
     """Falcon's blocks give tuples; Mamba has no roles that the evaluator of factors chooses from."""
-    small = [
-        f"eval.{name}.{of}" for name in ("output_error", "truncation") for of in ("seqlen=32", "max_windows=2")
-    ]
-    record = lab.run(
-        f"model.path=tiny:{family}",
-        "method=svdllm",
-        "ratio=0.6",
-        "eval=ppl,output_error,truncation,factors",
-        *small,
-    )
+    words = [f"model.path=tiny:{family}", "eval.truncation.seqlen=32", "eval.truncation.max_windows=2"]
+    small = ["eval.output_error.seqlen=32", "eval.output_error.max_windows=2"]
+    record = lab.run(*words, *small, "method=svdllm", "ratio=0.6", "eval=ppl,output_error,truncation,factors")
     assert set(record["metrics"]) == {"ppl", "output_error", "factors"}  # truncation is of dense models
     assert record["metrics"]["output_error"]["value"] > 0
-    dense = lab.run(f"model.path=tiny:{family}", "method=dense", "eval=truncation", *small[2:])
+    dense = lab.run(*words, "method=dense", "eval=ppl,truncation")
     assert dense["metrics"]["truncation"]["points"]

@@ -70,9 +70,8 @@ def _tiny(family: str) -> ModelSource:
     from lowrank_lab.models.tiny import CONFIGS, EVERY, OTHERS, VERSION
 
     if family not in EVERY:
-        raise UserError(
-            f"model.path=tiny:{family}: no such family; choose one of {', '.join([*sorted(CONFIGS), *sorted(OTHERS)])}"
-        )
+        known = ", ".join([*sorted(CONFIGS), *sorted(OTHERS)])
+        raise UserError(f"model.path=tiny:{family}: no such family; choose one of {known}")
     content = fingerprint({"tiny": family, "config": EVERY[family], "version": VERSION})
     return ModelSource("tiny", f"tiny-{family}", family, content, model_type=family)
 
