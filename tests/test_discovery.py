@@ -151,11 +151,11 @@ def test_the_cache_is_counted_as_it_is(folders, family):
 @pytest.mark.parametrize("method", ["svdllm", "kron"])
 @pytest.mark.parametrize("family", OTHERS)
 def test_a_discovered_family_is_compressed_saved_and_loaded(lab: Lab, monkeypatch, family, method):
-    expected: list[torch.Tensor] = []
+    expected: list[Any] = []
     save = checkpoint.save
 
     def look_and_save(folder: Path, model: Any, *rest: Any) -> None:
-        expected.append(logits(model))
+        expected.extend((logits(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}))
         save(folder, model, *rest)
 
     monkeypatch.setattr(checkpoint, "save", look_and_save)
@@ -166,10 +166,14 @@ def test_a_discovered_family_is_compressed_saved_and_loaded(lab: Lab, monkeypatc
     assert {name.removeprefix(f"{tower.blocks}.").partition(".")[2] for name in sites} == set(tower.linears)
     reloaded = AutoModelForCausalLM.from_pretrained(lab.root / record["checkpoint"])
     assert any(isinstance(module, FactorizedLinear) for module in reloaded.modules())
-    assert torch.equal(logits(reloaded.eval()), expected[0])
+    in_memory, weights = expected
+    assert reloaded.state_dict().keys() == weights.keys()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in reloaded.state_dict().items())
+    # Weights that lie elsewhere in memory may be summed in another order, as Mamba's are.
+    torch.testing.assert_close(logits(reloaded.eval()), in_memory, rtol=1e-5, atol=1e-5)
     assert record["discovered"]["inputs"] == [list(group) for group in tower.inputs]
     again = lab.run(f"model.path={lab.root / record['checkpoint']}")
-    assert again["metrics"]["ppl"]["value"] == record["metrics"]["ppl"]["value"]
+    assert again["metrics"]["ppl"]["value"] == pytest.approx(record["metrics"]["ppl"]["value"], rel=1e-5)
     assert again["sizes"]["macs_per_token"] == record["sizes"]["macs_per_token"]
 
 
