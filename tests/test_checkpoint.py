@@ -20,7 +20,7 @@ from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.lowrank.storage.remap import Remap
 from lowrank_lab.models import tiny
-from lowrank_lab.models.families import tower_for
+from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.models.load import load_model, load_tokenizer
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.factorized import FactorizedLinear, SharedLatent, site_weight
@@ -56,7 +56,7 @@ def compressed(
 ) -> tuple[Any, Saved]:
     """The model in ``folder`` with half the rank everywhere but at its last site, which stays dense."""
     model = load_model(str(folder), None, dtype, False)
-    tower = tower_for(model.config.model_type)
+    tower = FAMILIES[model.config.model_type].tower
     sites = sites_in(model, tower, GROUPINGS[grouping], linears, storage=STORAGES[storage])
     ranks: dict[str, int | None] = {name: max(1, site.full // 2) for name, site in sites.items()}
     ranks[list(sites)[-1]] = None
@@ -91,7 +91,7 @@ EVERY_GROUPING = [
     for family in tiny.CONFIGS
     for storage in ("uv", "remap")
     for grouping in GROUPINGS
-    if set(GROUPINGS[grouping]) <= set(tower_for(family).roles) and grouping != "each"
+    if set(GROUPINGS[grouping]) <= set(FAMILIES[family].tower.roles) and grouping != "each"
     # A fused linear is its own role, and the row of most families is LLaMA's: qkv need not be seen in each.
     if family not in ("gpt2", "phi3") and (grouping != "qkv" or family in ("llama", "qwen2", "opt"))
 ]

@@ -197,13 +197,6 @@ def test_a_setting_that_one_cell_lacks_stops_the_grid(lab):
         lab.cells("method=asvd,svd", "metric.alpha=0.4,0.6", multirun=True)
 
 
-def test_a_model_without_compressible_layers(lab, tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"'mamba' has no compressible layer .*known types: gemma2"):
-        lab.cells(f"model.path={tmp_path}")
-
-
 @pytest.mark.parametrize("text", ["{", "{}", "[]"])
 def test_a_config_that_is_none(lab, tmp_path, text):
     (tmp_path / "config.json").write_text(text)

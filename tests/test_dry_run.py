@@ -101,7 +101,7 @@ def test_the_flops_of_passes_are_those_of_torchs_counter(lab, medium, tmp_path):
     [cell] = lab.cells(*words)
     told = steps(cell)
     samples, length = cell.cfg.calibration.samples, cell.cfg.calibration.seqlen
-    model, tower = load_model(str(medium), None, "float32", False), FAMILIES["llama"]
+    model, tower = load_model(str(medium), None, "float32", False), FAMILIES["llama"].tower
     ids = torch.randint(4, 260, (samples, length))
     with counter() as counted:
         make_statistics(tmp_path, model, tower, ids.split(4), CPU)

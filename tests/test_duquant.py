@@ -9,8 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lowrank_lab.errors import UserError
-from lowrank_lab.models import tiny
-from lowrank_lab.models.families import tower_for
+from lowrank_lab.models import families, tiny
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.linears import prepared_in
 from lowrank_lab.quantization.transform.duquant import (
@@ -167,7 +166,7 @@ def test_a_factored_model_computes_what_it_did(lab, lively, family, grouping):
     made = checkpoint_of(lab, *model, *ALONE)
     torch.testing.assert_close(logits(made), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     loaded = AutoModelForCausalLM.from_pretrained(made)
-    groups = [g for block in blocks_of(loaded, tower_for(family)) for g, _ in prepared_in(block)]
+    groups = [g for block in blocks_of(loaded, families.FAMILIES[family].tower) for g, _ in prepared_in(block)]
     assert not any(path.endswith(".left") for group in groups for path in group)  # latents cost nothing online
 
 

@@ -27,7 +27,7 @@ from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation import perplexity
 from lowrank_lab.lowrank import spectra
 from lowrank_lab.lowrank.metric.identity import Identity
-from lowrank_lab.models.families import tower_for
+from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.models.load import load_model
 from lowrank_lab.out_of_memory import ran_out
 from lowrank_lab.records import results
@@ -305,7 +305,7 @@ def out_of_memory(*_: Any, **__: Any) -> Any:
 
 def test_a_site_that_does_not_fit_is_decomposed_on_the_cpu(checkpoints, tmp_path, monkeypatch, caplog):
     model = load_model(str(checkpoints["llama"]), None, "float32", False)
-    tower = tower_for("llama")
+    tower = FAMILIES["llama"].tower
     sites = sites_in(model, tower)
     for name in ("whole", "without"):
         (tmp_path / name).mkdir()

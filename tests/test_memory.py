@@ -16,7 +16,7 @@ from lowrank_lab.models.walk import blocks_of, on_device, walk
 pytestmark = pytest.mark.own_artifacts
 
 CPU = torch.device("cpu")
-LLAMA = FAMILIES["llama"]
+LLAMA = FAMILIES["llama"].tower
 MAPS = Path("/proc/self/maps")
 
 
@@ -41,7 +41,7 @@ def test_weights_are_mapped_from_the_checkpoint_in_its_own_dtype(checkpoints):
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_hidden_states_in_files_are_the_same_and_leave_nothing(family, checkpoints, tmp_path):
     """Also those of earlier blocks, which some callers hold on to."""
-    model, tower = load_model(str(checkpoints[family]), None, "float32", False), FAMILIES[family]
+    model, tower = load_model(str(checkpoints[family]), None, "float32", False), FAMILIES[family].tower
     batches = torch.randint(4, 260, (5, 40), generator=torch.Generator().manual_seed(1)).split(2)
 
     def all_states(offload: Path | None) -> list[Tensor]:

@@ -54,7 +54,7 @@ def test_every_row_has_a_tiny_model():
 
 def test_the_row_names_every_linear_of_a_block(model, family):
     """A linear that a row forgets would silently stay dense."""
-    tower = FAMILIES[family]
+    tower = FAMILIES[family].tower
     for block in blocks_of(model, tower):
         linears = {n for n, m in block.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
         assert linears == set(tower.linears)
@@ -62,7 +62,7 @@ def test_the_row_names_every_linear_of_a_block(model, family):
 
 def test_walking_equals_the_models_own_forward(model, family, batches):
     """Block by block, with each block's own masks and position embeddings."""
-    tower = FAMILIES[family]
+    tower = FAMILIES[family].tower
     expected: dict[int, list[torch.Tensor]] = {}
     hooks = [
         block.register_forward_hook(lambda _m, _a, out, i=i: expected.setdefault(i, []).append(out))
@@ -86,7 +86,7 @@ def test_walking_equals_the_models_own_forward(model, family, batches):
 
 
 def test_linears_of_a_group_share_their_input_and_its_statistics(model, family, batches, tmp_path):
-    tower = FAMILIES[family]
+    tower = FAMILIES[family].tower
     inputs: dict[str, list[torch.Tensor]] = {}
     hooks = []
     for index, block in enumerate(blocks_of(model, tower)):
@@ -114,7 +114,7 @@ def test_linears_of_a_group_share_their_input_and_its_statistics(model, family, 
 
 
 def test_full_rank_factors_reproduce_the_dense_logits(model, family, batches):
-    tower = FAMILIES[family]
+    tower = FAMILIES[family].tower
     with torch.no_grad():
         dense = model(batches[0]).logits
         for block in blocks_of(model, tower):
@@ -139,7 +139,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, 
     def of(family: str) -> tuple[Path, Path]:
         model = load_model(str(checkpoints[family]), None, "float32", False)
         statistics, gradients = (tmp_path_factory.mktemp(name) for name in ("statistics", "gradients"))
-        make_statistics(statistics, model, FAMILIES[family], IDS.split(2), CPU)
+        make_statistics(statistics, model, FAMILIES[family].tower, IDS.split(2), CPU)
         make_gradients(gradients, model, FAMILIES[family], IDS, CPU, outer=True)
         return statistics, gradients
 
@@ -149,7 +149,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, 
 @pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
 def test_compression_measures_what_it_reports(model, family, calibrated, tmp_path, metric):
     """The reported squared error is that of the deployed tensors, and they are as many as planned."""
-    tower = FAMILIES[family]
+    tower = FAMILIES[family].tower
     sites = sites_in(model, tower)
     ranks = {name: rank_for_ratio(site, 0.5) for name, site in sites.items()}
     statistics, gradients = calibrated(family)
@@ -192,7 +192,7 @@ def test_biases_survive(checkpoints, batches):
 
 
 def test_embeddings_and_head_are_left_alone_and_tied(model, family):
-    shapes = sites_in(model, FAMILIES[family])
+    shapes = sites_in(model, FAMILIES[family].tower)
     assert not any("lm_head" in name or "embed" in name or "wte" in name for name in shapes)
     if model.config.tie_word_embeddings:
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -211,14 +211,14 @@ def test_activations_that_are_not_finite_raise_with_a_name(checkpoints, batches,
     with torch.no_grad():
         model.model.layers[1].mlp.gate_proj.weight[0, 0] = torch.inf
     with pytest.raises(FloatingPointError, match=r"block 1.*down_proj"):
-        make_statistics(tmp_path, model, FAMILIES["llama"], batches, CPU)
+        make_statistics(tmp_path, model, FAMILIES["llama"].tower, batches, CPU)
 
 
 def test_weights_that_are_not_finite_raise_with_a_name(checkpoints, tmp_path):
     model = load_model(str(checkpoints["llama"]), None, "float32", False)
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[0, 0] = torch.nan
-    tower = FAMILIES["llama"]
+    tower = FAMILIES["llama"].tower
     sites = sites_in(model, tower)
     with pytest.raises(FloatingPointError, match=r"model\.layers\.2\.mlp\.up_proj"):
         make_spectra(tmp_path, model, tower, sites, Identity(), None, None, CPU)
@@ -250,7 +250,7 @@ def test_rank_beyond_the_samples_is_spent_on_the_plain_error(shape):
 def test_weights_with_a_wide_range_of_singular_values(checkpoints, tmp_path, linear):
     """What is stored must not magnify rounding: the error on the tensors stays the reported one."""
     model = load_model(str(checkpoints["llama"]), None, "float32", False)
-    tower = FAMILIES["llama"]
+    tower = FAMILIES["llama"].tower
     weight = model.model.layers[0].get_submodule(linear).weight
     with torch.no_grad():
         u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
@@ -268,7 +268,7 @@ def test_weights_with_a_wide_range_of_singular_values(checkpoints, tmp_path, lin
 
 def test_gradients_are_those_of_autograd(model, family, batches, tmp_path):
     """Row Fisher from the weights' own gradients under transformers' loss, which shifts the labels once."""
-    tower = FAMILIES[family]
+    tower = FAMILIES[family].tower
     ids = torch.cat(batches)[:3]
     make_gradients(tmp_path, model, tower, ids, CPU, outer=True)
     names = list(sites_in(model, tower))
@@ -306,7 +306,7 @@ def test_the_gradient_pass_leaves_the_model_as_it_was(checkpoints, batches, tmp_
     model = load_model(str(checkpoints["llama"]), None, "float32", False)
     wanted = [parameter.requires_grad for parameter in model.parameters()]
     before = model(batches[0]).logits
-    make_gradients(tmp_path, model, FAMILIES["llama"], batches[0], CPU, outer=False)
+    make_gradients(tmp_path, model, FAMILIES["llama"].tower, batches[0], CPU, outer=False)
     assert [parameter.requires_grad for parameter in model.parameters()] == wanted
     assert all(parameter.grad is None for parameter in model.parameters())
     torch.testing.assert_close(model(batches[0]).logits, before, rtol=0, atol=0)

@@ -39,7 +39,7 @@ class Setting:
     """A tiny model with biases that are not zero, and its spectra under the second moment of ``batches``."""
 
     def __init__(self, checkpoint: Path, folder: Path, family: str, joint: tuple[str, ...]) -> None:
-        self.checkpoint, self.tower = checkpoint, FAMILIES[family]
+        self.checkpoint, self.tower = checkpoint, FAMILIES[family].tower
         self.statistics, self.spectra = folder / "statistics", folder / "spectra"
         self.statistics.mkdir()
         self.spectra.mkdir()

@@ -243,13 +243,6 @@ def test_a_dense_model_in_few_bits_is_no_dense_model(lab):
     assert setting["dense"]["decode"] != setting["model"]["decode"]
 
 
-def test_an_unknown_architecture_stops_before_work(lab, tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="'mamba' has no compressible layer"):
-        lab.cells(f"model.path={tmp_path}", "method=dense", "quantization=int4")
-
-
 def test_a_compressed_checkpoint_is_quantized_as_its_cell_is(lab):
     made = lab.run("method=svdllm", "ratio=0.6", "save=true")
     here = lab.run("method=svdllm", "ratio=0.6", "quantization=int4")

@@ -16,6 +16,7 @@ from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.answers import answers_of
 from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.factors import load_factors
+from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.lowrank.refinement import lora_training, weighted_error
 from lowrank_lab.lowrank.refinement.lora import Lora
 from lowrank_lab.lowrank.spectra import compress
@@ -185,12 +186,12 @@ def test_an_interrupted_fine_tuning_ends_as_an_undisturbed_one(lab, whole, tmp_p
 
 def test_the_training_text_is_part_of_what_was_made(lab, data_root):
     base, other, same = (
-        lab.cells(*LORA, *more)[0].factors_key
+        LowRankKeys(lab.cells(*LORA, *more)[0]).factors
         for more in ((), ("refinement.samples=9",), ("refinement/dataset=wikitext2", "calibration.batch_size=2"))
     )
     assert base != other
     assert base == same
-    assert lab.cells(*LORA, "refinement.seed=1")[0].factors_key != base
+    assert LowRankKeys(lab.cells(*LORA, "refinement.seed=1")[0]).factors != base
 
 
 def test_instructions_can_be_trained_on(lab, data_root, tmp_path):

@@ -27,6 +27,7 @@ from lowrank_lab.lowrank.spectra import compress, load_spectrum, make_spectra
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.models import tiny
 from lowrank_lab.models.families import FAMILIES, Tower
+from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.factorized import site_weight
 from lowrank_lab.modules.site import Site
@@ -45,7 +46,7 @@ class Small:
         self, folder: Path, family: str = "llama", layers: int = 4, certain: bool = False, **sites: Any
     ) -> None:
         self.family, self.layers, self.spectra, self.certain = family, layers, folder, certain
-        self.tower: Tower = FAMILIES[family]
+        self.tower: Tower = FAMILIES[family].tower
         self.sites: dict[str, Site] = sites_in(self.model(), self.tower, **sites)
         self.ids = torch.randint(0, 260, (4, 24), generator=torch.Generator().manual_seed(1))
         if certain:
@@ -77,9 +78,10 @@ class Small:
             device=CPU,
             sites=self.sites,
             tower=self.tower,
-            spectra=self.spectra,
+            once=lambda _name, _make: self.spectra,
             ratio=ratio,
             take_model=self.model,
+            task=CAUSAL_LM,
         )
 
 

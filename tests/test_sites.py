@@ -43,7 +43,7 @@ def compressed(model, tower, sites, ranks, folder, storage):
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 @pytest.mark.parametrize("joint", [["qkv"], ["qkv", "gate_up"], ["kv"]])
 def test_joint_sites_at_full_rank_reproduce_the_dense_logits(checkpoints, family, joint, tmp_path):
-    model, tower = load(checkpoints, family), FAMILIES[family]
+    model, tower = load(checkpoints, family), FAMILIES[family].tower
     if any(role not in tower.roles for role in joint):
         with pytest.raises(SkippedCell, match="no separate"):
             sites_in(model, tower, joint)
@@ -61,7 +61,7 @@ def test_joint_sites_at_full_rank_reproduce_the_dense_logits(checkpoints, family
 
 def test_a_joint_site_is_the_truncated_svd_of_the_stacked_weights(checkpoints, tmp_path):
     """QSVD: one down-projection for q, k and v, under grouped-query attention too."""
-    model, tower = load(checkpoints, "llama"), FAMILIES["llama"]
+    model, tower = load(checkpoints, "llama"), FAMILIES["llama"].tower
     sites = sites_in(model, tower, ["qkv"], "qkv")
     block = blocks_of(model, tower)[0]
     site = next(iter(sites.values()))
@@ -79,11 +79,11 @@ def test_a_joint_site_is_the_truncated_svd_of_the_stacked_weights(checkpoints, t
 
 def stacked(checkpoints, sites):
     dense = load(checkpoints, "llama")
-    return [site_weight(blocks_of(dense, FAMILIES["llama"])[s.block], s).double() for s in sites.values()]
+    return [site_weight(blocks_of(dense, FAMILIES["llama"].tower)[s.block], s).double() for s in sites.values()]
 
 
 def test_the_shared_latent_is_stored_once_and_computed_once(checkpoints, tmp_path):
-    model, tower = load(checkpoints, "llama"), FAMILIES["llama"]
+    model, tower = load(checkpoints, "llama"), FAMILIES["llama"].tower
     before = sum(p.numel() for p in model.parameters())
     with FlopCounterMode(display=False) as dense:
         model(IDS)
@@ -194,7 +194,7 @@ def signs(layer: FactorizedLinear, u: torch.Tensor, rank: int) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
 @pytest.mark.parametrize("joint", [[], ["qkv"]])
 def test_remapped_models_are_counted_and_close_to_unquantized_ones(checkpoints, family, joint, tmp_path):
-    tower = FAMILIES[family]
+    tower = FAMILIES[family].tower
     models = {}
     for storage in (Remap(), Absorb(0.5)):
         model = load(checkpoints, family)

@@ -210,7 +210,7 @@ def test_linears_that_are_no_targets_follow(lab, checkpoints, targets, quantizat
 def with_outliers(context: Context, factor: float) -> None:
     """A few channels that norms give become so many times larger; or nothing: factor 0."""
     for block in blocks_of(context.model, context.tower):
-        for norm in context.tower.norms:
+        for norm in context.tower.folding.norms:
             if norm is not None:
                 block.get_submodule(norm).weight.data[[3, 17]] *= factor
 
@@ -219,7 +219,7 @@ def with_massive_activations(context: Context) -> None:
     """The same model with channels that weigh little in the weights and much in their input, as large ones have."""
     with_outliers(context, 100.0)
     for block in blocks_of(context.model, context.tower):
-        for members, norm in zip(context.tower.inputs, context.tower.norms, strict=True):
+        for members, norm in zip(context.tower.inputs, context.tower.folding.norms, strict=True):
             for path in {input_side(block, member) for member in members if norm is not None}:
                 block.get_submodule(path).weight.data[:, [3, 17]] /= 100.0
 

@@ -70,7 +70,7 @@ def test_torch_counts_what_the_shapes_say(checkpoints, family):
 @pytest.mark.parametrize("joint", [[], ["qkv"], ["kv", "gate_up"]], ids=["each", "qkv", "kv+gate_up"])
 def test_macs_are_those_of_the_factors(checkpoints, storage, joint):
     """k (m + n) summed over the sites, here under grouped-query attention, and lm_head."""
-    model, tower = load(checkpoints, "llama"), FAMILIES["llama"]
+    model, tower = load(checkpoints, "llama"), FAMILIES["llama"].tower
     sites = sites_in(model, tower, joint, storage=storage)
     ranks = {name: 3 + number % 5 for number, name in enumerate(sites)}
     with_random_factors(model, tower, sites, ranks, storage)
@@ -104,7 +104,7 @@ LECTURE = [
 def test_hardware_costs_are_those_of_the_lecture(joint, linears, cached, published):
     shape = {"hidden_size": E, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 8}
     for r1, r2 in published:
-        model, tower = LlamaForCausalLM(LlamaConfig(vocab_size=9, **shape)), FAMILIES["llama"]
+        model, tower = LlamaForCausalLM(LlamaConfig(vocab_size=9, **shape)), FAMILIES["llama"].tower
         sites = sites_in(model, tower, joint, linears)
         ranks = dict.fromkeys(sites, round(r2 / 100 * cached))
         with_random_factors(model, tower, sites, ranks, Absorb(0.5))

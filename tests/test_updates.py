@@ -45,7 +45,7 @@ def make_bench(
     checkpoints: dict[str, Path], folder: Path, family: str = "llama", joint: tuple[str, ...] = ()
 ) -> Any:
     """What a refinement reads of a Context: a tiny model with biases that are not zero, and its spectra."""
-    tower = FAMILIES[family]
+    tower = FAMILIES[family].tower
 
     def dense() -> Any:
         model = load_model(str(checkpoints[family]), None, "float32", False)
@@ -65,9 +65,10 @@ def make_bench(
     make_statistics(statistics, model, tower, ids.split(2), CPU)
     make_spectra(spectra_of, model, tower, sites, SecondMoment(cholesky=False), statistics, None, CPU)
     cell = SimpleNamespace(cfg=SimpleNamespace(calibration=SimpleNamespace(batch_size=2)))
-    facts = {"tower": tower, "device": CPU, "spectra": spectra_of, "calibration_ids": ids, "sites": sites}
+    facts = {"tower": tower, "device": CPU, "calibration_ids": ids, "sites": sites}
+    once = lambda _name, _make: spectra_of
     walked = lambda model, samples=None: walk(model, tower, ids[:samples].split(2), CPU)
-    return SimpleNamespace(**facts, cell=cell, model=model, take_model=dense, dense=dense, walk=walked)
+    return SimpleNamespace(**facts, cell=cell, once=once, model=model, take_model=dense, dense=dense, walk=walked)
 
 
 def ranks_of(context: Any, ratio: float = 0.6) -> dict[str, int | None]:

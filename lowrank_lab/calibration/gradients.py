@@ -8,6 +8,7 @@ model on the device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from lowrank_lab import progress
+from lowrank_lab.calibration.statistics import tokens_metadata, tokens_of
 from lowrank_lab.lowrank.metric.base import OutputStatistics
 from lowrank_lab.models.families import Tower
-from lowrank_lab.models.walk import block_file, blocks_of
+from lowrank_lab.models.rows import counted, counting, rows_now
+from lowrank_lab.models.tasks.base import Batch, Task
+from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM
+from lowrank_lab.models.walk import as_batch, block_file, blocks_of
 from lowrank_lab.modules.factorized import dense_weight
 
 
@@ -64,16 +68,17 @@ def make_gradients(
     folder: Path,
     model: nn.Module,
     tower: Tower,
-    ids: Tensor,
+    sequences: Tensor | Sequence[Batch],
     device: torch.device,
     outer: bool = False,
     weight: bool = False,
+    task: Task = CAUSAL_LM,
 ) -> None:
     """Gather the output statistics of every compressible linear; one file a block.
 
-    ``model`` is in float32, ``ids`` (samples, length) are token ids. ``outer`` keeps the mean of g gᵀ as well,
-    (out, out) a linear, and ``weight`` the mean over sequences of (dL/dW)², as large as the model. Raises
-    FloatingPointError, naming the linear, where a gradient is not finite.
+    ``model`` is in float32; ``sequences`` are batches of one, or token ids (samples, length). ``outer`` keeps the
+    mean of g gᵀ as well, (out, out) a linear, and ``weight`` the mean over sequences of (dL/dW)², as large as the
+    model. Raises FloatingPointError, naming the linear, where a gradient is not finite.
     """
     model.to(device)
     accumulators: list[dict[str, Accumulator]] = []
@@ -91,10 +96,11 @@ def make_gradients(
     wanted_gradient = [parameter.requires_grad for parameter in model.parameters()]
     try:
         model.requires_grad_(False)  # only activations need gradients; Σ g xᵀ gives those of the weights
-        for sequence in progress.track(ids.split(1), "gradients", "sequence"):
-            batch = sequence.to(device)
-            logits = model(batch, use_cache=False).logits[0, :-1]
-            cross_entropy(logits.float(), batch[0, 1:], reduction="sum").backward()
+        sequences = sequences.split(1) if isinstance(sequences, Tensor) else sequences
+        for sequence in progress.track(sequences, "gradients", "sequence"):
+            batch = {name: tensor.to(device) for name, tensor in as_batch(sequence).items()}
+            with counting(task.rows(batch)):
+                task.loss(model, batch, "sum").backward()
     finally:
         for hook in hooks:
             hook.remove()
@@ -107,8 +113,8 @@ def make_gradients(
                 if not torch.isfinite(tensor).all():
                     raise FloatingPointError(f"block {index}: the gradient of {name} is not finite")
                 tensors[f"{name}.{key}"] = tensor
-        tokens = next(iter(of_block.values())).tokens
-        save_file(tensors, folder / block_file(index), metadata={"tokens": str(tokens)})
+        tokens = {name: accumulator.tokens for name, accumulator in of_block.items()}
+        save_file(tensors, folder / block_file(index), metadata=tokens_metadata(tokens))
 
 
 def load_gradients(folder: Path, index: int, linear: str, device: torch.device) -> OutputStatistics:
@@ -117,7 +123,7 @@ def load_gradients(folder: Path, index: int, linear: str, device: torch.device) 
         names = set(file.keys())
         read = lambda key: file.get_tensor(f"{linear}.{key}").to(device, torch.float64)
         return OutputStatistics(
-            tokens=int(file.metadata()["tokens"]),
+            tokens=tokens_of(file.metadata(), linear),
             square=read("square"),
             row_fisher=read("row_fisher"),
             outer=read("outer") if f"{linear}.outer" in names else None,
@@ -131,5 +137,6 @@ def load_weight_fisher(folder: Path, index: int, linear: str, device: torch.devi
 
 
 def _watch(accumulator: Accumulator, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-    inputs = args[0].detach()
-    output.register_hook(lambda gradient: accumulator.add(inputs, gradient))
+    rows = rows_now()  # here, as a hook of the backward pass may run in another thread
+    inputs = counted(args[0].detach(), rows)
+    output.register_hook(lambda gradient: accumulator.add(inputs, counted(gradient, rows)))

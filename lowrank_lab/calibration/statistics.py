@@ -8,7 +8,7 @@ input (q, k and v; gate and up) share one statistic.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from lowrank_lab import progress
 from lowrank_lab.lowrank.metric.base import InputStatistics
 from lowrank_lab.models.families import Tower
+from lowrank_lab.models.rows import counted, rows_now
+from lowrank_lab.models.tasks.base import Batch, Task
+from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM
 from lowrank_lab.models.walk import block_file, blocks_of, walk
 
 STRIPS = 4  # of the upper triangle: 4 need 5/8 of the whole product, more save little
@@ -34,8 +37,8 @@ class Accumulator:
         self.abs_max = torch.zeros(width, dtype=torch.float32, device=device)
 
     def add(self, inputs: Tensor) -> None:
-        """Add a batch of inputs (..., width)."""
-        x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        """Add a batch of inputs (..., width); padding does not count."""
+        x = counted(inputs.detach(), rows_now()).float()
         self.tokens += x.shape[0]
         # x xᵀ is symmetric: strips of its upper triangle are all that is computed.
         width = math.ceil(x.shape[1] / STRIPS)
@@ -67,9 +70,10 @@ def make_statistics(
     folder: Path,
     model: nn.Module,
     tower: Tower,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch | Tensor],
     device: torch.device,
     offload: Path | None = None,
+    task: Task = CAUSAL_LM,
 ) -> None:
     """Gather the statistics of every input of every block; each block's file is written as it is done.
 
@@ -78,11 +82,10 @@ def make_statistics(
     Raises FloatingPointError, naming the linear, where an activation is not finite.
     """
     count = len(blocks_of(model, tower))
-    blocks = walk(model, tower, batches, device, offload=offload)
+    blocks = walk(model, tower, batches, device, offload=offload, task=task)
     for index, block, run in progress.track(blocks, "calibration", "block", count):
         accumulators = gather(block, [group[0] for group in tower.inputs], run, device)
-        tokens = {str(a.tokens) for a in accumulators.values()}
-        assert len(tokens) == 1, f"block {index}: its linears saw different numbers of tokens: {tokens}"
+        tokens = {name: accumulator.tokens for name, accumulator in accumulators.items()}
         tensors = {}
         for name in list(accumulators):  # the sums of one input go before the next one's mean is made
             means = accumulators.pop(name).tensors()
@@ -90,7 +93,7 @@ def make_statistics(
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise FloatingPointError(f"block {index}: the input of {name} is not finite during calibration")
-        save_file(tensors, folder / block_file(index), metadata={"tokens": tokens.pop()})
+        save_file(tensors, folder / block_file(index), metadata=tokens_metadata(tokens))
 
 
 def gather(
@@ -114,11 +117,26 @@ def load_statistics(folder: Path, index: int, group: tuple[str, ...], device: to
     with safe_open(folder / block_file(index), framework="pt") as file:
         read = lambda key: file.get_tensor(f"{group[0]}.{key}").to(device, torch.float64)
         return InputStatistics(
-            tokens=int(file.metadata()["tokens"]),
+            tokens=tokens_of(file.metadata(), group[0]),
             second_moment=read("second_moment"),
             abs_mean=read("abs_mean"),
             abs_max=read("abs_max"),
         )
+
+
+def tokens_metadata(tokens: Mapping[str, int]) -> dict[str, str]:
+    """The ``metadata`` of a block's file: ``tokens``, the number of tokens that its linears were given.
+
+    Where they were given different numbers, as experts are, ``tokens.<linear>`` for each.
+    """
+    if len(set(tokens.values())) == 1:
+        return {"tokens": str(next(iter(tokens.values())))}
+    return {f"tokens.{name}": str(count) for name, count in tokens.items()}
+
+
+def tokens_of(metadata: Mapping[str, str], linear: str) -> int:
+    """How many tokens a linear was given, from the ``tokens_metadata`` of its block."""
+    return int(metadata.get(f"tokens.{linear}") or metadata["tokens"])
 
 
 def _input_width(linear: nn.Module) -> int:

@@ -17,7 +17,6 @@ from lowrank_lab.cells.keys import Keys
 from lowrank_lab.checkpoints.description import Saved
 from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation.base import Evaluator
-from lowrank_lab.models.families import tower_for
 from lowrank_lab.models.source import ModelSource, resolve
 from lowrank_lab.redaction import redacted
 
@@ -60,8 +59,6 @@ class Cell:
         if source.saved is not None:
             compressions = {name: one for name, one in compressions.items() if one.on_checkpoints}
             cfg = _as_saved(cfg, source.saved)
-        if source.model_type is not None and compressions:
-            tower_for(source.model_type)
         texts = _texts_of(compressions, cfg)
         content = lambda dataset, which: _content(dataset, which, cfg.data_root, store)
         calibrates = any(one.needs_calibration for one in compressions.values())

@@ -19,7 +19,7 @@ from lowrank_lab.lowrank.factors import load_factors
 from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.lowrank.spectra import by_block, load_spectrum
 from lowrank_lab.models.families import Tower
-from lowrank_lab.models.walk import blocks_of, walk
+from lowrank_lab.models.walk import blocks_of, hidden_states, walk
 from lowrank_lab.modules.base import rank_of
 from lowrank_lab.modules.factorized import factors_of, site_weight
 from lowrank_lab.modules.site import Site
@@ -122,9 +122,9 @@ def _compare(
 
 def _of_block(block: nn.Module, exact: Sequence[Tensor], run: Callable[[], None]) -> RelativeError:
     """The error of what ``block`` gives while ``run`` passes one batch through it for each of ``exact``."""
-    error, targets = RelativeError(), iter(exact)
+    error, targets, device = RelativeError(), iter(exact), next(block.parameters()).device
     hook = block.register_forward_hook(
-        lambda _block, _inputs, output: error.add(next(targets).to(output.device), output)
+        lambda _block, _inputs, output: error.add(next(targets).to(device), hidden_states(output))
     )
     run()
     hook.remove()

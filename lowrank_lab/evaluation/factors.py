@@ -21,7 +21,7 @@ class Factors(Evaluator):
     They are those that the model multiplies with, as stored. The value is the mean of the excess kurtoses:
     0 for normal values, which the paper takes its factors to have, more the heavier the tails.
 
-    linears  roles of models/arch.py or paths of linears within a block; None: the first of the attention (the
+    linears  roles of models/families.py or paths of linears within a block; None: the first of the attention (the
              queries) and the first of the MLP (the gate)
     blocks   their indices; None for the middle one
     bins     of the histograms, which are even and reach as far on both sides of 0 as the largest value
@@ -52,7 +52,7 @@ class Factors(Evaluator):
         for site in self._chosen(context).values():
             factors = factors_of_linear(blocks[site.block].get_submodule(site.key))
             if factors is not None:
-                role = "mlp" if site.key in context.tower.roles["mlp"] else "attention"
+                role = "mlp" if site.key in context.tower.roles.get("mlp", ()) else "attention"
                 left, right = (distribution(factor, self.bins) for factor in factors)
                 found.append({"linear": site.key, "role": role, "block": site.block, "left": left, "right": right})
         if not found:
@@ -70,7 +70,8 @@ class Factors(Evaluator):
         from lowrank_lab.models.walk import blocks_of
 
         model, tower = context.skeleton(), context.tower
-        linears = self.linears or [tower.roles["attention"][0], tower.roles["mlp"][0]]
+        roles = [tower.roles[role] for role in ("attention", "mlp") if role in tower.roles]
+        linears = self.linears or [members[0] for members in roles] or [tower.linears[0]]
         blocks = self.blocks or [len(blocks_of(model, tower)) // 2]
         return chosen_sites(model, tower, linears, blocks, "eval.factors")
 

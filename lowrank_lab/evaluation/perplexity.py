@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from lowrank_lab.models.tasks import causal_lm
     from lowrank_lab.running.context import Context
 else:
     torch = LazyModule("torch")
+    causal_lm = LazyModule("lowrank_lab.models.tasks.causal_lm")
 
 
 class Perplexity(WindowEvaluator):
@@ -50,12 +52,9 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int, device: torch
 
     def losses(batch: Tensor) -> Tensor:
         batch = batch.to(device)
-        logits = model(batch, use_cache=False).logits[:, :-1].float()
-        of_tokens = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none"
-        )
+        of_tokens = causal_lm.CAUSAL_LM.loss(model, causal_lm.of_tokens(batch), "none")
         check_output(model, batch, of_tokens)
-        return of_tokens.view(len(batch), -1).sum(1, dtype=torch.float64).cpu()
+        return of_tokens.sum(1, dtype=torch.float64).cpu()
 
     total = 0.0
     of_windows = progress.track(in_batches(windows, batch_size, losses), "perplexity", "window", len(windows))

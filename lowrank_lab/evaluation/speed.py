@@ -23,6 +23,7 @@ from lowrank_lab.cells import versions
 from lowrank_lab.errors import SkippedCell
 from lowrank_lab.evaluation.base import Evaluator
 from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.models.families import kv_cache_shape
 from lowrank_lab.out_of_memory import unless_out_of_memory
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ class Speed(Evaluator):
         saved = context.cell.source.saved
         if saved is not None and saved.online:
             raise SkippedCell("eval=speed compares with a dense model, which this checkpoint cannot be made into")
+        if kv_cache_shape(context.model_config) is None:
+            raise SkippedCell("eval=speed times decoding with keys and values in a cache, which this model has not")
 
     def __call__(self, context: Context, part: str) -> dict[str, Any]:
         """Measure it: the median decode speed-up in the first setting, everything else, and the protocol."""

@@ -20,7 +20,7 @@ class Truncation(WindowEvaluator):
     the paper's claim holds. The activations are those of one window at a time: their best approximation is made
     from the window itself, its later tokens too, and saves nothing. It is a bound, not a compressed model.
 
-    linears  roles of models/arch.py or paths of linears within a block; None for all
+    linears  roles of models/families.py or paths of linears within a block; None for all
     blocks   their indices; None for the first, the middle and the last
     ratios   the ranks, as fractions of min(out, in). A rank from ``seqlen`` on truncates no activation, since
              a window has no more tokens; these are left out

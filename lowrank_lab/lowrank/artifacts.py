@@ -25,9 +25,11 @@ def _spectra(context: Context) -> Path:
     metric = answers_of(context.cell).metric
     statistics = context.statistics if metric.needs_inputs else None
     gradients = output_gradients(context) if metric.needs_gradients else None
-    make = lambda folder: make_spectra(
-        folder, context.model, context.tower, context.sites, metric, statistics, gradients, context.device
-    )
+
+    def make(folder: Path) -> None:
+        with context.dense(context.cell.cfg.dtype) as model:
+            make_spectra(folder, model, context.tower, context.sites, metric, statistics, gradients, context.device)
+
     return context.made("decomposition", "spectra", LowRankKeys(context.cell).spectra, make)
 
 

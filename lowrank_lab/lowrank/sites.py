@@ -1,7 +1,7 @@
 """Answer 2 of a method, and what it applies to: the sites of a model. No torch.
 
 ``grouping`` says which linears are factored together, ``targets`` which are compressed at all and what ``ratio``
-counts. Both name *roles*, which the architecture's row in models/arch.py spells out.
+counts. Both name *roles*, which the architecture's row in models/families.py spells out.
 """
 
 from __future__ import annotations

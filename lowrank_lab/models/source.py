@@ -67,11 +67,12 @@ def resolve(path: str, revision: str | None, store: Store) -> ModelSource:
 
 
 def _tiny(family: str) -> ModelSource:
-    from lowrank_lab.models.tiny import CONFIGS, VERSION
+    from lowrank_lab.models.tiny import CONFIGS, EVERY, OTHERS, VERSION
 
-    if family not in CONFIGS:
-        raise UserError(f"model.path=tiny:{family}: no such family; choose one of {', '.join(sorted(CONFIGS))}")
-    content = fingerprint({"tiny": family, "config": CONFIGS[family], "version": VERSION})
+    if family not in EVERY:
+        known = ", ".join([*sorted(CONFIGS), *sorted(OTHERS)])
+        raise UserError(f"model.path=tiny:{family}: no such family; choose one of {known}")
+    content = fingerprint({"tiny": family, "config": EVERY[family], "version": VERSION})
     return ModelSource("tiny", f"tiny-{family}", family, content, model_type=family)
 
 

@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture row, with a byte tokenizer: for tests and for trying code out.
+"""Tiny random models of every architecture row and of others, with a byte tokenizer: for tests and for trying out.
 
 This module imports torch only when a model is built.
 """
@@ -23,9 +23,10 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+_FEW: dict[str, Any] = {"vocab_size": 260, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _WINDOWS = {"head_dim": 16, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
-CONFIGS: dict[str, dict[str, Any]] = {
+CONFIGS: dict[str, dict[str, Any]] = {  # of the rows of families.py
     "llama": {**_SIZES, "tie_word_embeddings": True},
     "mistral": {**_SIZES, "head_dim": 12, "sliding_window": 16},
     "qwen2": {**_SIZES},
@@ -57,13 +58,37 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "phi3": {**_SIZES},
 }
 
+OTHERS: dict[str, dict[str, Any]] = {  # of families that are no row: what is in their blocks is discovered
+    "bloom": {**_FEW, "hidden_size": 48, "n_layer": 3, "n_head": 4},
+    "cohere": {**_SIZES},
+    "falcon": {**_FEW, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "gpt_neox": {**_FEW, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "granite": {**_SIZES},
+    "mamba": {**_FEW, "hidden_size": 48, "num_hidden_layers": 3, "state_size": 8},
+    "mixtral": {**_SIZES, "num_local_experts": 4},
+    "mpt": {**_FEW, "d_model": 48, "n_layers": 3, "n_heads": 4, "max_seq_len": 2048},
+    "olmo2": {**_SIZES},
+    "qwen2_moe": {
+        **_SIZES,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
+    "smollm3": {**_SIZES},
+    "stablelm": {**_SIZES, "partial_rotary_factor": 0.5},
+    "starcoder2": {**_SIZES},
+}
+
+EVERY = {**CONFIGS, **OTHERS}
+
 
 def build(family: str, folder: Path) -> None:
-    """Save a random model of ``family`` (a key of CONFIGS) and its tokenizer as a checkpoint folder."""
+    """Save a random model of ``family`` (a key of EVERY) and its tokenizer as a checkpoint folder."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family, **CONFIGS[family])
+    config = AutoConfig.for_model(family, **EVERY[family])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

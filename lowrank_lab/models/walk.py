@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -19,14 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lab import progress
+from lowrank_lab.errors import UserError
 from lowrank_lab.models.families import Tower
+from lowrank_lab.models.rows import counting
+from lowrank_lab.models.tasks.base import Batch, Task
+from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM, of_tokens
 
 
 @dataclass(frozen=True)
 class BlockCall:
     """What the model passes to one block beside the hidden states: masks, position embeddings and so on.
 
-    It differs between the blocks of one model: Gemma alternates sliding and full attention masks.
+    It differs between the blocks of one model, as Gemma alternates sliding and full attention masks, and between
+    batches with padding.
     """
 
     args: tuple[Any, ...]
@@ -44,15 +49,30 @@ def block_file(index: int) -> str:
     return f"block_{index:03d}.safetensors"
 
 
+@dataclass(frozen=True)
+class Batches:
+    """What is passed through the blocks: the hidden states of every batch, and all that goes with them.
+
+    hidden  by batch, what enters the next block
+    calls   by batch and block; equal ones are one object
+    rows    by batch, the positions that count (batch, length) bool; None: all
+    """
+
+    hidden: list[Tensor]
+    calls: list[list[BlockCall]]
+    rows: list[Tensor | None]
+
+
 def walk(
     model: nn.Module,
     tower: Tower,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch | Tensor],
     device: torch.device,
     hidden: list[Tensor] | None = None,
     offload: Path | None = None,
+    task: Task = CAUSAL_LM,
 ) -> Iterator[tuple[int, nn.Module, Callable[..., None]]]:
-    """Carry ``batches`` of token ids (batch, length), all of one length, through the blocks of ``model``.
+    """Carry ``batches`` through the blocks of ``model``. A batch may be token ids (batch, length) alone.
 
     Yields ``(index, block, run)`` for each block in turn, with the block on ``device``. The caller must call
     ``run()`` exactly once: it passes every batch through the block and so moves the hidden states one on. Before
@@ -61,14 +81,27 @@ def walk(
     they are kept in files in that folder instead of memory.
 
     The caller may change a block: replace its modules, assign to a parameter's ``data``, write into a parameter;
-    but not write into its ``data``, which leaves no trace.
+    but not write into its ``data``, which leaves no trace. Raises UserError for a model that does something between
+    its blocks.
     """
     hidden = [] if hidden is None else hidden
     keep = partial(offloaded, folder=offload) if offload is not None else lambda states: states
-    hidden[:], calls = _embed(model, tower, batches, keep)
+    passed = _embed(model, tower, batches, keep, task)
+    hidden[:] = passed.hidden
+    passed = replace(passed, hidden=hidden)
     for index, block in enumerate(blocks_of(model, tower)):
         with on_device(block, device):
-            yield index, block, partial(_advance, block, index, hidden, calls, device, keep)
+            yield index, block, partial(_advance, block, index, passed, device, keep)
+
+
+def as_batch(batch: Batch | Tensor) -> Batch:
+    """A batch, also of token ids (batch, length) alone."""
+    return of_tokens(batch) if isinstance(batch, Tensor) else batch
+
+
+def hidden_states(output: Any) -> Tensor:
+    """The hidden states that a block gives, alone or as the first of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
@@ -109,9 +142,10 @@ def entering_at(model: nn.Module, tower: Tower, index: int, states: Tensor) -> I
     Embedding, masks, the last norm and lm_head are the model's own, whatever the architecture.
     """
     skipped = blocks_of(model, tower)[:index]
+    given = (states,) if tower.tuples else states
     try:
         for block in skipped:
-            block.forward = lambda *_args, **_kwargs: states
+            block.forward = lambda *_args, **_kwargs: given
         yield
     finally:
         for block in skipped:
@@ -120,65 +154,124 @@ def entering_at(model: nn.Module, tower: Tower, index: int, states: Tensor) -> I
 
 @torch.no_grad()
 def _embed(
-    model: nn.Module, tower: Tower, batches: Iterable[Tensor], keep: Callable[[Tensor], Tensor]
-) -> tuple[list[Tensor], dict[int, list[BlockCall]]]:
-    """The inputs of the first block for every batch, and by batch size what each block is called with.
+    model: nn.Module,
+    tower: Tower,
+    batches: Iterable[Batch | Tensor],
+    keep: Callable[[Tensor], Tensor],
+    task: Task,
+) -> Batches:
+    """The inputs of the first block for every batch, and what each block is called with.
 
     The model's own forward runs with blocks that only take notes and pass the hidden states through, so the
     masks and position embeddings are the model's own, whatever the architecture.
     """
     blocks = blocks_of(model, tower)
-    backbone = getattr(model, str(model.base_model_prefix))
-    home = next(backbone.parameters()).device
+    home = next(model.parameters()).device
     noted: list[tuple[Tensor, BlockCall]] = []
 
-    def note(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        noted.append((states, BlockCall(args, kwargs)))
-        return states
+    def note(*args: Any, **kwargs: Any) -> Any:
+        states = args[0] if args else kwargs.pop("hidden_states")
+        noted.append((states, BlockCall(args[1:], kwargs)))
+        return (states,) if tower.tuples else states
 
-    hidden: list[Tensor] = []
-    calls: dict[int, list[BlockCall]] = {}
+    found, shared = Batches([], [], []), _Shared()
     try:
         for block in blocks:
             block.forward = note
-        for ids in batches:
+        for given in batches:
+            batch = {name: tensor.to(home) for name, tensor in as_batch(given).items()}
             noted.clear()
-            backbone(ids.to(home), use_cache=False)
-            hidden.append(keep(noted[0][0]))
-            calls.setdefault(ids.shape[0], [call for _, call in noted])
+            task.forward(model, batch)
+            if len(noted) != len(blocks) or any(states is not noted[0][0] for states, _ in noted):
+                raise UserError(f"{type(model).__name__} does something between its blocks, which no walk would do")
+            found.hidden.append(keep(noted[0][0]))
+            found.calls.append(shared.calls([call for _, call in noted]))
+            found.rows.append(task.rows(batch))
     finally:
         for block in blocks:
             block.__dict__.pop("forward", None)
-    return hidden, calls
+    return found
+
+
+class _Shared:
+    """Finds what is equal to an earlier one, so that batches of one size without padding share their masks."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.distinct: list[BlockCall] = []
+
+    def calls(self, calls: Iterable[BlockCall]) -> list[BlockCall]:
+        """The calls of one batch, those that are equal to earlier ones replaced by them."""
+        seen: dict[int, Tensor] = {}  # within a batch most blocks are given the very same tensors
+        return [self._call(BlockCall(*self._of((call.args, call.kwargs), seen))) for call in calls]
+
+    def _call(self, call: BlockCall) -> BlockCall:
+        for earlier in self.distinct:
+            if _same((earlier.args, earlier.kwargs), (call.args, call.kwargs)):
+                return earlier
+        self.distinct.append(call)
+        return call
+
+    def _of(self, value: Any, seen: dict[int, Tensor]) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in seen:
+                seen[id(value)] = self._tensor(value)
+            return seen[id(value)]
+        return _mapped(value, lambda item: self._of(item, seen))
+
+    def _tensor(self, tensor: Tensor) -> Tensor:
+        for earlier in self.tensors:
+            if earlier.dtype == tensor.dtype and torch.equal(earlier, tensor):
+                return earlier
+        self.tensors.append(tensor)
+        return tensor
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two calls are equal, whose equal tensors are the same objects."""
+    if one is other:
+        return True
+    if type(one) is not type(other) or isinstance(one, Tensor):
+        return False
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    return isinstance(one, (int, float, str)) and one == other
 
 
 @torch.no_grad()
 def _advance(
     block: nn.Module,
     index: int,
-    hidden: list[Tensor],
-    calls: dict[int, list[BlockCall]],
+    passed: Batches,
     device: torch.device,
     keep: Callable[[Tensor], Tensor],
     advance: bool = True,
 ) -> None:
-    """Pass every batch of hidden states through ``block``, and replace it by the outcome unless told otherwise."""
-    on_device = {
-        size: BlockCall(_to(calls_of[index].args, device), _to(calls_of[index].kwargs, device))
-        for size, calls_of in calls.items()
-    }
-    for i, states in enumerate(progress.track(hidden, "sequences", "batch")):
-        call = on_device[states.shape[0]]
-        after = block(states.to(device), *call.args, **call.kwargs)
+    """Pass every batch of hidden states through ``block``, and replace it by the outcome if ``advance``."""
+    on_device: tuple[BlockCall, BlockCall] | None = None  # the last one, as it is kept, and on the device
+    for i, states in enumerate(progress.track(passed.hidden, "sequences", "batch")):
+        call = passed.calls[i][index]
+        if on_device is None or on_device[0] is not call:
+            on_device = call, BlockCall(_to(call.args, device), _to(call.kwargs, device))
+        moved = on_device[1]
+        with counting(passed.rows[i]):
+            after = hidden_states(block(states.to(device), *moved.args, **moved.kwargs))
         if advance:
-            hidden[i] = keep(after.to(states.device))
+            passed.hidden[i] = keep(after.to(states.device))
 
 
 def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
+    return _mapped(value, lambda item: _to(item, device))
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A tuple, list or dictionary with its items changed; anything else as it is."""
     if isinstance(value, (tuple, list)):
-        return type(value)(_to(item, device) for item in value)
+        return type(value)(change(item) for item in value)
     if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
+        return {key: change(item) for key, item in value.items()}
     return value

@@ -18,7 +18,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank_lab.errors import SkippedCell
-from lowrank_lab.models.families import kv_cache_shape, tower_for
+from lowrank_lab.models.discovery import family_of
+from lowrank_lab.models.families import head_size, kv_cache_shape
 from lowrank_lab.modules.cache_format import CacheFormat
 from lowrank_lab.modules.steps import Hadamard, Round
 
@@ -30,6 +31,8 @@ def round_cache(model: Any, cache: CacheFormat) -> None:
 
     Raises SkippedCell where its attention is none of those that are known here.
     """
+    if kv_cache_shape(model.config) is None:
+        raise SkippedCell(f"{type(model).__name__} caches no keys and values")
     own = model.config._attn_implementation
     if own not in NAMES:
         raise SkippedCell(f"keys and values cannot be rounded in attention '{own}', only in sdpa and eager")
@@ -37,9 +40,8 @@ def round_cache(model: Any, cache: CacheFormat) -> None:
     model.set_attn_implementation(NAMES[own])
     if model.config._attn_implementation != NAMES[own]:
         raise SkippedCell(f"{type(model).__name__} does not let its attention be replaced")
-    _, _, head_size = kv_cache_shape(model.config)
     for attention in _attentions(model):
-        attention.kv_cache = RoundedCache(CacheFormat(**asdict(cache)), head_size)
+        attention.kv_cache = RoundedCache(CacheFormat(**asdict(cache)), head_size(model.config))
 
 
 def cache_of(model: Any) -> CacheFormat | None:
@@ -65,7 +67,10 @@ class RoundedCache(nn.Module):
 
 def _attentions(model: Any) -> Iterator[nn.Module]:
     """The modules of ``model`` that hold the query projections."""
-    query = tower_for(model.config.model_type).roles["qkv"][0].rpartition(".")[2]
+    attention = family_of(model).tower.attention
+    if attention is None:
+        raise SkippedCell(f"it is not known which linears give the keys and values of {type(model).__name__}")
+    query = attention.query.rpartition(".")[2]
     return (module for module in model.modules() if query in module._modules)
 
 

@@ -11,11 +11,13 @@ from torch import nn
 from transformers import AutoConfig
 
 from lowrank_lab.cells.cell import Cell
+from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.ranks import rank_within
 from lowrank_lab.lowrank.spectra import linear_shapes
-from lowrank_lab.models.families import FAMILIES, kv_cache_shape, tower_for
+from lowrank_lab.models.discovery import family_of
+from lowrank_lab.models.families import Tower, head_size, kv_cache_shape
 from lowrank_lab.models.load import load_config, skeleton
-from lowrank_lab.models.tiny import CONFIGS
+from lowrank_lab.models.tiny import EVERY
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.base import is_linear
 from lowrank_lab.modules.counts import count
@@ -27,7 +29,6 @@ from lowrank_lab.running.context import sites_of_cell
 class Shapes:
     """A dense model in numbers, and what a cell compresses of it.
 
-    model_type     as in config.json
     parameters     of the whole model, tied ones once; ``block`` those of its largest block
     stored         the dtype of the weights on disk
     attention      heads times the size of a head
@@ -38,7 +39,6 @@ class Shapes:
     sites          what is factored, by name; nothing where nothing is compressed
     """
 
-    model_type: str
     parameters: int
     block: int
     stored: str
@@ -67,29 +67,32 @@ def with_sites(shapes: Shapes, cell: Cell) -> Shapes:
         return replace(shapes, sites=cell.source.saved.sites)
     if not any(compression.makes_factors for compression in cell.compressions.values()):
         return shapes
-    return replace(shapes, sites=sites_of_cell(cell, tower_for(shapes.model_type), shapes.linears))
+    tower = family_of(skeleton(config_of(cell), cell.cfg.model.trust_remote_code)).tower
+    return replace(shapes, sites=sites_of_cell(cell, tower, shapes.linears))
 
 
 def shapes_of(cell: Cell) -> Shapes:
     """Of the cell's dense model. Raises UserError for one that needs its own code."""
     model_config = config_of(cell)
     model = skeleton(model_config, cell.cfg.model.trust_remote_code)
-    tower = FAMILIES.get(model_config.model_type)
+    try:
+        tower: Tower | None = family_of(model).tower
+    except UserError:  # which matters only where something is compressed
+        tower = None
     shapes = linear_shapes(model, tower) if tower is not None else []
     inputs = [[of_block[group[0]][1] for group in tower.inputs] for of_block in shapes] if tower is not None else []
     blocks: Iterable[nn.Module] = blocks_of(model, tower) if tower is not None else []
     head = model.get_output_embeddings()
-    layers, _, head_size = kv_cache_shape(model_config)
+    has_attention = kv_cache_shape(model_config) is not None
     linears: list[Any] = [module for module in model.modules() if is_linear(module)]
     return Shapes(
-        model_type=model_config.model_type,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         block=max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0),
         stored=str(getattr(model_config, "dtype", None) or "float32").removeprefix("torch."),
         hidden=model_config.hidden_size,
         vocabulary=model_config.vocab_size,
-        layers=layers,
-        attention=model_config.num_attention_heads * head_size,
+        layers=model_config.num_hidden_layers,
+        attention=model_config.num_attention_heads * head_size(model_config) if has_attention else 0,
         widest=max(max(linear.weight.shape) for linear in linears if linear is not head),
         linears=shapes,
         inputs=inputs,
@@ -102,7 +105,7 @@ def config_of(cell: Cell) -> Any:
     """The configuration of a cell's model, of one that is yet to be converted as well."""
     source = cell.source
     if source.kind == "tiny":  # made of this very configuration
-        return AutoConfig.for_model(source.location, **CONFIGS[source.location])
+        return AutoConfig.for_model(source.location, **EVERY[source.location])
     if source.kind != "gguf":
         return load_config(source.location, source.revision, cell.cfg.model.trust_remote_code)
     if (converted := cell.store.get("model", cell.keys.model)) is not None:

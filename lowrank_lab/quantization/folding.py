@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lowrank_lab import progress
 from lowrank_lab.calibration.statistics import Accumulator, gather
-from lowrank_lab.models.families import Tower
+from lowrank_lab.models.families import Tower, head_size
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.base import dense_weight
 from lowrank_lab.modules.linears import (
@@ -82,13 +82,15 @@ def inputs_in(block: nn.Module, tower: Tower, config: Any, targets: Collection[s
     """
     quantized = set(linears_in(block, targets))
     found = []
-    for members, norm in zip(tower.inputs, tower.norms, strict=True):
+    norms = tower.folding.norms if tower.folding is not None else (None,) * len(tower.inputs)
+    feeds = tower.folding.feeds if tower.folding is not None else {}
+    for members, norm in zip(tower.inputs, norms, strict=True):
         readers = list(dict.fromkeys(input_side(block, member) for member in members))
         rounded = [path for path in readers if path in quantized]
         if norm is not None and _scales(block, norm, config):
             found.append(Input(readers, rounded, "norm", norm))
-        elif norm is None and members[0] in tower.feeds:
-            path = output_side(block, tower.feeds[members[0]])
+        elif norm is None and members[0] in feeds:
+            path = output_side(block, feeds[members[0]])
             found.append(Input(readers, rounded, "linear", path, _heads(block, readers[0], path, config)))
         else:
             found.append(Input(rounded, rounded, "step"))
@@ -130,7 +132,7 @@ def _heads(block: nn.Module, reader: str, source: str, config: Any) -> tuple[int
     )
     if width == given:
         return None
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = head_size(config)
     return given // head, width // given, head
 
 
@@ -144,7 +146,8 @@ def fold(block: nn.Module, tower: Tower, scales: Sequence[tuple[Input, Tensor]])
             change_weight(block, reader, partial(torch.mul, scale))
         rows = at.of_source(scale)
         if at.source == "norm":
-            _divide_norm(block.get_submodule(at.path), scale, plus_one=tower.norm == "rms_plus_one")
+            plus_one = tower.folding is not None and tower.folding.norm == "rms_plus_one"
+            _divide_norm(block.get_submodule(at.path), scale, plus_one)
         elif at.source != "step":
             change_weight(block, at.path, partial(torch.mul, 1 / rows.unsqueeze(1)))
             change_bias(block, at.path, partial(torch.mul, 1 / rows))

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.utils.parametrize import register_parametrization
 
 from lowrank_lab.artifacts.store import write_json
-from lowrank_lab.models.walk import blocks_of
+from lowrank_lab.models.families import folding_of
+from lowrank_lab.models.walk import as_batch, blocks_of
 from lowrank_lab.modules.formats import Format
 from lowrank_lab.modules.linears import linears_in, set_steps, shared_inputs
 from lowrank_lab.quantization import straight_through
@@ -56,9 +56,7 @@ def learn(context: Context, quantization: Quantization, recipe: Recipe, round_we
     ids = context.calibration_ids
 
     def loss_of(rows: Tensor) -> Tensor:
-        batch = rows.to(context.device)
-        logits = model(batch, use_cache=False).logits[:, :-1]
-        return cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        return context.task.loss(model, as_batch(rows.to(context.device)))
 
     def first_losses() -> float:
         with torch.no_grad():
@@ -101,7 +99,7 @@ def attach(
         if quantization.activations is not None:
             for group in groups:
                 set_steps(block, group, [straight_through.RoundInputs(quantization.activations.form)])
-    norm = model.get_submodule(context.tower.final_norm)
+    norm = model.get_submodule(folding_of(context.tower).final_norm)
     gain = norm.weight.detach().clone()
     norm.weight.data = torch.ones_like(gain)
     norm.register_forward_hook(lambda _module, _inputs, states: (states @ r1.T.to(states)) * gain)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lab.errors import SkippedCell
-from lowrank_lab.models.families import Tower
+from lowrank_lab.models.families import Tower, folding_of, head_size, kv_cache_shape
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.hadamard import randomized, transform
 from lowrank_lab.modules.linears import (
@@ -45,11 +45,12 @@ def start(model: Any, seed: int) -> tuple[Tensor, Tensor]:
 
 def check(tower: Tower, label: str) -> None:
     """Raises SkippedCell for an architecture whose residual stream cannot be rotated."""
-    if tower.norm == "layer":
+    folding = folding_of(tower, label)
+    if folding.norm == "layer":
         raise SkippedCell(
             f"{label} rotates the residual stream, which a LayerNorm, unlike an RMSNorm, does not allow"
         )
-    if not tower.residual:
+    if not folding.residual:
         raise SkippedCell(f"{label} rotates the residual stream, which norms after attention and MLP do not allow")
 
 
@@ -70,17 +71,17 @@ def rotated_linears(block: nn.Module, tower: Tower) -> dict[str, Rotated]:
     found: dict[str, Rotated] = defaultdict(Rotated)
     for path, _ in behind_norms(block, tower):
         found[path].inputs = "residual"
-    for member in tower.residual:
+    for member in folding_of(tower).residual:
         found[output_side(block, member)].outputs = "residual"
-    values, output = tower.roles["qkv"][-1], tower.roles["attention"][-1]
-    found[output_side(block, values)].outputs = "heads"
-    found[input_side(block, output)].inputs = "heads"
+    assert tower.attention is not None
+    found[output_side(block, tower.attention.value)].outputs = "heads"
+    found[input_side(block, tower.attention.output)].inputs = "heads"
     return dict(found)
 
 
 def behind_norms(block: nn.Module, tower: Tower) -> Iterator[tuple[str, Any]]:
     """The plain linears that read the residual stream, each once, with the norm before them."""
-    for group, norm in zip(tower.inputs, tower.norms, strict=True):
+    for group, norm in zip(tower.inputs, folding_of(tower).norms, strict=True):
         if norm is not None:
             for path in dict.fromkeys(input_side(block, member) for member in group):
                 yield path, block.get_submodule(norm)
@@ -109,13 +110,11 @@ def rotated_rows(weight: Tensor, sides: Rotated, r1: Tensor, r2: Tensor, values:
     return weight
 
 
-def head_size(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def values_width(config: Any) -> int:
     """How many values of v a token has, over all key-value heads."""
-    return (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_size(config)
+    shape = kv_cache_shape(config)
+    assert shape is not None
+    return shape[1] * shape[2]
 
 
 def fold_norms(model: nn.Module, tower: Tower) -> None:
@@ -140,12 +139,12 @@ def hadamards(model: Any, tower: Tower, heads: bool, down: bool) -> None:
     """QuaRot's online transforms: of the input of down_proj, and over the ``heads`` before o_proj."""
     for block in blocks_of(model, tower):
         device = next(block.parameters()).device
-        output, last = tower.roles["attention"][-1], tower.roles["mlp"][-1]
         if heads:
-            size = head_size(model.config)
+            assert tower.attention is not None
+            output, size = tower.attention.output, head_size(model.config)
             rotate_online(block, output, Hadamard(model.config.num_attention_heads * size, size).to(device))
         if down:
-            rotate_online(block, last, Hadamard(model.config.intermediate_size, 1).to(device))
+            rotate_online(block, folding_of(tower).down, Hadamard(model.config.intermediate_size, 1).to(device))
 
 
 def rotate(model: Any, tower: Tower, r1: Tensor, r2: Tensor) -> None:
@@ -164,13 +163,13 @@ def rotate(model: Any, tower: Tower, r1: Tensor, r2: Tensor) -> None:
             change_bias(block, path, partial(rotated_rows, **here))
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    norm: Any = model.get_submodule(tower.final_norm)
+    norm: Any = model.get_submodule(folding_of(tower).final_norm)
     r1, gain = r1.to(norm.weight.device), norm.weight.detach().double()
     norm.weight.data = torch.ones_like(norm.weight)
     if head.weight is embedding.weight:
         step = Rotate(len(r1), len(r1)).to(norm.weight)
         step.blocks.data[0] = r1.T @ (gain.unsqueeze(1) * r1)
-        model.set_submodule(tower.final_norm, NormWithSteps(norm, [step]))
+        model.set_submodule(folding_of(tower).final_norm, NormWithSteps(norm, [step]))
     else:
         head.weight.data = _by_rows(head.weight, gain.unsqueeze(1) * r1)
     embedding.weight.data = _by_rows(embedding.weight, r1)

@@ -32,14 +32,16 @@ def sizes_of_ranks(
     dense = sum(site.dense for site in sites.values())
     cost = sum(site.cost(ranks[name]) for name, site in sites.items())
     cached = kv_cache_values_per_token(model.config)
-    latent = None if tower is not None and "kv" not in tower.roles else cached - _latent_saves(tower, sites, ranks)
+    latent = None
+    if cached is not None and (tower is None or "kv" in tower.roles):
+        latent = cached - _latent_saves(tower, sites, ranks)
     return {
         "ratio_asked": ratio,
         "ratio_reached": cost / dense if sites else 1.0,
         "kv_latent_bytes_per_token": None if latent is None else latent * value_bytes,
         "hardware_cost": {
             "r1": _kept_of_qkv(model, tower, sites),
-            "r2": None if latent is None else latent / cached,
+            "r2": None if latent is None or cached is None else latent / cached,
         },
     }
 
@@ -54,10 +56,15 @@ def _check(model: nn.Module, tower: Tower | None, sites: Sites, ranks: Mapping[s
             assert rank in (None, ranks[name]), f"{name} has rank {rank} instead of {ranks[name]}"
 
 
-def _kept_of_qkv(model: nn.Module, tower: Tower | None, sites: Sites) -> float:
-    """The fraction kept of the parameters of all query, key and value projections, compressed or not."""
+def _kept_of_qkv(model: nn.Module, tower: Tower | None, sites: Sites) -> float | None:
+    """The fraction kept of the parameters of all query, key and value projections, compressed or not.
+
+    None for a model without them.
+    """
     if tower is None:
         return 1.0
+    if "qkv" not in tower.roles:
+        return None
     blocks, roles = blocks_of(model, tower), set(tower.roles["qkv"])
     in_sites = [(site, member) for site in sites.values() if set(site.members) <= roles for member in site.members]
     dense = sum(site.out * site.inp for site in sites.values() if set(site.members) <= roles)

@@ -23,11 +23,10 @@ def sizes(model: nn.Module, tower: Tower | None, sites: Sites) -> dict[str, Any]
     sites                    of what is compressed, biases apart: ``parameters`` now and dense, whatever their
                              bits; ``bytes`` with scales and all that is done to activations
     macs_per_token           multiply-accumulates of all linear layers with lm_head, attention products apart
-    kv_cache_bytes_per_token keys and values of all layers in the model's dtype, or in few bits with their scales
+    kv_cache_bytes_per_token keys and values of all layers in the model's dtype, or in few bits with their scales;
+                             None for a model that caches something else
     """
-    value_bytes = model.get_input_embeddings().weight.element_size()  # type: ignore[operator]
     members = _members(model, tower, sites)
-    cache = cache_of(model)
     return {
         "parameters": parameters(model),
         "bytes": nbytes(*model.parameters()),
@@ -38,12 +37,20 @@ def sizes(model: nn.Module, tower: Tower | None, sites: Sites) -> dict[str, Any]
             "bytes": bytes_of_parts(model, members),
         },
         "macs_per_token": count(model).macs,
-        "kv_cache_bytes_per_token": (
-            kv_cache_values_per_token(model.config) * value_bytes
-            if cache is None
-            else cache.bytes_per_token(*kv_cache_shape(model.config))
-        ),
+        "kv_cache_bytes_per_token": _cache_bytes(model),
     }
+
+
+def _cache_bytes(model: Any) -> int | None:
+    """Of the keys and values of a token."""
+    shape, values, cache = kv_cache_shape(model.config), kv_cache_values_per_token(model.config), cache_of(model)
+    if shape is None or values is None:
+        return None
+    return (
+        values * model.get_input_embeddings().weight.element_size()
+        if cache is None
+        else cache.bytes_per_token(*shape)
+    )
 
 
 def _members(model: nn.Module, tower: Tower | None, sites: Sites) -> list[nn.Module]:

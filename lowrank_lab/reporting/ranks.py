@@ -11,7 +11,6 @@ import pandas as pd
 
 from lowrank_lab.artifacts.store import Artifact, Store
 from lowrank_lab.errors import UserError
-from lowrank_lab.models.families import tower_for
 from lowrank_lab.modules.site import Site
 from lowrank_lab.records.results import Results, compression_of
 from lowrank_lab.reporting.kinds.errors import linear_names
@@ -63,6 +62,7 @@ def sites(record: dict[str, Any], results: Results) -> dict[str, Site]:
     in the hub's cache.
     """
     from lowrank_lab.lowrank.spectra import linear_shapes
+    from lowrank_lab.models.discovery import family_of
     from lowrank_lab.models.load import load_config, skeleton
 
     model = record["config"]["model"]
@@ -74,8 +74,8 @@ def sites(record: dict[str, Any], results: Results) -> dict[str, Site]:
         raise UserError(
             f"the shapes of {record['model']} are not on this machine; to have them, {again(record, results)}"
         ) from None
-    tower = tower_for(config.model_type)
-    shapes = linear_shapes(skeleton(config, False), tower)
+    model = skeleton(config, False)
+    shapes = linear_shapes(model, family_of(model).tower)
     described = compression_of(record, "lowrank")["sites"]
     return {name: _site(of_one, shapes) for name, of_one in described.items()}
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +24,13 @@ from lowrank_lab.checkpoints import checkpoint
 from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.lowrank.sites import sites_of
 from lowrank_lab.lowrank.spectra import linear_shapes
-from lowrank_lab.models.families import Tower, tower_for
-from lowrank_lab.models.load import convert, load_config, load_model, load_tokenizer, skeleton
+from lowrank_lab.models.changes import Watched
+from lowrank_lab.models.discovery import family_of
+from lowrank_lab.models.families import FAMILIES, Family, Tower
+from lowrank_lab.models.load import convert, load_config, load_tokenizer
+from lowrank_lab.models.tasks.base import Batch, Task
+from lowrank_lab.models.tasks.causal_lm import of_tokens
+from lowrank_lab.models.tasks.named import TASKS
 from lowrank_lab.models.walk import walk
 from lowrank_lab.modules.site import Site
 from lowrank_lab.records.results import Record
@@ -46,6 +52,7 @@ class Context:
     device: torch.device
     evaluator: str = field(default="", init=False)
     facts: dict[str, Any] = field(default_factory=dict, init=False)
+    _watched: Watched | None = field(default=None, init=False)
     _memory: dict[str, Any] = field(default_factory=dict, init=False)
 
     def once(self, name: str, make: Callable[[], T]) -> T:
@@ -70,20 +77,31 @@ class Context:
     @cached_property
     def model(self) -> nn.Module:
         with self.record.stage("model loading"):
-            return load_model(self.location, dtype=self.cell.cfg.dtype, **self._remote)
+            model = self.task.load(self.location, dtype=self.cell.cfg.dtype, **self._remote)
+        self._watched = Watched(model)
+        return model
 
-    def float32_model(self) -> nn.Module:
-        """The dense model in float32: ``model`` itself where that is its dtype."""
-        if self.cell.cfg.dtype == "float32":
-            return self.model
-        return load_model(self.location, dtype="float32", **self._remote)
+    @contextmanager
+    def dense(self, dtype: str) -> Iterator[nn.Module]:
+        """The dense model in ``dtype``, for artifacts: ``model`` itself while nothing has changed it.
+
+        The caller may move it, and must not change what it computes.
+        """
+        loaded = "model" in self.__dict__
+        changed = loaded and (self._watched is None or self._watched.changed(self.model))
+        if dtype == self.cell.cfg.dtype and not changed:
+            model = self.model
+            yield model
+            self._watched = Watched(model)  # which may be on another device now
+        else:
+            yield self.task.load(self.location, dtype=dtype, **self._remote)
 
     def dense_model(self) -> nn.Module:
         """A dense model of its own in the cell's dtype, whatever has become of ``model``.
 
         Of a compressed checkpoint it is the one with the products of its factors.
         """
-        loaded = load_model(self.location, dtype=self.cell.cfg.dtype, **self._remote)
+        loaded = self.task.load(self.location, dtype=self.cell.cfg.dtype, **self._remote)
         saved = self.cell.source.saved
         return loaded if saved is None else checkpoint.merge(loaded, saved)
 
@@ -91,6 +109,7 @@ class Context:
         """The dense model for the caller to change; ``model`` is loaded anew when it is asked for again."""
         model = self.model
         del self.__dict__["model"]
+        self._watched = None
         return model
 
     @property
@@ -98,8 +117,27 @@ class Context:
         return self.cell.ratio
 
     @cached_property
+    def family(self) -> Family:
+        """Raises UserError for a model without blocks whose linears can be compressed."""
+        if (row := FAMILIES.get(self.model_config.model_type)) is not None:
+            return row
+        family = family_of(self.skeleton())
+        tower = family.tower
+        self.record.data["discovered"] = {
+            "blocks": tower.blocks,
+            "inputs": [list(group) for group in tower.inputs],
+            "stays_dense": list(tower.stays_dense),
+        }
+        return family
+
+    @property
     def tower(self) -> Tower:
-        return tower_for(self.model_config.model_type)
+        return self.family.tower
+
+    @property
+    def task(self) -> Task:
+        row = FAMILIES.get(self.model_config.model_type)
+        return TASKS["causal_lm" if row is None else row.task]  # only language models are discovered
 
     @cached_property
     def sites(self) -> dict[str, Site]:
@@ -153,9 +191,11 @@ class Context:
         )
         return load_tokens(made)
 
-    def calibration_batches(self, samples: int | None = None) -> Sequence[torch.Tensor]:
-        """The calibration tokens, or the first ``samples`` of them, as batches (batch, seqlen)."""
-        return self.calibration_ids[:samples].split(self.cell.cfg.calibration.batch_size)
+    def calibration_batches(self, samples: int | None = None) -> list[Batch]:
+        """The calibration tokens, or the first ``samples`` of them, in batches (batch, seqlen)."""
+        return [
+            of_tokens(ids) for ids in self.calibration_ids[:samples].split(self.cell.cfg.calibration.batch_size)
+        ]
 
     @property
     def offload(self) -> Path | None:
@@ -166,28 +206,39 @@ class Context:
         self, model: nn.Module, samples: int | None = None, hidden: list[torch.Tensor] | None = None
     ) -> Iterator[tuple[int, nn.Module, Callable[..., None]]]:
         """``model`` block by block over the calibration text, or its first ``samples`` (models/walk.py)."""
-        return walk(model, self.tower, self.calibration_batches(samples), self.device, hidden, self.offload)
+        batches = self.calibration_batches(samples)
+        return walk(model, self.tower, batches, self.device, hidden, self.offload, self.task)
 
     @cached_property
     def statistics(self) -> Path:
         """The artifact of the input statistics of the dense model."""
         batches, offload = self.calibration_batches(), self.offload
-        make = lambda folder: make_statistics(folder, self.model, self.tower, batches, self.device, offload)
+
+        def make(folder: Path) -> None:
+            with self.dense(self.cell.cfg.dtype) as model:
+                make_statistics(folder, model, self.tower, batches, self.device, offload, self.task)
+
         return self.made("calibration", "statistics", self.cell.keys.statistics, make)
 
     def gradients(self, outer: bool) -> Path:
         """The artifact of the output gradients' statistics of the dense model, with or without the mean of g gᵀ."""
-        ids, key = self.calibration_ids, self.cell.keys.gradients(outer)
-        model = self.float32_model
-        make = lambda folder: make_gradients(folder, model(), self.tower, ids, self.device, outer)
+        key, make = self.cell.keys.gradients(outer), self._make_gradients(outer, weight=False)
         return self.once(f"gradients {outer}", lambda: self.made("gradients", "gradients", key, make))
 
     @cached_property
     def weight_fisher(self) -> Path:
         """The artifact of the mean (dL/dW)² of every compressible linear, as large as the model."""
-        ids, model = self.calibration_ids, self.float32_model
-        make = lambda folder: make_gradients(folder, model(), self.tower, ids, self.device, weight=True)
+        make = self._make_gradients(outer=False, weight=True)
         return self.made("weight gradients", "gradients", self.cell.keys.weight_fisher, make)
+
+    def _make_gradients(self, outer: bool, weight: bool) -> Callable[[Path], None]:
+        ids = self.calibration_ids
+
+        def make(folder: Path) -> None:
+            with self.dense("float32") as model:
+                make_gradients(folder, model, self.tower, ids, self.device, outer, weight, self.task)
+
+        return make
 
     def artifact(
         self, stage: str, kind: str, parts: Mapping[str, Any], make: Callable[[Path], None], resumable: bool = False
@@ -214,7 +265,7 @@ class Context:
 
     def skeleton(self) -> nn.Module:
         """The model without weights, for shapes: ranks are settled before any weight is read."""
-        return skeleton(self.model_config, self.cell.cfg.model.trust_remote_code)
+        return self.task.skeleton(self.model_config, self.cell.cfg.model.trust_remote_code)
 
     def make_text_tokens(self) -> Path:
         """The artifact of the evaluation text's tokens."""

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from lowrank_lab.artifacts.store import write_json
 from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.masked import mask_activations, mask_directions
 from lowrank_lab.lowrank.ranks import cost_line, starting_share
+from lowrank_lab.models.walk import as_batch
 from lowrank_lab.modules.site import Site
 from lowrank_lab.running.training import Recipe, train
 
@@ -90,11 +90,9 @@ def train_ranks(folder: Path, context: Context, ids: Tensor, settings: Settings)
     def ratio_now() -> Tensor:
         return torch.stack([rank.cost for rank in learned.values()]).sum() / dense
 
-    def loss_of(batch: Tensor) -> Tensor:
-        batch = batch.to(device)
-        logits = model(batch, use_cache=False).logits[:, :-1].float()
-        task = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        return task + settings.gamma * (ratio_now() - context.ratio).abs()  # Algorithm 1, line 11
+    def loss_of(rows: Tensor) -> Tensor:
+        loss = context.task.loss(model, as_batch(rows.to(device)))
+        return loss + settings.gamma * (ratio_now() - context.ratio).abs()  # Algorithm 1, line 11
 
     def after_step() -> dict[str, Any]:
         return {"ratio": ratio_now().item(), "k": [round(rank.k.item(), 3) for rank in learned.values()]}

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from lowrank_lab import progress
 from lowrank_lab.artifacts.store import write_json
@@ -23,7 +22,9 @@ from lowrank_lab.lowrank.ranks import rank_within
 from lowrank_lab.lowrank.spectra import by_block, compress, load_spectrum
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.models.families import Tower
-from lowrank_lab.models.walk import blocks_of, entering_at, walk
+from lowrank_lab.models.tasks.base import Batch, Task
+from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM
+from lowrank_lab.models.walk import as_batch, blocks_of, entering_at, walk
 from lowrank_lab.modules.factorized import factorize, site_weight
 from lowrank_lab.modules.site import Ranks, Site, Sites
 
@@ -38,26 +39,27 @@ def measure(
     tower: Tower,
     sites: Sites,
     spectra: Path,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch | Tensor],
     ratios: Sequence[float],
     device: torch.device,
     offload: Path | None = None,
+    task: Task = CAUSAL_LM,
 ) -> None:
-    """For every site and candidate rank the mean negative log-likelihood of ``batches`` (batch, length), in nats.
+    """For every site and candidate rank the mean loss of ``batches``, for tokens in nats.
 
     One file a block, {site: {rank: nats}}, each whole or absent; those that are there are not measured again.
     """
     model.to(device)
     here_of = by_block(sites, len(blocks_of(model, tower)))
     entering: list[Tensor] = []
-    stops = walk(model, tower, batches, device, entering, offload)
+    stops = walk(model, tower, batches, device, entering, offload, task)
     for index, _, run in progress.track(stops, "sensitivities", "block", len(here_of)):
         file = folder / f"block_{index:03d}.json"
         if not file.exists():
             named = list(here_of[index].items())
             found = {
                 name: _of_site(
-                    model, tower, site, entering, batches, spectra, candidate_ranks(site, ratios), device
+                    model, tower, site, entering, batches, spectra, candidate_ranks(site, ratios), device, task
                 )
                 for name, site in progress.track(named, "linears", "linear")
             }
@@ -76,10 +78,11 @@ def _of_site(
     tower: Tower,
     site: Site,
     entering: Sequence[Tensor],
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch | Tensor],
     spectra: Path,
     candidates: Sequence[int],
     device: torch.device,
+    task: Task,
 ) -> dict[int, float]:
     block = blocks_of(model, tower)[site.block]
     dense = {member: block.get_submodule(member) for member in site.members}
@@ -90,7 +93,7 @@ def _of_site(
     try:
         for rank in candidates:
             factorize(block, site, left[:, :rank], right[:rank])
-            found[rank] = mean_nll(model, tower, batches, site.block, entering)
+            found[rank] = mean_nll(model, tower, batches, site.block, entering, task)
             restore(block, dense)
     finally:
         restore(block, dense)
@@ -106,23 +109,27 @@ def restore(block: nn.Module, members: dict[str, nn.Module]) -> None:
 
 
 def mean_nll(
-    model: nn.Module, tower: Tower, batches: Sequence[Tensor], block: int = 0, entering: Sequence[Tensor] = ()
+    model: nn.Module,
+    tower: Tower,
+    batches: Sequence[Batch | Tensor],
+    block: int = 0,
+    entering: Sequence[Tensor] = (),
+    task: Task = CAUSAL_LM,
 ) -> float:
-    """The mean negative log-likelihood of all predicted tokens, in nats, entering ``block`` with these states."""
+    """The mean loss of all that is predicted (of tokens in nats), entering ``block`` with these states."""
     device = next(model.parameters()).device
     total, count = 0.0, 0
-    for number, batch in enumerate(batches):
-        batch = batch.to(device)
+    for number, given in enumerate(batches):
+        batch = {name: tensor.to(device) for name, tensor in as_batch(given).items()}
         with entering_at(model, tower, block, entering[number].to(device)) if block else nullcontext():
-            logits = model(batch, use_cache=False).logits[:, :-1].float()
-        total += cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
-        count += batch[:, 1:].numel()
+            total += task.loss(model, batch, "sum").item()
+        count += task.predicted(batch)
     return total / count
 
 
 @torch.no_grad()
-def perplexity_of(context: Context, ranks: Ranks, batches: Sequence[Tensor]) -> float:
-    """The perplexity of ``batches`` (batch, length) with every site at its rank of ``ranks``."""
+def perplexity_of(context: Context, ranks: Ranks, batches: Sequence[Batch]) -> float:
+    """The perplexity of ``batches`` with every site at its rank of ``ranks``."""
     model, blocks = context.model, blocks_of(context.model, context.tower)
     dense = [
         (blocks[site.block], {member: blocks[site.block].get_submodule(member) for member in site.members})
@@ -130,7 +137,7 @@ def perplexity_of(context: Context, ranks: Ranks, batches: Sequence[Tensor]) -> 
     ]
     try:
         compress(model, context.tower, context.sites, ranks, spectra(context), Absorb(0.5), context.device)
-        return math.exp(mean_nll(model.to(context.device), context.tower, batches))
+        return math.exp(mean_nll(model.to(context.device), context.tower, batches, task=context.task))
     finally:
         for block, members in dense:
             restore(block, members)

@@ -45,8 +45,9 @@ class SigmaGradient:
             "spectra": LowRankKeys(context.cell).spectra,
             "tokens": context.cell.keys.calibration_tokens,
         }
+        tower, sites, device, task = context.tower, context.sites, context.device, context.task
         make = lambda folder: make_sigma_gradients(
-            folder, context.take_model().float(), context.tower, context.sites, made, ids, context.device
+            folder, context.take_model().float(), tower, sites, made, ids, device, task
         )
         folder = context.artifact("singular value gradients", "sigma", parts, make)
         sigma, mean_abs, mean_square = load_sigma_gradients(folder, context.sites)

@@ -11,18 +11,26 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from lowrank_lab import progress
 from lowrank_lab.lowrank.masked import mask_directions
 from lowrank_lab.lowrank.spectra import by_block, load_singular_values
 from lowrank_lab.models.families import Tower
-from lowrank_lab.models.walk import block_file, blocks_of
+from lowrank_lab.models.tasks.base import Task
+from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM
+from lowrank_lab.models.walk import as_batch, block_file, blocks_of
 from lowrank_lab.modules.site import Sites
 
 
 def make_sigma_gradients(
-    folder: Path, model: nn.Module, tower: Tower, sites: Sites, spectra: Path, ids: Tensor, device: torch.device
+    folder: Path,
+    model: nn.Module,
+    tower: Tower,
+    sites: Sites,
+    spectra: Path,
+    ids: Tensor,
+    device: torch.device,
+    task: Task = CAUSAL_LM,
 ) -> None:
     """Means of |dL/dσ| and (dL/dσ)² over the sequences ``ids`` (samples, length); one file a block.
 
@@ -39,9 +47,7 @@ def make_sigma_gradients(
     mean_abs = {name: torch.zeros_like(value) for name, value in sigma.items()}
     mean_square = {name: torch.zeros_like(value) for name, value in sigma.items()}
     for sequence in progress.track(ids.split(1), "singular value gradients", "sequence"):
-        batch = sequence.to(device)
-        logits = model(batch, use_cache=False).logits[0, :-1]
-        cross_entropy(logits.float(), batch[0, 1:]).backward()
+        task.loss(model, as_batch(sequence.to(device))).backward()
         for name, leaf in leaves.items():
             assert leaf.grad is not None
             if not torch.isfinite(leaf.grad).all():

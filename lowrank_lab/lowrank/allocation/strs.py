@@ -82,6 +82,7 @@ class Strs:
             self.ratios,
             context.device,
             context.offload,
+            context.task,
         )
         folder = context.artifact("sensitivities", "sensitivities", parts, make, resumable=True)
         found: dict[str, dict[str, float]] = {}

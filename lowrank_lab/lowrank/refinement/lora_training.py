@@ -10,7 +10,6 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from lowrank_lab.artifacts.store import write_json
 from lowrank_lab.lowrank.artifacts import spectra
@@ -18,7 +17,9 @@ from lowrank_lab.lowrank.factors import save_factors
 from lowrank_lab.lowrank.spectra import by_block, check_finite, compress
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.models.families import Tower
-from lowrank_lab.models.walk import blocks_of
+from lowrank_lab.models.tasks.base import Task
+from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM
+from lowrank_lab.models.walk import as_batch, blocks_of
 from lowrank_lab.modules.factorized import factors_of
 from lowrank_lab.modules.linears import factor_paths
 from lowrank_lab.modules.site import Ranks, Sites
@@ -56,7 +57,7 @@ def refine(context: Context, ranks: Ranks, folder: Path, settings: Settings) -> 
         # √Σ in each factor, whatever the storage: both phases then start from factors of one scale.
         compress(model, context.tower, context.sites, ranks, made, Absorb(0.5), context.device)
         model.to(context.device)
-        facts = {side: train_side(model, side, ids, folder, settings) for side in SIDES}
+        facts = {side: train_side(model, side, ids, folder, settings, context.task) for side in SIDES}
         save_all(model, context.tower, context.sites, folder)
         write_json(folder / "facts.json", facts)  # the last: with it all factors are there
     # A phase whose successor's state is still there must not lose its own.
@@ -64,7 +65,9 @@ def refine(context: Context, ranks: Ranks, folder: Path, settings: Settings) -> 
         leftover.unlink(missing_ok=True)
 
 
-def train_side(model: nn.Module, side: str, ids: Tensor, folder: Path, settings: Settings) -> dict[str, Any]:
+def train_side(
+    model: nn.Module, side: str, ids: Tensor, folder: Path, settings: Settings, task: Task = CAUSAL_LM
+) -> dict[str, Any]:
     """Train LoRA on one side of all factors of ``model`` (float32), and merge it into them, in place.
 
     ``ids`` (samples, length) are token ids on the CPU. Returns the steps and the loss of the first and last epoch.
@@ -74,9 +77,7 @@ def train_side(model: nn.Module, side: str, ids: Tensor, folder: Path, settings:
     device = parameters[0].device
 
     def loss_of(rows: Tensor) -> Tensor:
-        batch = rows.to(device)
-        logits = model(batch, use_cache=False).logits[:, :-1]
-        return cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        return task.loss(model, as_batch(rows.to(device)))
 
     an_epoch = -(-len(ids) // settings.batch_size)
     recipe = Recipe(

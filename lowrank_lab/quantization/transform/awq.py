@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lowrank_lab import checks
 from lowrank_lab.errors import SkippedCell
 from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.models.families import Tower, folding_of
 from lowrank_lab.modules.formats import Format
 from lowrank_lab.quantization.base import Quantization, Transform
 from lowrank_lab.quantization.scales import limited, output_error, rounded
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from lowrank_lab.models.families import Tower
     from lowrank_lab.quantization import folding
     from lowrank_lab.running.context import Context
 else:
@@ -46,6 +46,7 @@ class Awq(Transform):
         self.online = where == "all"
 
     def check(self, tower: Tower, quantization: Quantization) -> None:
+        folding_of(tower, self.label)
         if quantization.method is None:
             raise SkippedCell("AWQ scales weights that are rounded; choose a quantization/method")
 

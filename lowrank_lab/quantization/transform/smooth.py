@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lowrank_lab import checks
 from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.models.families import Tower, folding_of
 from lowrank_lab.quantization.base import Quantization, Transform
 from lowrank_lab.quantization.scales import largest, smoothing
 
@@ -35,6 +36,9 @@ class SmoothQuant(Transform):
         checks.one_of(("norms", "foldable", "all"), where=where)
         self.alpha, self.where = alpha, where
         self.online = where == "all"
+
+    def check(self, tower: Tower, quantization: Quantization) -> None:
+        folding_of(tower, self.label)
 
     def __call__(self, context: Context, quantization: Quantization) -> None:
         for block, inputs in folding.calibrated(context, folding.SOURCES[self.where]):

@@ -1,0 +1,229 @@
+"""Families that are no row: what is in their blocks, seen in a forward of a few tokens.
+
+The model is built without weights and run on fake tensors, which have shapes but no values, so this takes neither
+memory nor a checkpoint. Linears that are given the same tensor share a statistic; names and shapes tell queries,
+keys and values, gate and up. What is no linear, such as fused experts, stays dense. What rotations need is not
+discovered: that takes a row of families.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.pytorch_utils import Conv1D
+
+from lowrank_lab.errors import UserError
+from lowrank_lab.models.families import FAMILIES, Attention, Family, Tower, language_model
+from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM, of_tokens
+
+log = logging.getLogger(__name__)
+
+TOKENS = 8  # of the forward
+ROUTERS = {"gate", "router", "shared_expert_gate"}  # choose between experts: too few outputs to be compressed
+IN_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+IN_MLP = re.compile(r"mlp|ffn|feed_?forward|ff|fc\d?|moe|expert", re.IGNORECASE)
+QUERY = re.compile(r"(^|_)(q|query|wq)(_|$)|^q_?(proj|lin)", re.IGNORECASE)
+KEY = re.compile(r"(^|_)(k|key|wk)(_|$)|^k_?(proj|lin)", re.IGNORECASE)
+VALUE = re.compile(r"(^|_)(v|value|wv)(_|$)|^v_?(proj|lin)", re.IGNORECASE)
+
+_known: dict[tuple[type, str], Family] = {}
+
+
+def family_of(model: Any) -> Family:
+    """The row of a transformers model's ``model_type``, or what is discovered of its class and configuration.
+
+    ``model`` may be a skeleton, compressed, or a bare one without lm_head. Raises UserError for one that has no
+    list of like blocks with linears.
+    """
+    row = FAMILIES.get(model.config.model_type)
+    return row if row is not None else discovered(type(model), model.config)
+
+
+def discovered(model_class: Any, model_config: Any) -> Family:
+    """The family of models of this class and configuration. Raises UserError as ``family_of`` does."""
+    key = model_class, json.dumps(model_config.to_dict(), sort_keys=True, default=str)
+    if key not in _known:
+        tower = _tower(model_class, model_config)
+        found = "; ".join(", ".join(group) for group in tower.inputs)
+        log.info("%s: found by a forward in its %s: %s", model_config.model_type, tower.blocks, found)
+        if tower.stays_dense:
+            log.info("%s: stays dense: %s", model_config.model_type, ", ".join(tower.stays_dense))
+        _known[key] = language_model(tower)
+    return _known[key]
+
+
+def _tower(model_class: Any, model_config: Any) -> Tower:
+    config = copy.deepcopy(model_config)
+    config._attn_implementation = "eager"
+    # from_pretrained asks for a family while the default device is meta; fake tensors are on the CPU.
+    with FakeTensorMode(), torch.device("cpu"), _default_dtype(torch.bfloat16), torch.no_grad():
+        model = model_class(config).eval()
+        blocks = _blocks(model)
+        calls = _calls(model, model.get_submodule(blocks))
+    of_blocks = [_groups(of_block) for of_block in calls.linears]
+    inputs = tuple(_in_all(of_blocks))
+    shapes = {name: calls.shapes[name] for group in inputs for name in group}
+    if not inputs:
+        raise _unknown(model_config, "its blocks have no linear in common")
+    roles, attention = _roles(inputs, shapes)
+    dense = _other_weights(model.get_submodule(blocks), {name for group in inputs for name in group})
+    return Tower(blocks, inputs, roles, attention, None, calls.tuples, tuple(dense))
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Grouped products of experts are known in bfloat16 alone on fake tensors."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _blocks(model: Any) -> str:
+    """The path of the list of blocks: the one with most weights of those that are not inside another."""
+    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    outer = {
+        path: module
+        for path, module in lists.items()
+        if not any(path.startswith(f"{other}.") for other in lists) and _linears(module)
+    }
+    if not outer:
+        raise _unknown(model.config, "it has no list of blocks")
+    return max(outer, key=lambda path: sum(parameter.numel() for parameter in outer[path].parameters()))
+
+
+def _unknown(model_config: Any, why: str) -> UserError:
+    return UserError(
+        f"model type '{model_config.model_type}' has no compressible layer known to lowrank_lab: {why}; rows: "
+        f"{', '.join(sorted(FAMILIES))} (to add one, see CONTRIBUTING.md)"
+    )
+
+
+def _linears(module: nn.Module) -> dict[str, nn.Module]:
+    return {path: child for path, child in module.named_modules() if isinstance(child, (nn.Linear, Conv1D))}
+
+
+class _Calls:
+    """What a forward showed.
+
+    linears  by block, each linear that was called, in their order, with the tensors it was given
+    shapes   (out, in) of every linear
+    tuples   whether blocks give tuples
+    """
+
+    def __init__(self, count: int) -> None:
+        self.linears: list[dict[str, list[Tensor]]] = [{} for _ in range(count)]
+        self.shapes: dict[str, tuple[int, int]] = {}
+        self.tuples = False
+
+
+def _calls(model: nn.Module, blocks: Any) -> _Calls:
+    calls, hooks = _Calls(len(blocks)), []
+
+    def given(index: int, name: str) -> Any:
+        return lambda _module, args: calls.linears[index].setdefault(name, []).append(args[0])
+
+    def gave(_module: nn.Module, _args: Any, output: Any) -> None:
+        calls.tuples = isinstance(output, tuple)
+
+    for index, block in enumerate(blocks):
+        hooks.append(block.register_forward_hook(gave))
+        for name, linear in _linears(block).items():
+            calls.shapes[name] = _shape(linear)
+            hooks.append(linear.register_forward_pre_hook(given(index, name)))
+    CAUSAL_LM.forward(model, of_tokens(torch.zeros(1, TOKENS, dtype=torch.long)))
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+def _shape(linear: Any) -> tuple[int, int]:
+    first, second = linear.weight.shape
+    return (second, first) if isinstance(linear, Conv1D) else (first, second)
+
+
+def _groups(of_block: dict[str, list[Tensor]]) -> list[tuple[str, ...]]:
+    """The linears of a block in the order of their calls, those that were given the same tensors together."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, tensors in of_block.items():
+        if name.rpartition(".")[2] not in ROUTERS:
+            groups.setdefault(tuple(id(tensor) for tensor in tensors), []).append(name)
+    return [tuple(group) for group in groups.values()]
+
+
+def _in_all(of_blocks: list[list[tuple[str, ...]]]) -> list[tuple[str, ...]]:
+    """The groups of those linears that every block has, as the first block groups them."""
+    count = Counter(name for groups in of_blocks for group in groups for name in group)
+    first = [tuple(name for name in group if count[name] == len(of_blocks)) for group in of_blocks[0]]
+    return [group for group in first if group]
+
+
+def _roles(
+    inputs: tuple[tuple[str, ...], ...], shapes: dict[str, tuple[int, int]]
+) -> tuple[dict[str, tuple[str, ...]], Attention | None]:
+    """The roles that names and shapes tell, in the order of calls, and the attention."""
+    linears = [name for group in inputs for name in group]
+    of_attention = [name for name in linears if IN_ATTENTION.search(name)]
+    of_mlp = [name for name in linears if name not in of_attention and IN_MLP.search(name)]
+    roles: dict[str, tuple[str, ...]] = {}
+    attention = _attention(of_attention)
+    if attention is not None:
+        projections = tuple(dict.fromkeys((attention.query, attention.key, attention.value)))
+        roles["qkv"] = projections
+        if not attention.fused and attention.key != attention.value:
+            roles["kv"] = (attention.key, attention.value)
+        roles["attention"] = (*projections, attention.output)
+    if gate_up := _gate_up(inputs, of_mlp, shapes):
+        roles["gate_up"] = gate_up
+    if of_mlp:
+        roles["mlp"] = tuple(of_mlp)
+    return roles, attention
+
+
+def _attention(linears: list[str]) -> Attention | None:
+    """From the linears of the attention in the order of calls; None where they are not the usual ones."""
+    leaf = lambda name: name.rpartition(".")[2]
+    found = [[name for name in linears if kind.search(leaf(name))] for kind in (QUERY, KEY, VALUE)]
+    if len(linears) == 4 and all(len(names) == 1 for names in found):
+        [query], [key], [value] = found
+        [output] = [name for name in linears if name not in (query, key, value)]
+        return Attention(query, key, value, output)
+    if len(linears) == 2:
+        return Attention(linears[0], linears[0], linears[0], linears[1])
+    return None
+
+
+def _gate_up(
+    inputs: tuple[tuple[str, ...], ...], of_mlp: list[str], shapes: dict[str, tuple[int, int]]
+) -> tuple[str, ...] | None:
+    """Two linears of one input and shape, or one with twice as many outputs as the last of the MLP has inputs."""
+    for group in inputs:
+        together = tuple(name for name in group if name in of_mlp)
+        if len(together) == 2 and shapes[together[0]] == shapes[together[1]]:
+            return together
+    if len(of_mlp) == 2 and shapes[of_mlp[0]][0] == 2 * shapes[of_mlp[1]][1]:
+        return (of_mlp[0],)
+    return None
+
+
+def _other_weights(blocks: Iterable[nn.Module], linears: set[str]) -> list[str]:
+    """The matrices of the blocks that are not among ``linears``, by their paths within a block."""
+    names = {
+        name.removesuffix(".weight"): None
+        for block in blocks
+        for name, parameter in block.named_parameters()
+        if parameter.ndim >= 2 and name.removesuffix(".weight") not in linears
+    }
+    return list(names)

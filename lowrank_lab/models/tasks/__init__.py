@@ -1,0 +1,1 @@
+"""What a model is for: how it is loaded and called, and what its loss is."""
