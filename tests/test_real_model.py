@@ -27,6 +27,7 @@ from .conftest import REPOSITORY, mirror, run_on_mirror
 REAL = ("model=smollm2", "dataset=wikipedia")
 
 
+@pytest.mark.own_artifacts
 @pytest.mark.timeout(540)
 def test_svd_svdllm_and_the_dense_model(lab):
     """Ordered as they must be, and plain SVD equal to a truncation by torch.linalg.svd made here."""
