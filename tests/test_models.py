@@ -140,7 +140,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, 
         model = load_model(str(checkpoints[family]), None, "float32", False)
         statistics, gradients = (tmp_path_factory.mktemp(name) for name in ("statistics", "gradients"))
         make_statistics(statistics, model, FAMILIES[family].tower, IDS.split(2), CPU)
-        make_gradients(gradients, model, FAMILIES[family], IDS, CPU, outer=True)
+        make_gradients(gradients, model, FAMILIES[family].tower, IDS, CPU, outer=True)
         return statistics, gradients
 
     return of
