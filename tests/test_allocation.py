@@ -11,8 +11,14 @@ import pytest
 from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.lowrank.allocation.global_tail import GlobalTail, buy_segments, water_fill
 from lowrank_lab.lowrank.allocation.loss_based import loss_based
-from lowrank_lab.lowrank.allocation.sensitivity import candidate_ranks
-from lowrank_lab.lowrank.allocation.strs import Step, finish, index_within_budget, index_within_perplexity, plan
+from lowrank_lab.lowrank.allocation.strs import (
+    Step,
+    candidate_ranks,
+    finish,
+    index_within_budget,
+    index_within_perplexity,
+    plan,
+)
 from lowrank_lab.lowrank.allocation.uniform import uniform
 from lowrank_lab.lowrank.ranks import budget, fit, total_cost
 from lowrank_lab.modules.site import Site

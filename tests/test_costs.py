@@ -17,11 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowrank_lab.errors import SkippedCell
+from lowrank_lab.lowrank.allocation.differentiable import LearnedRank
 from lowrank_lab.lowrank.allocation.global_tail import buy_segments, water_fill
 from lowrank_lab.lowrank.allocation.loss_based import loss_based
-from lowrank_lab.lowrank.allocation.rank_training import LearnedRank
-from lowrank_lab.lowrank.allocation.sensitivity import candidate_ranks
-from lowrank_lab.lowrank.allocation.strs import Step, finish, index_within_budget, plan
+from lowrank_lab.lowrank.allocation.strs import Step, candidate_ranks, finish, index_within_budget, plan
 from lowrank_lab.lowrank.allocation.uniform import uniform
 from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.lowrank.ranks import (

@@ -15,10 +15,9 @@ from transformers import GenerationConfig
 
 from lowrank_lab.cells import config
 from lowrank_lab.errors import UserError
-from lowrank_lab.evaluation import text
-from lowrank_lab.evaluation.generation import Prompt, repetition, summary
+from lowrank_lab.evaluation import generation
+from lowrank_lab.evaluation.generation import Prompt, repetition, summary, write
 from lowrank_lab.evaluation.robust import NotFiniteError
-from lowrank_lab.evaluation.text import write
 from lowrank_lab.models.load import load_model, load_tokenizer
 from lowrank_lab.models.tiny import byte_tokenizer
 from lowrank_lab.reporting import generation as report
@@ -245,7 +244,7 @@ def test_the_second_time_nothing_is_written(lab, monkeypatch):
     def fail(*_arguments):
         raise AssertionError("written again")
 
-    monkeypatch.setattr(text, "write", fail)
+    monkeypatch.setattr(generation, "write", fail)
     assert lab.run(*SHORT, "method=dense") == first
     again = lab.run(*SHORT, "method=dense", "eval.ppl.max_windows=2")  # another cell, the same answers
     assert again["metrics"]["generation"] == first["metrics"]["generation"]

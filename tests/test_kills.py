@@ -48,7 +48,7 @@ SLOW = {
     "calibration tokens": at("method=svdllm", "lowrank_lab.calibration.tokens:save_file"),
     "gradients": at("method=fwsvd", "lowrank_lab.calibration.gradients:save_file", call=2),
     "renaming an artifact": at("method=svdllm", "os:replace", after=False, of="/spectra/"),
-    "sensitivities": at("method=asvd", "lowrank_lab.lowrank.allocation.sensitivity:write_json", call=2),
+    "sensitivities": at("method=asvd", "lowrank_lab.lowrank.allocation.strs:write_json", call=2),
     "factorization": at("method=svdllm", "lowrank_lab.lowrank.storage.absorb:Absorb.install", call=3),
     "quantization": at(
         "method=svdllm quantization=gptq", "lowrank_lab.quantization.method.gptq:Gptq.quantize", call=3

@@ -13,8 +13,7 @@ import torch
 from lowrank_lab.calibration.statistics import load_statistics, make_statistics
 from lowrank_lab.cells import grid
 from lowrank_lab.cells.cell import Cell
-from lowrank_lab.evaluation.block_errors import RelativeError, output_errors, storage_errors
-from lowrank_lab.evaluation.output_error import OutputError
+from lowrank_lab.evaluation.output_error import OutputError, RelativeError, output_errors, storage_errors
 from lowrank_lab.evaluation.robust import NotFiniteError
 from lowrank_lab.lowrank.metric.second_moment import SecondMoment
 from lowrank_lab.lowrank.spectra import compress, load_spectrum, load_tails, make_spectra

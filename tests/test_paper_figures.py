@@ -23,7 +23,7 @@ from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.evaluation.factors import distribution
 from lowrank_lab.evaluation.ipca_memory import WAYS, directions
 from lowrank_lab.evaluation.tensor_memory import peak_bytes
-from lowrank_lab.lowrank.allocation.sensitivity import perplexity_of
+from lowrank_lab.lowrank.allocation.strs import perplexity_of
 from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.lowrank.ranks import budget, fit
 from lowrank_lab.records.results import Record

@@ -13,15 +13,17 @@ from safetensors.torch import load_file
 
 from lowrank_lab.cells import config
 from lowrank_lab.errors import UserError
+from lowrank_lab.lowrank import factors
 from lowrank_lab.lowrank.answers import answers_of
 from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.factors import load_factors
 from lowrank_lab.lowrank.keys import LowRankKeys
-from lowrank_lab.lowrank.refinement import lora_training, weighted_error
+from lowrank_lab.lowrank.refinement import lora, weighted_descent
 from lowrank_lab.lowrank.refinement.lora import Lora
 from lowrank_lab.lowrank.spectra import compress
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.models.families import FAMILIES
+from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.factorized import factors_of, site_weight
 from lowrank_lab.records.results import Record
@@ -120,8 +122,8 @@ def test_a_phase_changes_its_side_alone(lab, tmp_path, grouping):
     names = {name for name, _ in model.named_modules()}
     others = {n: p.clone() for n, p in model.named_parameters() if ".left" not in n and ".right" not in n}
     for side, changed in (("left", 0), ("right", 1)):
-        lora_training.train_side(
-            model, side, context.text_ids("refinement"), tmp_path, answers_of(context.cell).refinement
+        lora.train_side(
+            model, side, context.text_ids("refinement"), tmp_path, answers_of(context.cell).refinement, CAUSAL_LM
         )
         after = all_factors(context, model)
         for name in before:
@@ -135,15 +137,13 @@ def test_a_phase_changes_its_side_alone(lab, tmp_path, grouping):
 def test_merged_is_what_was_trained(lab):
     context = context_of(lab, *LORA, "refinement.dropout=0", "grouping=qkv")
     model = compressed(context, answers_of(context.cell).allocation(context))
-    layers = lora_training.attach(
-        model, lora_training.linears_of(model, "right"), answers_of(context.cell).refinement
-    )
+    layers = lora.attach(model, lora.linears_of(model, "right"), answers_of(context.cell).refinement)
     for layer in layers.values():
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
     ids = context.text_ids("refinement")[:2]
     with torch.no_grad():
         trained = model(ids).logits
-        lora_training.merge(model, layers)
+        lora.merge(model, layers)
         torch.testing.assert_close(model(ids).logits, trained, rtol=1e-4, atol=1e-5)
 
 
@@ -209,7 +209,7 @@ def test_instructions_can_be_trained_on(lab, data_root, tmp_path):
     assert with_input.endswith("request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\nThree.")
     assert without.endswith("### Instruction:\nAdd.\n\n### Response:\nThree.")
     record = lab.run(*options, "refinement.epochs=1")
-    assert record["refinement"]["left"]["steps"] == 2
+    assert record["compressions"]["lowrank"]["refinement"]["left"]["steps"] == 2
     with pytest.raises(UserError, match=r"dataset=alpaca is not valid; this data set has no eval part"):
         lab.cells("dataset=alpaca", f"data_root={root}")
 
@@ -269,7 +269,7 @@ def test_the_weighted_error_is_the_measured_one_and_falls(lab, tmp_path, groupin
 def test_weighted_descent_goes_on_where_it_was_stopped(lab, tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     refined(lab, whole, *WSVD)
-    with stopped_at_block_one(monkeypatch, weighted_error):
+    with stopped_at_block_one(monkeypatch, factors):
         refined(lab, stopped, *WSVD)
     first = (stopped / "block_000.safetensors").stat().st_mtime_ns
     refined(lab, stopped, *WSVD)
@@ -296,7 +296,7 @@ def truncated(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tens
 def test_under_a_constant_importance_the_plain_svd_is_where_it_stays(problem):
     weight, _ = problem
     start = truncated(weight, 7)
-    found = weighted_error.descend(weight, torch.full_like(weight, 3.0), *start, 20)
+    found = weighted_descent.descend(weight, torch.full_like(weight, 3.0), *start, 20)
     torch.testing.assert_close(found[0] @ found[1], start[0] @ start[1], rtol=1e-4, atol=1e-4)
 
 
@@ -306,16 +306,16 @@ def test_under_a_separable_importance_the_closed_form_is_reached(problem):
     scaled = rows.sqrt().unsqueeze(1) * weight * columns.sqrt()
     best = torch.linalg.svdvals(scaled)[7:].square().sum() / scaled.square().sum()
     separable = torch.outer(rows, columns)
-    found = weighted_error.descend(weight, separable, *truncated(weight, 7), 100)
-    assert weighted_error.weighted_error(weight, separable, *found) == pytest.approx(float(best), rel=1e-2)
+    found = weighted_descent.descend(weight, separable, *truncated(weight, 7), 100)
+    assert weighted_descent.weighted_error(weight, separable, *found) == pytest.approx(float(best), rel=1e-2)
 
 
 def test_every_step_lowers_the_weighted_error(problem):
     weight, importance = problem
     factors = truncated(weight, 7)
-    errors = [weighted_error.weighted_error(weight, importance, *factors)]
+    errors = [weighted_descent.weighted_error(weight, importance, *factors)]
     for _ in range(15):
-        factors = weighted_error.descend(weight, importance, *factors, 1)
-        errors.append(weighted_error.weighted_error(weight, importance, *factors))
+        factors = weighted_descent.descend(weight, importance, *factors, 1)
+        errors.append(weighted_descent.weighted_error(weight, importance, *factors))
     assert all(later < earlier for earlier, later in pairwise(errors))
     assert errors[-1] < 0.5 * errors[0]

@@ -15,11 +15,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lowrank_lab.lowrank.allocation.differentiable import Differentiable
-from lowrank_lab.lowrank.allocation.rank_training import LearnedRank, train_ranks
-from lowrank_lab.lowrank.allocation.sensitivity import candidate_ranks, measure
-from lowrank_lab.lowrank.allocation.sigma_gradient import score_tails
-from lowrank_lab.lowrank.allocation.sigma_statistics import load_sigma_gradients, make_sigma_gradients
+from lowrank_lab.lowrank.allocation import strs
+from lowrank_lab.lowrank.allocation.differentiable import Differentiable, LearnedRank, train_ranks
+from lowrank_lab.lowrank.allocation.sigma_gradient import load_sigma_gradients, make_sigma_gradients, score_tails
+from lowrank_lab.lowrank.allocation.strs import candidate_ranks, measure
 from lowrank_lab.lowrank.masked import mask_directions
 from lowrank_lab.lowrank.metric.identity import Identity
 from lowrank_lab.lowrank.ranks import budget, fit, total_cost
@@ -121,7 +120,7 @@ def test_fast_sensitivities_are_those_of_the_definition(tmp_path, family):
     dense = nll(here.model(), here.ids)
     batches = here.ids.split(3)  # of two sizes
     model = here.model()
-    measure(found, model, here.tower, here.sites, here.spectra, batches, RATIOS, CPU)
+    measure(found, model, here.tower, here.sites, here.spectra, batches, RATIOS, CPU, CAUSAL_LM)
     assert nll(model, here.ids) == dense, "the model is not as it was"
     differences = 0
     for block in range(len(blocks_of(model, here.tower))):
@@ -142,7 +141,7 @@ def test_fast_sensitivities_need_at_most_55_percent_of_the_forward_work(tmp_path
     here.sites = {name: site for name, site in here.sites.items() if name.endswith(("q_proj", "down_proj"))}
     ids = here.ids[:1]
     with FlopCounterMode(display=False) as fast:
-        measure(found, here.model(), here.tower, here.sites, here.spectra, [ids], [0.5], CPU)
+        measure(found, here.model(), here.tower, here.sites, here.spectra, [ids], [0.5], CPU, CAUSAL_LM)
     plain = 0
     for name, site in here.sites.items():
         if site.block == 0:  # every block costs the same in a whole forward
@@ -158,15 +157,13 @@ def test_sensitivities_go_on_after_an_interruption(small, tmp_path, monkeypatch)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
-    arguments = (small.tower, small.sites, small.spectra, [small.ids], RATIOS, CPU)
+    arguments = (small.tower, small.sites, small.spectra, [small.ids], RATIOS, CPU, CAUSAL_LM)
     measure(whole, small.model(), *arguments)
     (cut / "block_000.json").write_text((whole / "block_000.json").read_text())
     (cut / "block_002.json").write_text((whole / "block_002.json").read_text())
-    from lowrank_lab.lowrank.allocation import sensitivity
-
     measured = []
-    of_site = sensitivity._of_site
-    monkeypatch.setattr(sensitivity, "_of_site", lambda *a: (measured.append(a[2].block), of_site(*a))[1])
+    of_site = strs._of_site
+    monkeypatch.setattr(strs, "_of_site", lambda *a: (measured.append(a[2].block), of_site(*a))[1])
     measure(cut, small.model(), *arguments)
     assert set(measured) == {1, 3}
     for block in range(4):
@@ -179,7 +176,7 @@ def test_sigma_gradients_are_those_of_finite_differences(tmp_path):
     spectra.mkdir()
     found.mkdir()
     here = Small(spectra, layers=2, joint=["qkv"])
-    make_sigma_gradients(found, here.model(), here.tower, here.sites, here.spectra, here.ids, CPU)
+    make_sigma_gradients(found, here.model(), here.tower, here.sites, here.spectra, here.ids, CPU, CAUSAL_LM)
     sigma, mean_abs, mean_square = load_sigma_gradients(found, here.sites)
     for name in list(here.sites)[::2]:
         site = here.sites[name]

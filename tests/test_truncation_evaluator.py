@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lowrank_lab.errors import SkippedCell, UserError
-from lowrank_lab.evaluation.one_truncated import chosen_sites, compare, first
+from lowrank_lab.evaluation.chosen_sites import chosen_sites
 from lowrank_lab.evaluation.robust import NotFiniteError
-from lowrank_lab.evaluation.truncation import Truncation
-from lowrank_lab.lowrank.masked import TruncatedActivation
+from lowrank_lab.evaluation.truncation import Truncation, compare
+from lowrank_lab.lowrank.masked import TruncatedActivation, first
 from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.modules.factorized import dense_weight
 from lowrank_lab.reporting import figures, tables
@@ -72,7 +72,7 @@ def test_truncated_activations_are_the_best_of_their_rank(shape):
 def test_losses_are_those_of_the_definition(checkpoints, family):
     """The whole dense model with one linear changed by hand: its weight, or its output of each window."""
     model, tower, windows = load(checkpoints, family), FAMILIES[family].tower, some_windows()
-    sites = chosen_sites(model, tower, None, [1])
+    sites = chosen_sites(model, tower, None, [1], "eval.truncation")
     found = compare(model, tower, sites, windows, [0.2, 0.6], CPU)
     assert found["dense_nll"] == pytest.approx(nll(model, windows), abs=1e-5)
     assert len(found["points"]) == 2 * len(tower.linears)
@@ -102,7 +102,7 @@ def test_losses_are_those_of_the_definition(checkpoints, family):
 def test_full_rank_changes_nothing_and_the_model_is_left_as_it_was(checkpoints, family):
     model, tower, windows = load(checkpoints, family), FAMILIES[family].tower, some_windows()
     modules = dict(model.named_modules())
-    found = compare(model, tower, chosen_sites(model, tower, None, None), windows, [1], CPU)
+    found = compare(model, tower, chosen_sites(model, tower, None, None, "eval.truncation"), windows, [1], CPU)
     for point in found["points"]:
         assert point["weight_nll"] == pytest.approx(found["dense_nll"], abs=2e-5)
         assert point["activation_nll"] == pytest.approx(found["dense_nll"], abs=2e-5)
@@ -113,7 +113,7 @@ def test_full_rank_changes_nothing_and_the_model_is_left_as_it_was(checkpoints, 
 def test_ranks_that_truncate_no_activation_are_left_out(checkpoints):
     """16 tokens: activations of rank 16 at most. min(out, in) is 48, and 24 for k and v."""
     model, tower = load(checkpoints, "llama"), FAMILIES["llama"].tower
-    sites = chosen_sites(model, tower, ["kv", "mlp.up_proj"], [0])
+    sites = chosen_sites(model, tower, ["kv", "mlp.up_proj"], [0], "eval.truncation")
     points = compare(model, tower, sites, some_windows(1, 16), [0.25, 0.5, 1], CPU)["points"]
     kept = {(p["linear"], p["rank"]) for p in points}
     assert kept == {
@@ -126,7 +126,7 @@ def test_ranks_that_truncate_no_activation_are_left_out(checkpoints):
 
 def test_linears_and_blocks_are_chosen_by_role_path_and_index(checkpoints):
     model, tower = load(checkpoints, "gemma2"), FAMILIES["gemma2"].tower
-    of = lambda *chosen: list(chosen_sites(model, tower, *chosen))
+    of = lambda *chosen: list(chosen_sites(model, tower, *chosen, "eval.truncation"))
     assert of(["mlp.down_proj"], None) == [f"model.layers.{i}.mlp.down_proj" for i in (0, 2, 3)]
     assert of(["kv", "self_attn.k_proj"], [3]) == [f"model.layers.3.self_attn.{x}_proj" for x in "kv"]
     assert len(of(None, [0, 1, 2, 3])) == 28
@@ -140,7 +140,7 @@ def test_a_model_that_is_not_finite_names_its_layer(checkpoints):
     model, tower = load(checkpoints, "llama"), FAMILIES["llama"].tower
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
     with pytest.raises(NotFiniteError) as raised:
-        compare(model, tower, chosen_sites(model, tower, None, [0]), some_windows(), [0.5], CPU)
+        compare(model, tower, chosen_sites(model, tower, None, [0], "eval.truncation"), some_windows(), [0.5], CPU)
     assert raised.value.layer == "model.layers.1.mlp.up_proj"
 
 

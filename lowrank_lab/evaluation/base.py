@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig
 
 from lowrank_lab.artifacts.store import Store
 from lowrank_lab.cells.config import for_key
 
-if TYPE_CHECKING:
-    from lowrank_lab.running.context import Context
-
 
 class Evaluator:
-    """Measures a model. What it returns is kept as an artifact, found by the model, the settings and the text.
+    """Measures a model. What it returns is an artifact, found by the model, the settings and the text.
+
+    ``context`` is a running.context.Context: the model, its compressed linears, the text.
 
     A measurement is a dict with ``metric`` (the name of the number), ``value`` (a float; None where the model's
-    logits are not finite, with ``not_finite`` saying where they ceased to be, or where there is no number, with a
-    ``reason``), ``protocol`` (how it was measured) and whatever else reports show.
+    logits are not finite, and ``not_finite`` names the first such layer; None where there is no number, for the
+    ``reason`` given), ``protocol`` (how it was measured) and whatever else reports show.
 
     version             raise it when the evaluator gives another number for the same model
     component           the name of that version in versions.py, for those that are there
@@ -26,8 +25,7 @@ class Evaluator:
     add_special_tokens  whether the text's tokens begin with the tokenizer's special ones
     of_this_machine     whether its number, and so its key, is of the machine and the process that ask for it
     no_influence        settings that change its speed but no number
-    models              the kinds of model on which it measures anything (``Cell.kind``), None for all; cells of
-                        other kinds go without
+    models              the kinds of model on which it measures anything (``Cell.kind``), None for all
     """
 
     version: int
@@ -43,7 +41,7 @@ class Evaluator:
         return for_key(node, without=(*self.no_influence, "dataset"))
 
     def parts(self, cfg: DictConfig, store: Store) -> dict[str, Any]:
-        """What is measured and kept separately, by name, each with what its number depends on besides ``settings``.
+        """What is measured separately, by name, each with what its number depends on besides ``settings``.
 
         Raises UserError where something that a part reads is not there.
         """
@@ -58,13 +56,13 @@ class Evaluator:
         seqlen = getattr(self, "seqlen", None)
         return {} if seqlen is None else {"seqlen": seqlen}
 
-    def check(self, context: Context) -> None:
+    def check(self, context: Any) -> None:
         """Look, before the model is read, whether this suits it.
 
         Raises SkippedCell, or UserError for a setting that no model of this kind could meet.
         """
 
-    def __call__(self, context: Context, part: str) -> dict[str, Any]:
+    def __call__(self, context: Any, part: str) -> dict[str, Any]:
         """Measure one part of ``parts``."""
         raise NotImplementedError
 

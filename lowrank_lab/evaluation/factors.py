@@ -8,11 +8,21 @@ from lowrank_lab import checks
 from lowrank_lab.cells import versions
 from lowrank_lab.errors import SkippedCell
 from lowrank_lab.evaluation.base import Evaluator
+from lowrank_lab.evaluation.chosen_sites import chosen_sites
+from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.modules.site import Site
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
+    from lowrank_lab.models import walk
+    from lowrank_lab.modules import base
     from lowrank_lab.running.context import Context
+else:
+    np = LazyModule("numpy")
+    walk = LazyModule("lowrank_lab.models.walk")
+    base = LazyModule("lowrank_lab.modules.base")
 
 
 class Factors(Evaluator):
@@ -45,15 +55,13 @@ class Factors(Evaluator):
 
     def __call__(self, context: Context, part: str) -> dict[str, Any]:
         """Measure it: the value, and all of ``linears``. Raises SkippedCell where none of them has factors."""
-        from lowrank_lab.models.walk import blocks_of
-        from lowrank_lab.modules.base import factors_of_linear
-
-        blocks, found = blocks_of(context.model, context.tower), []
+        blocks = walk.blocks_of(context.model, context.tower)
+        found: list[dict[str, Any]] = []
         for site in self._chosen(context).values():
-            factors = factors_of_linear(blocks[site.block].get_submodule(site.key))
-            if factors is not None:
+            pair = base.factors_of_linear(blocks[site.block].get_submodule(site.key))
+            if pair is not None:
                 role = "mlp" if site.key in context.tower.roles.get("mlp", ()) else "attention"
-                left, right = (distribution(factor, self.bins) for factor in factors)
+                left, right = (distribution(factor, self.bins) for factor in pair)
                 found.append({"linear": site.key, "role": role, "block": site.block, "left": left, "right": right})
         if not found:
             raise SkippedCell("eval=factors: none of the linears asked for is factored")
@@ -65,14 +73,11 @@ class Factors(Evaluator):
             "protocol": {"linears": [one["linear"] for one in found], "blocks": [one["block"] for one in found]},
         }
 
-    def _chosen(self, context: Context) -> Any:
-        from lowrank_lab.evaluation.one_truncated import chosen_sites
-        from lowrank_lab.models.walk import blocks_of
-
+    def _chosen(self, context: Context) -> dict[str, Site]:
         model, tower = context.skeleton(), context.tower
         roles = [tower.roles[role] for role in ("attention", "mlp") if role in tower.roles]
         linears = self.linears or [members[0] for members in roles] or [tower.linears[0]]
-        blocks = self.blocks or [len(blocks_of(model, tower)) // 2]
+        blocks = self.blocks or [len(walk.blocks_of(model, tower)) // 2]
         return chosen_sites(model, tower, linears, blocks, "eval.factors")
 
 
@@ -82,8 +87,6 @@ def distribution(values: Tensor, bins: int) -> dict[str, Any]:
     ``counts`` of the ``bins`` even bins from -``largest`` to ``largest``, the largest |x|. Raises SkippedCell where
     all values are equal.
     """
-    import numpy as np
-
     x = values.detach().double().cpu().numpy()
     largest, mean, std = float(np.abs(x).max()), float(x.mean()), float(x.std())
     if std == 0:

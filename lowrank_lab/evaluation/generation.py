@@ -1,20 +1,31 @@
-"""The ``eval=generation`` evaluator: what is asked, and how much answers repeat. text.py generates them."""
+"""Answers to prompts, by ``generate`` of transformers, and how much they repeat themselves."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lowrank_lab import checks
+from lowrank_lab import checks, progress
 from lowrank_lab.artifacts.store import fingerprint
 from lowrank_lab.cells import versions
 from lowrank_lab.errors import SkippedCell
 from lowrank_lab.evaluation.base import Evaluator
+from lowrank_lab.evaluation.robust import NotFiniteError
+from lowrank_lab.lazy_module import LazyModule
 
 if TYPE_CHECKING:
-    from lowrank_lab.evaluation.text import Answer
+    import torch
+    import transformers
+
+    from lowrank_lab.evaluation import score_check
     from lowrank_lab.running.context import Context
+else:
+    torch = LazyModule("torch")
+    transformers = LazyModule("transformers")
+    score_check = LazyModule("lowrank_lab.evaluation.score_check")
 
 NGRAM = 4
 KINDS = ("greedy", "sampled")
@@ -50,6 +61,18 @@ class Prompt:
         turns = [{"role": roles[i % 2], "content": message} for i, message in enumerate(self.messages)]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The token ids that a model wrote after a prompt, without the end token, and their text.
+
+    ``cut`` says that generation stopped at ``max_new_tokens``.
+    """
+
+    ids: list[int]
+    text: str
+    cut: bool
 
 
 class Generation(Evaluator):
@@ -99,9 +122,6 @@ class Generation(Evaluator):
 
     def __call__(self, context: Context, part: str) -> dict[str, Any]:
         """Write all answers and measure them."""
-        from lowrank_lab.evaluation.robust import NotFiniteError
-        from lowrank_lab.evaluation.text import write
-
         prompts = self._asked(context)
         protocol = {
             "prompts": fingerprint([prompt.messages for prompt in self.prompts]),
@@ -157,6 +177,84 @@ def repetition(ids: list[int], n: int) -> float | None:
     """
     ngrams = [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else None
+
+
+def write(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[tuple[list[int], bool]],
+    max_new_tokens: int,
+    sampling: dict[str, float],
+    seed: int,
+    device: torch.device,
+) -> list[tuple[Answer, Answer]]:
+    """The greedy and the sampled answer to each of ``prompts``: its token ids, and whether an answer is one line.
+
+    ``sampling`` has the temperature and top_p; all tokens may be sampled (no top_k), and the checkpoint's own
+    settings (a repetition penalty, say) are not used. ``seed`` is set before every answer, and torch's random
+    state is the same afterwards. Raises NotFiniteError where logits are not finite.
+    """
+    model.to(device)
+    ends = _end_tokens(model, tokenizer)
+    check = transformers.LogitsProcessorList([score_check.CheckScores(model)])
+    greedy: dict[str, Any] = {"do_sample": False}
+    sampled: dict[str, Any] = {"do_sample": True, "top_k": 0, **sampling}
+
+    def answer(ids: list[int], one_line: bool, way: dict[str, Any]) -> Answer:
+        torch.manual_seed(seed)
+        settings = transformers.GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            stop_strings=["\n"] if one_line else None,
+            eos_token_id=ends,
+            pad_token_id=ends[0] if ends else 0,  # avoids a warning: a single prompt needs no padding
+            use_cache=True,
+            **way,
+        )
+        prompt = torch.tensor([ids], device=device)
+        whole = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            generation_config=settings,
+            logits_processor=check,
+            tokenizer=tokenizer,
+        )
+        new = whole[0, len(ids) :].tolist()
+        return _answer(new, ends, tokenizer, one_line, full=len(new) == max_new_tokens)
+
+    random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with torch.inference_mode(), _without_checkpoint_settings(model), random_state:
+        return [
+            (answer(ids, one_line, greedy), answer(ids, one_line, sampled))
+            for ids, one_line in progress.track(prompts, "generation", "prompt")
+        ]
+
+
+def _answer(new: list[int], ends: list[int], tokenizer: Any, one_line: bool, full: bool) -> Answer:
+    """What was written as an answer; ``full`` says that no more tokens were allowed."""
+    ended = new[-1] in ends
+    ids = new[:-1] if ended else new
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if one_line:
+        text, newline, _ = text.partition("\n")  # the token that ends the line may contain more
+        ended = ended or bool(newline)
+    return Answer(ids, text, cut=full and not ended)
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: those that the checkpoint names and that of its tokenizer."""
+    named = model.generation_config.eos_token_id
+    ends = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
+    return sorted({token for token in ends if token is not None})
+
+
+@contextmanager
+def _without_checkpoint_settings(model: Any) -> Iterator[None]:
+    """Without the generation settings of the checkpoint, which would apply wherever ours name none."""
+    kept, model.generation_config = model.generation_config, transformers.GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept
 
 
 def _prompts(prompts: dict[str, Any]) -> list[Prompt]:

@@ -18,9 +18,13 @@ from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation.base import Evaluator
 from lowrank_lab.evaluation.task_data import TaskData, find
 from lowrank_lab.evaluation.tasks import Leaf, NamedTask, harness_version, named_task, task_manager
+from lowrank_lab.lazy_module import LazyModule
 
 if TYPE_CHECKING:
+    from lowrank_lab.evaluation import lm
     from lowrank_lab.running.context import Context
+else:
+    lm = LazyModule("lowrank_lab.evaluation.lm")
 
 
 class Harness(Evaluator):
@@ -78,10 +82,7 @@ class Harness(Evaluator):
         task = named_task(part, store)
         data = self._data(task, context.cell.cfg.data_root, store)
         manager = task_manager(store, {leaf: found.yaml for leaf, found in data.items()})
-
-        from lowrank_lab.evaluation.lm import evaluate
-
-        measured = evaluate(
+        measured = lm.evaluate(
             context.model, context.tokenizer, context.device, part, manager, self.shots, self.limit, self.batch_size
         )
         protocol: dict[str, Any] = {

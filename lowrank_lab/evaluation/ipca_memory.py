@@ -9,19 +9,26 @@ from typing import TYPE_CHECKING, Any
 from lowrank_lab import checks, progress
 from lowrank_lab.cells import versions
 from lowrank_lab.evaluation.base import Evaluator
+from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.lowrank.refinement.ipca import leading_directions, merge
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+    from lowrank_lab.evaluation import tensor_memory
     from lowrank_lab.running.context import Context
+else:
+    torch = LazyModule("torch")
+    tensor_memory = LazyModule("lowrank_lab.evaluation.tensor_memory")
 
 
 class IpcaMemory(Evaluator):
     """The peak memory while ``samples`` sets of directions are reduced to one.
 
-    The directions of a sample are random orthonormal V_i (n, k) in float64, drawn one after the other, as they come
-    from calibration. The number does not depend on the model; it is in the record of a dense one. The value is
-    PCA's number over IPCA's at the largest width.
+    The directions of a sample are random orthonormal V_i (n, k) in float64, drawn one after the other, as
+    calibration gives them. The number does not depend on the model; it is in the record of a dense one. The value
+    is PCA's number over IPCA's at the largest width.
 
     widths   n, the width of an n × n matrix
     samples  how many V_i (paper: 256)
@@ -45,13 +52,14 @@ class IpcaMemory(Evaluator):
 
     def __call__(self, context: Context, part: str) -> dict[str, Any]:
         """Measure it: the value, and ``points``, by width and way the peak in ``bytes``."""
-        from lowrank_lab.evaluation.tensor_memory import peak_bytes
-
         points, last = [], {}
         for width in progress.track(self.widths, "memory", "width"):
             rank = max(1, round(self.share * width))
             sample = directions(width, rank, context.device)
-            last = {name: peak_bytes(partial(run, sample, self.samples, rank)) for name, run in WAYS.items()}
+            last = {
+                name: tensor_memory.peak_bytes(partial(run, sample, self.samples, rank))
+                for name, run in WAYS.items()
+            }
             points += [{"width": width, "rank": rank, "way": name, "bytes": peak} for name, peak in last.items()]
         return {
             "metric": "memory of PCA over IPCA",
@@ -69,8 +77,6 @@ def directions(width: int, rank: int, device: Any) -> Callable[[int], Tensor]:
     """A function that draws V_i (width, rank), orthonormal in float64, of sample i."""
 
     def of_sample(number: int) -> Tensor:
-        import torch
-
         generator = torch.Generator().manual_seed(number)
         return torch.linalg.qr(torch.randn(width, rank, dtype=torch.float64, generator=generator).to(device))[0]
 
@@ -79,8 +85,6 @@ def directions(width: int, rank: int, device: Any) -> Callable[[int], Tensor]:
 
 def pca(sample: Callable[[int], Tensor], samples: int, rank: int) -> Tensor:
     """The first ``rank`` left singular vectors (n, rank) of [V_1, …, V_samples], kept as one matrix."""
-    from lowrank_lab.lowrank.refinement.ipca import leading_directions
-
     first = sample(0)
     together = first.new_empty(first.shape[0], samples * rank)
     for number in range(samples):
@@ -90,8 +94,6 @@ def pca(sample: Callable[[int], Tensor], samples: int, rank: int) -> Tensor:
 
 def pca_of_gram(sample: Callable[[int], Tensor], samples: int, rank: int) -> Tensor:
     """The same (n, rank), from the sum of V_i V_iᵀ, which is n × n however many samples there are."""
-    import torch
-
     first = sample(0)
     gram = first.new_zeros(first.shape[0], first.shape[0])
     for number in range(samples):
@@ -102,8 +104,6 @@ def pca_of_gram(sample: Callable[[int], Tensor], samples: int, rank: int) -> Ten
 
 def ipca(sample: Callable[[int], Tensor], samples: int, rank: int) -> Tensor:
     """Algorithm 2's directions (n, rank), as refinement/ipca.py merges them."""
-    from lowrank_lab.lowrank.refinement.ipca import merge
-
     v = sample(0)
     for number in range(1, samples):
         v = merge(v, sample(number), number + 1, rank)

@@ -1,4 +1,4 @@
-"""The ``eval=learned_ranks`` evaluator: what the ranks are worth while they are trained (Dobi-SVD, Figure 7)."""
+"""The ``eval=learned_ranks`` evaluator: how good the ranks are while they are trained (Dobi-SVD, Figure 7)."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ from typing import TYPE_CHECKING, Any, Literal
 from lowrank_lab import checks
 from lowrank_lab.cells import versions
 from lowrank_lab.errors import SkippedCell
+from lowrank_lab.evaluation.perplexity import perplexity
 from lowrank_lab.evaluation.windows import WindowEvaluator
+from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.lowrank.allocation.differentiable import STATES, Differentiable
 from lowrank_lab.lowrank.answers import answers_of
 from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.ranks import budget, fit
 
 if TYPE_CHECKING:
+    from lowrank_lab.lowrank import masked
     from lowrank_lab.running.context import Context
+else:
+    masked = LazyModule("lowrank_lab.lowrank.masked")
 
 
 class LearnedRanks(WindowEvaluator):
-    """Perplexity with the ranks as they stood after some steps of their training.
+    """Perplexity with the ranks after some steps of their training.
 
-    The ranks of every state are made whole and brought to the ratio that is asked for, as those at the end are: the
-    ratio that the training spends on its way would hide what they are worth. The factors are those of the metric,
-    without refinement and storage. The value is the perplexity after the last step.
+    The ranks of every state are rounded and scaled to the ratio of the cell, like the final ones: during training
+    the ratio differs, which would hide the quality of the ranks. The factors are those of the metric, without
+    refinement and storage. The value is the perplexity after the last step.
 
     points  how many states, from the untrained to the last, evenly between; the record keeps no more than 21
     """
@@ -53,21 +58,17 @@ class LearnedRanks(WindowEvaluator):
 
     def __call__(self, context: Context, part: str) -> dict[str, Any]:
         """Measure it: ``states``, steps of the training, and the perplexity after each."""
-        from lowrank_lab.evaluation.one_truncated import first
-        from lowrank_lab.evaluation.perplexity import perplexity
-        from lowrank_lab.lowrank.masked import mask_directions
-
         windows, protocol = self.windows(context)
         training, sites = context.record.data["compressions"]["lowrank"]["training"], context.sites
         last = {name: site.last for name, site in sites.items()}
         ranks: dict[str, int | None] = {}
 
         def mask(name: str) -> Any:
-            return lambda count: first(ranks[name] or last[name])(count)
+            return lambda count: masked.first(ranks[name] or last[name])(count)
 
         masks = {name: mask(name) for name in sites}
         model = context.dense_model()
-        mask_directions(model, context.tower, sites, spectra(context), last, masks, context.device)
+        masked.mask_directions(model, context.tower, sites, spectra(context), last, masks, context.device)
         limit, known = budget(sites, context.ratio), len(training["states"])
         places = sorted({round(number * (known - 1) / (self.points - 1)) for number in range(self.points)})
         found = []

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lowrank_lab import progress
 from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation.robust import NotFiniteError, check_output, in_batches
-from lowrank_lab.evaluation.text import CheckScores
+from lowrank_lab.evaluation.score_check import CheckScores
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

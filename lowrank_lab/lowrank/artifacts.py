@@ -1,17 +1,21 @@
-"""What low rank makes of the dense model in a cell and keeps: the spectra of all sites. No torch."""
+"""The artifact that low rank computes from the dense model of a cell: the spectra of all sites. No torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.lowrank.answers import answers_of
 from lowrank_lab.lowrank.keys import LowRankKeys
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from lowrank_lab.lowrank import spectra as decomposition
     from lowrank_lab.running.context import Context
+else:
+    decomposition = LazyModule("lowrank_lab.lowrank.spectra")
 
 
 def spectra(context: Context) -> Path:
@@ -20,27 +24,24 @@ def spectra(context: Context) -> Path:
 
 
 def _spectra(context: Context) -> Path:
-    from lowrank_lab.lowrank.spectra import make_spectra
-
     metric = answers_of(context.cell).metric
     statistics = context.statistics if metric.needs_inputs else None
     gradients = output_gradients(context) if metric.needs_gradients else None
 
     def make(folder: Path) -> None:
         with context.dense(context.cell.cfg.dtype) as model:
-            make_spectra(folder, model, context.tower, context.sites, metric, statistics, gradients, context.device)
+            where = (folder, model, context.tower, context.sites)
+            decomposition.make_spectra(*where, metric, statistics, gradients, context.device)
 
     return context.made("decomposition", "spectra", LowRankKeys(context.cell).spectra, make)
 
 
 def output_gradients(context: Context) -> Path:
-    """The artifact of the output gradients' statistics: that of the weights' gradients holds them as well."""
+    """The artifact of the output gradients' statistics; that of the weights' gradients contains them as well."""
     answers = answers_of(context.cell)
     return context.weight_fisher if answers.one_backward_pass else context.gradients(answers.metric.needs_outer)
 
 
 def tails(context: Context) -> dict[str, np.ndarray]:
     """By site, its squared error at every rank 0 … min(out, in), float64, in the metric's units."""
-    from lowrank_lab.lowrank.spectra import load_tails
-
-    return context.once("tails", lambda: load_tails(spectra(context), context.sites))
+    return context.once("tails", lambda: decomposition.load_tails(spectra(context), context.sites))

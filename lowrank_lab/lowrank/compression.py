@@ -1,4 +1,4 @@
-"""Low rank as a compression: a method's five answers, and how they are asked."""
+"""Low rank as a compression: what a cell does with the answers of a method."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ from lowrank_lab.cells.compression import Compression, Plan
 from lowrank_lab.cells.settings import of_answers
 from lowrank_lab.checks import is_count
 from lowrank_lab.errors import UserError
+from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.lowrank import artifacts
 from lowrank_lab.lowrank.answers import Answers
 from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.modules.site import Ranks, Site
 
 if TYPE_CHECKING:
+    from lowrank_lab.lowrank import factors, spectra
     from lowrank_lab.running.context import Context
+else:
+    factors = LazyModule("lowrank_lab.lowrank.factors")
+    spectra = LazyModule("lowrank_lab.lowrank.spectra")
 
 
 def low_rank(allocation: Any, **answers: Any) -> LowRank | None:
-    """What conf/config.yaml builds of the answers; None where none says how to spend rank: nothing is factored."""
+    """The compression that conf/config.yaml names; None without an allocation: then nothing is factored."""
     return None if allocation is None else LowRank(allocation=allocation, **answers)
 
 
@@ -92,43 +98,23 @@ class LowRank(Compression):
         return facts
 
     def _closed_form(self, context: Context, ranks: Plan) -> float:
-        from lowrank_lab.lowrank.artifacts import spectra
-        from lowrank_lab.lowrank.spectra import compress
-
-        made = spectra(context)
+        """Install the factors of least error; returns the summed squared error."""
+        decomposed = artifacts.spectra(context)
+        what = (context.model, context.tower, context.sites, ranks)
         with context.record.stage("factorization"):
-            changed = (
-                context.model,
-                context.tower,
-                context.sites,
-                ranks,
-                made,
-                self.answers.storage,
-                context.device,
-            )
-            return compress(*changed)
+            return spectra.compress(*what, decomposed, self.answers.storage, context.device)
 
     def _refined(self, context: Context, ranks: Plan) -> dict[str, Any]:
-        from lowrank_lab.lowrank.artifacts import spectra
-        from lowrank_lab.lowrank.factors import install_factors
-
-        spectra(context)
+        """Install the factors that the refinement wrote; returns what it says about them."""
+        artifacts.spectra(context)  # so that its time does not count to that of the refinement
         self.answers.refinement.prepare(context)
         refine = partial(self.answers.refinement, context, ranks)
         key = LowRankKeys(context.cell).factors
-        factors = context.made("refinement", "factors", key, refine, resumable=True)
+        folder = context.made("refinement", "factors", key, refine, resumable=True)
+        what = (context.model, context.tower, context.sites, ranks)
         with context.record.stage("factorization"):
-            changed = (
-                context.model,
-                context.tower,
-                context.sites,
-                ranks,
-                factors,
-                self.answers.storage,
-                context.device,
-            )
-            install_factors(*changed)
-        facts = factors / "facts.json"
+            factors.install_factors(*what, folder, self.answers.storage, context.device)
+        facts = folder / "facts.json"
         return {"refinement": json.loads(facts.read_text())} if facts.exists() else {}
 
 

@@ -21,6 +21,11 @@ from lowrank_lab.modules.site import Site, Sites
 Mask = Callable[[int], Tensor]
 
 
+def first(rank: int) -> Mask:
+    """The mask that keeps the first ``rank`` directions."""
+    return lambda count: (torch.arange(count) < rank).float()
+
+
 class MaskedLatent(nn.Module):
     """A right factor whose latent values are each multiplied by the mask."""
 

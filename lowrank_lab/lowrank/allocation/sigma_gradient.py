@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from lowrank_lab import checks
+from lowrank_lab import checks, progress
+from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.lowrank import artifacts
 from lowrank_lab.lowrank.allocation.global_tail import water_fill
-from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.lowrank.ranks import budget, fit
 from lowrank_lab.modules.site import Ranks, Sites
 
 if TYPE_CHECKING:
     import numpy as np
+    import safetensors
+    import torch
+    from safetensors import torch as safetensors_torch
+    from torch import Tensor, nn
 
+    from lowrank_lab.lowrank import masked, spectra
+    from lowrank_lab.models import walk
+    from lowrank_lab.models.families import Tower
+    from lowrank_lab.models.tasks.base import Task
     from lowrank_lab.running.context import Context
+else:
+    np = LazyModule("numpy")
+    safetensors = LazyModule("safetensors")
+    safetensors_torch = LazyModule("safetensors.torch")
+    torch = LazyModule("torch")
+    masked = LazyModule("lowrank_lab.lowrank.masked")
+    spectra = LazyModule("lowrank_lab.lowrank.spectra")
+    walk = LazyModule("lowrank_lab.models.walk")
 
 
 class SigmaGradient:
@@ -37,9 +56,7 @@ class SigmaGradient:
     def __call__(self, context: Context) -> Ranks:
         if context.ratio >= 1:
             return dict.fromkeys(context.sites)
-        from lowrank_lab.lowrank.allocation.sigma_statistics import load_sigma_gradients, make_sigma_gradients
-
-        ids, made = context.calibration_ids[: self.samples], spectra(context)
+        ids, decomposed = context.calibration_ids[: self.samples], artifacts.spectra(context)
         parts = {
             "sigma": self.samples,
             "spectra": LowRankKeys(context.cell).spectra,
@@ -47,7 +64,7 @@ class SigmaGradient:
         }
         tower, sites, device, task = context.tower, context.sites, context.device, context.task
         make = lambda folder: make_sigma_gradients(
-            folder, context.take_model().float(), tower, sites, made, ids, device, task
+            folder, context.take_model().float(), tower, sites, decomposed, ids, device, task
         )
         folder = context.artifact("singular value gradients", "sigma", parts, make)
         sigma, mean_abs, mean_square = load_sigma_gradients(folder, context.sites)
@@ -65,10 +82,68 @@ def score_tails(
     Directions are kept in the order of their singular values, so a site's choice is its rank; where a later
     direction scores higher than an earlier one, both come or go together.
     """
-    import numpy as np
-
     tails = {}
     for name in sites:
         scores = sigma[name] ** 2 * mean_square[name]
         tails[name] = np.append(np.cumsum(scores[::-1])[::-1], 0.0)
     return tails
+
+
+def make_sigma_gradients(
+    folder: Path,
+    model: nn.Module,
+    tower: Tower,
+    sites: Sites,
+    decomposed: Path,
+    ids: Tensor,
+    device: torch.device,
+    task: Task,
+) -> None:
+    """Means of |dL/dσ| and (dL/dσ)² over the sequences ``ids`` (samples, length); one file a block.
+
+    L is the mean negative log-likelihood of a sequence's predicted tokens, σ the singular values of the metric's
+    decomposition at full rank, from the folder ``decomposed`` of ``make_spectra``. Changes ``model``. Raises
+    FloatingPointError, naming the site.
+    """
+    sigma = {name: spectra.load_singular_values(decomposed, site).to(device) for name, site in sites.items()}
+    leaves = {name: value.clone().requires_grad_() for name, value in sigma.items()}
+    masks = {name: partial(_relative, leaves[name], sigma[name]) for name in sites}
+    full = {name: site.full for name, site in sites.items()}
+    model.requires_grad_(False)
+    masked.mask_directions(model, tower, sites, decomposed, full, masks, device)
+    model.to(device)
+    mean_abs = {name: torch.zeros_like(value) for name, value in sigma.items()}
+    mean_square = {name: torch.zeros_like(value) for name, value in sigma.items()}
+    for sequence in progress.track(ids.split(1), "singular value gradients", "sequence"):
+        task.loss(model, walk.as_batch(sequence.to(device))).backward()
+        for name, leaf in leaves.items():
+            assert leaf.grad is not None
+            if not torch.isfinite(leaf.grad).all():
+                raise FloatingPointError(f"{name}: the gradient of a singular value is not finite")
+            mean_abs[name] += leaf.grad.abs() / len(ids)
+            mean_square[name] += leaf.grad.square() / len(ids)
+            leaf.grad = None
+    for index, of_block in enumerate(spectra.by_block(sites, len(walk.blocks_of(model, tower)))):
+        tensors = {}
+        for name, site in of_block.items():
+            found = {"sigma": sigma[name], "abs": mean_abs[name], "square": mean_square[name]}
+            tensors.update({f"{site.key}.{key}": value.cpu() for key, value in found.items()})
+        safetensors_torch.save_file(tensors, folder / walk.block_file(index))
+
+
+def load_sigma_gradients(
+    folder: Path, sites: Sites
+) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
+    """By site, numpy arrays (full,) of σ and of the means of |dL/dσ| and (dL/dσ)²."""
+    found: tuple[dict[str, Any], ...] = ({}, {}, {})
+    for name, site in sites.items():
+        with safetensors.safe_open(folder / walk.block_file(site.block), framework="np") as file:
+            for values, key in zip(found, ("sigma", "abs", "square"), strict=True):
+                values[name] = file.get_tensor(f"{site.key}.{key}").astype("float64")
+    return found[0], found[1], found[2]
+
+
+def _relative(leaf: Tensor, sigma: Tensor, count: int) -> Tensor:
+    """The factor that puts ``leaf`` in the place of ``sigma``; a direction without a singular value stays out."""
+    safe = torch.where(sigma > 0, sigma, torch.ones_like(sigma))
+    return torch.where(sigma > 0, leaf / safe, torch.zeros_like(sigma))[:count]

@@ -1,21 +1,46 @@
-"""ASVD's sensitivity-based truncation rank search (papers/002 §3.5, §A.4, Algorithm 1)."""
+"""ASVD's sensitivity-based truncation rank search (papers/002 §3.5, §A.4, Algorithm 1).
+
+The sensitivity of a site is the perplexity of the model when that site alone is truncated. One spectrum serves all
+candidates of a site. Nothing changes before the truncated site, so the forward starts at its block with the hidden
+states of the dense model: half of the work over all blocks.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowrank_lab import checks
+from lowrank_lab import checks, progress
+from lowrank_lab.artifacts.store import write_json
 from lowrank_lab.errors import SkippedCell
-from lowrank_lab.lowrank.artifacts import spectra
+from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.lowrank import artifacts
 from lowrank_lab.lowrank.keys import LowRankKeys
-from lowrank_lab.lowrank.ranks import budget, rank_of_cost, total_cost
-from lowrank_lab.modules.site import Ranks, Sites
+from lowrank_lab.lowrank.ranks import budget, rank_of_cost, rank_within, total_cost
+from lowrank_lab.lowrank.storage.absorb import Absorb
+from lowrank_lab.modules.site import Ranks, Site, Sites
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from lowrank_lab.lowrank import loss, spectra
+    from lowrank_lab.models import walk
+    from lowrank_lab.models.families import Tower
+    from lowrank_lab.models.tasks.base import Batch, Task
+    from lowrank_lab.modules import factorized
     from lowrank_lab.running.context import Context
+else:
+    torch = LazyModule("torch")
+    loss = LazyModule("lowrank_lab.lowrank.loss")
+    spectra = LazyModule("lowrank_lab.lowrank.spectra")
+    walk = LazyModule("lowrank_lab.models.walk")
+    factorized = LazyModule("lowrank_lab.modules.factorized")
 
 
 @dataclass(frozen=True)
@@ -54,7 +79,8 @@ class Strs:
         limit = budget(context.sites, context.ratio)
         index = index_within_budget(context.sites, steps, limit)
         if self.target_perplexity is not None:
-            perplexity = lambda i: self._perplexity(context, plan(context.sites, steps, i))
+            batches = context.calibration_batches(self.samples)
+            perplexity = lambda i: perplexity_of(context, plan(context.sites, steps, i), batches)
             within = index_within_perplexity(index, self.target_perplexity, perplexity)
             if within < index:
                 return plan(context.sites, steps, within)
@@ -62,8 +88,6 @@ class Strs:
 
     def _steps(self, context: Context) -> list[Step]:
         """Every candidate of every site, least sensitive first. The sensitivities are an artifact."""
-        from lowrank_lab.lowrank.allocation.sensitivity import measure
-
         keys = LowRankKeys(context.cell)
         parts = {
             "strs": {"ratios": self.ratios, "samples": self.samples},
@@ -71,18 +95,18 @@ class Strs:
             "tokens": context.cell.keys.calibration_tokens,
             "counted": keys.counted,
         }
-        batches, made = context.calibration_batches(self.samples), spectra(context)
+        batches, decomposed = context.calibration_batches(self.samples), artifacts.spectra(context)
         make = lambda folder: measure(
             folder,
             context.model,
             context.tower,
             context.sites,
-            made,
+            decomposed,
             batches,
             self.ratios,
             context.device,
-            context.offload,
             context.task,
+            context.offload,
         )
         folder = context.artifact("sensitivities", "sensitivities", parts, make, resumable=True)
         found: dict[str, dict[str, float]] = {}
@@ -90,23 +114,18 @@ class Strs:
             found |= json.loads(file.read_text())
         context.facts["sensitivities"] = found  # by site and rank, the mean negative log-likelihood in nats
         context.facts["candidate_costs"] = {
-            name: {rank: context.sites[name].cost(int(rank)) for rank in of_site} for name, of_site in found.items()
+            name: {rank: context.sites[name].cost(int(rank)) for rank in by_rank} for name, by_rank in found.items()
         }
-        steps = [Step(site, int(rank), nll) for site, of_site in found.items() for rank, nll in of_site.items()]
+        steps = [Step(site, int(rank), nll) for site, by_rank in found.items() for rank, nll in by_rank.items()]
         # Equal sensitivities in an order that does not depend on the machine: the mildest truncation first.
         return sorted(steps, key=lambda step: (step.sensitivity, -step.rank, step.site))
-
-    def _perplexity(self, context: Context, ranks: Ranks) -> float:
-        from lowrank_lab.lowrank.allocation.sensitivity import perplexity_of
-
-        return perplexity_of(context, ranks, context.calibration_batches(self.samples))
 
 
 def plan(sites: Sites, steps: Sequence[Step], index: int) -> Ranks:
     """The ranks once the steps 0 … ``index`` are taken: for each site the lowest of its ranks among them.
 
     Algorithm 1 sorts in ascending order and reads from the middle to the end, which would truncate the most
-    sensitive linears hardest; what it means, and what its search needs to converge, is the beginning up to the
+    sensitive linears hardest. What it means, and what its search needs to converge, is the beginning up to the
     middle.
     """
     ranks: Ranks = dict.fromkeys(sites)
@@ -119,8 +138,8 @@ def plan(sites: Sites, steps: Sequence[Step], index: int) -> Ranks:
 def index_within_budget(sites: Sites, steps: Sequence[Step], limit: int) -> int:
     """The first index whose plan costs at most ``limit``; -1 where the dense model does.
 
-    Binary search; the result is the converged index, not the last one probed. Raises SkippedCell where not even
-    all steps together get there.
+    Binary search; the result is the converged index, not the last one probed. Raises SkippedCell where the plan of
+    all steps costs more than ``limit``.
     """
     if sum(site.dense for site in sites.values()) <= limit:
         return -1
@@ -154,7 +173,7 @@ def index_within_perplexity(last: int, target: float, perplexity: Callable[[int]
 
 
 def finish(sites: Sites, steps: Sequence[Step], index: int, limit: int) -> Ranks:
-    """The plan of ``index`` with its last step taken only as far as the budget asks.
+    """The plan of ``index``, whose last step lowers its site only as far as ``limit`` requires.
 
     Less than one rank of that site stays unspent.
     """
@@ -168,3 +187,81 @@ def finish(sites: Sites, steps: Sequence[Step], index: int, limit: int) -> Ranks
     left = limit - total_cost(sites, ranks)
     ranks[name] = min(most, rank_of_cost(sites[name], sites[name].cost(now) + left))
     return ranks
+
+
+def measure(
+    folder: Path,
+    model: nn.Module,
+    tower: Tower,
+    sites: Sites,
+    decomposed: Path,
+    batches: Sequence[Batch | Tensor],
+    ratios: Sequence[float],
+    device: torch.device,
+    task: Task,
+    offload: Path | None = None,
+) -> None:
+    """For every site and candidate rank the mean loss of ``batches``, for tokens in nats.
+
+    ``decomposed`` is the folder of ``make_spectra``. Writes one file a block, {site: {rank: nats}}, each whole or
+    absent; a block whose file exists is not measured again.
+    """
+    model.to(device)
+    by_block = spectra.by_block(sites, len(walk.blocks_of(model, tower)))
+    entering: list[Tensor] = []
+    with torch.no_grad():
+        blocks = walk.walk(model, tower, batches, device, entering, offload, task)
+        for index, _, run in progress.track(blocks, "sensitivities", "block", len(by_block)):
+            file = folder / f"block_{index:03d}.json"
+            if not file.exists():
+                named = list(by_block[index].items())
+                found = {}
+                for name, site in progress.track(named, "linears", "linear"):
+                    ranks = candidate_ranks(site, ratios)
+                    found[name] = _of_site(model, tower, site, entering, batches, decomposed, ranks, device, task)
+                write_json(file, found)
+            run()
+
+
+def candidate_ranks(site: Site, ratios: Sequence[float]) -> list[int]:
+    """The ranks of a site at the candidate ratios, each at least 1 and at most the last that saves anything."""
+    ranks = {max(1, rank_within(site, ratio)) for ratio in ratios}
+    return sorted(rank for rank in ranks if rank <= site.last)
+
+
+def _of_site(
+    model: nn.Module,
+    tower: Tower,
+    site: Site,
+    entering: Sequence[Tensor],
+    batches: Sequence[Batch | Tensor],
+    decomposed: Path,
+    candidates: Sequence[int],
+    device: torch.device,
+    task: Task,
+) -> dict[int, float]:
+    """By rank, the mean loss with ``site`` alone at that rank; ``entering`` are the inputs of its block."""
+    block = walk.blocks_of(model, tower)[site.block]
+    weight = factorized.site_weight(block, site).to(device, torch.float64)
+    factors = spectra.load_spectrum(decomposed, site, device).factors(weight, max(candidates, default=1))
+    left, right = Absorb(0.5).split(*factors)
+    found = {}
+    for rank in candidates:
+        with loss.restoring(block, site):
+            factorized.factorize(block, site, left[:, :rank], right[:rank])
+            found[rank] = loss.mean_nll(model, tower, batches, site.block, entering, task)
+    for rank, nll in found.items():
+        if not math.isfinite(nll):
+            raise FloatingPointError(f"block {site.block}: the loss is not finite with {site.key} at rank {rank}")
+    return found
+
+
+def perplexity_of(context: Context, ranks: Ranks, batches: Sequence[Batch | Tensor]) -> float:
+    """The perplexity of ``batches`` with every site at its rank of ``ranks``."""
+    model, tower, sites, device = context.model, context.tower, context.sites, context.device
+    blocks = walk.blocks_of(model, tower)
+    with torch.no_grad(), ExitStack() as dense_again:
+        for site in sites.values():
+            dense_again.enter_context(loss.restoring(blocks[site.block], site))
+        spectra.compress(model, tower, sites, ranks, artifacts.spectra(context), Absorb(0.5), device)
+        return math.exp(loss.mean_nll(model.to(device), tower, batches, task=context.task))

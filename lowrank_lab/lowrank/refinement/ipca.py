@@ -6,13 +6,25 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowrank_lab import checks
+from lowrank_lab import checks, progress
+from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.modules.site import Ranks
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+    from lowrank_lab.lowrank import factors, solver, spectra
+    from lowrank_lab.models import walk
+    from lowrank_lab.modules import factorized
     from lowrank_lab.running.context import Context
+else:
+    torch = LazyModule("torch")
+    factors = LazyModule("lowrank_lab.lowrank.factors")
+    solver = LazyModule("lowrank_lab.lowrank.solver")
+    spectra = LazyModule("lowrank_lab.lowrank.spectra")
+    walk = LazyModule("lowrank_lab.models.walk")
+    factorized = LazyModule("lowrank_lab.modules.factorized")
 
 
 class Ipca:
@@ -20,8 +32,8 @@ class Ipca:
 
     Dobi-SVD (papers/003) §3.2, A.4.1, Algorithm 2 (written for A = x W there, with W V Gₖ Vᵀ). Each sample is one
     sequence of calibration text. The activations are those of the dense model: each position is updated
-    "independently" (A.3), and nothing says that the ones before it are truncated. The bias is no part of them, as
-    the factors replace W alone.
+    "independently" (A.3), and the paper does not say that the earlier ones are truncated. The bias is no part of
+    them, as the factors replace W alone.
 
     samples   how many of the calibration samples are used, in their order; null is all. The paper takes 256.
     """
@@ -37,17 +49,11 @@ class Ipca:
 
     def __call__(self, context: Context, ranks: Ranks, folder: Path) -> None:
         """Raises FloatingPointError, naming the site, where an activation is not finite."""
-        from lowrank_lab import progress
-        from lowrank_lab.lowrank.factors import save_factors
-        from lowrank_lab.lowrank.spectra import by_block
-        from lowrank_lab.models.walk import block_file, blocks_of
-        from lowrank_lab.modules.factorized import site_weight
-
         tower, device, length = context.tower, context.device, context.calibration_ids.shape[1]
-        sites = by_block(context.sites, len(blocks_of(context.model, tower)))
+        sites = spectra.by_block(context.sites, len(walk.blocks_of(context.model, tower)))
         blocks = context.walk(context.model, self.samples)
         for index, block, run in progress.track(blocks, "IPCA", "block", len(sites)):
-            if (folder / block_file(index)).exists():
+            if (folder / walk.block_file(index)).exists():
                 run()
                 continue
             updates = {}
@@ -55,13 +61,14 @@ class Ipca:
             for name, site in sites[index].items():
                 if (rank := ranks[name]) is None:
                     continue
-                updates[site.key] = update = Update(name, site_weight(block, site).to(device).double(), rank)
+                weight = factorized.site_weight(block, site).to(device).double()
+                updates[site.key] = update = Update(name, weight, rank)
                 linear = block.get_submodule(site.members[0])  # all members share the input
                 hooks.append(linear.register_forward_pre_hook(partial(_add_batch, update, length)))
             run()
             for hook in hooks:
                 hook.remove()
-            save_factors(folder, index, {key: update.factors() for key, update in updates.items()})
+            factors.save_factors(folder, index, {key: update.factors() for key, update in updates.items()})
 
 
 def _add_batch(update: Update, length: int, _: object, args: tuple[Tensor, ...]) -> None:
@@ -78,8 +85,6 @@ class Update:
     """
 
     def __init__(self, name: str, weight: Tensor, rank: int) -> None:
-        import torch
-
         self.name = name
         self.rank = rank
         self.count = 0
@@ -108,22 +113,20 @@ class Update:
 def merge(old: Tensor, new: Tensor, number: int, rank: int) -> Tensor:
     """Lines 6-9 of Algorithm 2: V_old (p, ≤ k) after sample ``number`` i ≥ 2, whose V_i is ``new`` (p, ≤ k).
 
-    What the algorithm leaves open, and what is done here:
+    Where the algorithm leaves something open, this function does the following:
 
-    - Line 6 centres V_i by μ + (V_i − μ)/i, and no line changes μ from the 0 of line 4. Taken at its word this
-      scales V_i by 1 − 1/i, and so it is done. A running mean of the V_i would have no meaning: the sign of every
+    - Line 6 centres V_i by μ + (V_i − μ)/i, and no line changes μ from the 0 of line 4. Taken literally this scales
+      V_i by 1 − 1/i, and this function does so. A running mean of the V_i would have no meaning: the sign of every
       singular vector is arbitrary, and A.4.1 derives max Σ ‖Vᵀ V_i‖², without a mean.
-    - V_i has the first k right singular vectors: with all of them V_i V_iᵀ is the identity and tells nothing, and
-      A.4.1 needs ‖V_i V_iᵀ‖² = k. Their singular values are not used, so a sample's k-th direction counts as its
-      first.
+    - V_i has the first k right singular vectors: with all of them V_i V_iᵀ is the identity and carries no
+      information, and A.4.1 needs ‖V_i V_iᵀ‖² = k. Their singular values are not used, so a sample's k-th direction
+      counts as much as its first.
     - V_new = [V_old, V_i] is two sets of columns in the output space, so the directions there are its *left*
       singular vectors; ``V'[:k]`` of lines 8 and 9 is read as the first k of these.
     - V_old is orthonormal again after line 9 and carries no singular values: it stands for i − 1 samples with the
       weight of one, so that late samples count for more. This is the algorithm; a true PCA over all V_i would keep
-      Σ V_i V_iᵀ, or the singular values beside V_old.
+      Σ V_i V_iᵀ, or the singular values along with V_old.
     """
-    import torch
-
     shrink = 1 - 1 / number
     if old.shape[1] == new.shape[1] == rank:
         return _between(old, new, shrink)
@@ -134,12 +137,10 @@ def _between(old: Tensor, new: Tensor, shrink: float) -> Tensor:
     """The first k left singular vectors, in some basis of their span, of [old, shrink · new], both (p, k).
 
     For orthonormal ``old`` and ``new`` and shrink < 1, from a k wide eigendecomposition instead of a 2k wide one:
-    each principal pair (a, b) of the two subspaces, a · b = c, spans a plane of its own, in which the Gram matrix
+    each principal pair (a, b) of the two subspaces, a · b = c, spans a separate plane, in which the Gram matrix
     [[1, s c], [s c, s²]] has one eigenvalue λ ≥ 1 and one below. The first k are those λ, their vectors
     (λ − s²) a + s² c b, and the k of them are a · diag(λ − s²) + s² · new newᵀ a.
     """
-    import torch
-
     m = new.T @ old
     cosines2, pairs = torch.linalg.eigh(m.T @ m)
     s2 = shrink**2
@@ -160,39 +161,33 @@ def leading_directions(columns: Tensor, count: int) -> Tensor:
     """The first ``count`` left singular vectors (p, ≤ count) of ``columns`` (p, n); float64.
 
     From the smaller Gram matrix, many times faster than a singular value decomposition. It squares the singular
-    values, so those below 10⁻⁶ of the largest are not told from zero and have no vector here; activations come in
-    float32 and are hardly more precise.
+    values, so those below 10⁻⁶ of the largest cannot be distinguished from zero and get no vector; activations come
+    in float32 and are hardly more precise.
     """
-    import torch
-
-    from lowrank_lab.lowrank.solver import NOISE
-
     p, n = columns.shape
     if n == 0:
         return columns
     if p <= n:
         values, vectors = torch.linalg.eigh(columns @ columns.T)
-        return vectors[:, values > NOISE * values[-1]][:, -count:].flip(1)
+        return vectors[:, values > solver.NOISE * values[-1]][:, -count:].flip(1)
     values, vectors = torch.linalg.eigh(columns.T @ columns)
-    kept = vectors[:, values > NOISE * values[-1]][:, -count:].flip(1)
-    # Not divided by the singular values but made orthonormal: small ones have magnified the rounding of the eigh.
+    kept = vectors[:, values > solver.NOISE * values[-1]][:, -count:].flip(1)
+    # Orthonormal by QR, not by dividing by the singular values: small ones magnify the rounding of the eigh.
     return torch.linalg.qr(columns @ kept)[0]
 
 
 def complete(directions: Tensor, weight: Tensor, rank: int) -> Tensor:
     """``directions`` (p, r) orthonormal with r ≤ k, filled up to ``rank`` k columns.
 
-    Where all samples together have fewer than k directions, the others are spent on what the update would otherwise
+    Where all samples together have fewer than k directions, the other columns go to what the update would otherwise
     lose of ``weight`` (p, in) itself, as the solver spends rank that its metric does not need.
     """
-    import torch
-
     missing = rank - directions.shape[1]
     if missing <= 0:
         return directions
     rest = weight - directions @ (directions.T @ weight)
     gram = rest @ rest.T
-    # Directions that are there already go below all others, also where W has no more than these.
+    # Existing directions get eigenvalues below all others, also where W has no more than these.
     gram -= (1 + gram.trace()) * directions @ directions.T
     _, vectors = torch.linalg.eigh(gram)
     return torch.cat([directions, vectors[:, -missing:].flip(1)], 1)

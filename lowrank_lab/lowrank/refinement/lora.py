@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowrank_lab import checks
-from lowrank_lab.modules.site import Ranks
+from lowrank_lab.artifacts.store import write_json
+from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.lowrank import artifacts
+from lowrank_lab.lowrank.storage.absorb import Absorb
+from lowrank_lab.modules.site import Ranks, Sites
 
 if TYPE_CHECKING:
+    import peft
+    import torch
+    from peft.tuners import lora as peft_lora
+    from torch import Tensor, nn
+
+    from lowrank_lab.lowrank import factors, spectra
+    from lowrank_lab.models import walk
+    from lowrank_lab.models.families import Tower
+    from lowrank_lab.models.tasks.base import Task
+    from lowrank_lab.modules import factorized, linears
+    from lowrank_lab.running import training
     from lowrank_lab.running.context import Context
+else:
+    peft = LazyModule("peft")
+    torch = LazyModule("torch")
+    peft_lora = LazyModule("peft.tuners.lora")
+    factors = LazyModule("lowrank_lab.lowrank.factors")
+    spectra = LazyModule("lowrank_lab.lowrank.spectra")
+    walk = LazyModule("lowrank_lab.models.walk")
+    factorized = LazyModule("lowrank_lab.modules.factorized")
+    linears = LazyModule("lowrank_lab.modules.linears")
+    training = LazyModule("lowrank_lab.running.training")
+
+SIDES = ("left", "right")  # in the order of their training: U, then V
 
 
 class Lora:
@@ -62,6 +90,102 @@ class Lora:
         context.text_ids("refinement")
 
     def __call__(self, context: Context, ranks: Ranks, folder: Path) -> None:
-        from lowrank_lab.lowrank.refinement.lora_training import refine
+        """Write the fine-tuned factors of every site, a file a block, and ``facts.json``.
 
-        refine(context, ranks, folder, self)
+        The facts are by side the steps and losses. The state of a phase stays in ``folder/<side>.state`` until the
+        end; only a call after an interruption reads it again.
+        """
+        if not (folder / "facts.json").exists():
+            ids, decomposed = context.text_ids("refinement"), artifacts.spectra(context)
+            model = context.take_model().float()  # the weights that the spectra are of, whatever their dtype
+            # √Σ in each factor, whatever the storage: both phases then start from factors of one scale.
+            storage = Absorb(0.5)
+            spectra.compress(model, context.tower, context.sites, ranks, decomposed, storage, context.device)
+            model.to(context.device)
+            facts = {side: train_side(model, side, ids, folder, self, context.task) for side in SIDES}
+            save_all(model, context.tower, context.sites, folder)
+            write_json(folder / "facts.json", facts)  # the last file: once it exists, all factors do
+        # The state of a phase must be there as long as that of the phase after it.
+        for leftover in (*(folder / f"{side}.state" for side in reversed(SIDES)), *folder.glob(".*.tmp-*")):
+            leftover.unlink(missing_ok=True)
+
+
+def train_side(
+    model: nn.Module, side: str, ids: Tensor, folder: Path, settings: Lora, task: Task
+) -> dict[str, Any]:
+    """Train LoRA on one side of all factors of ``model`` (float32), and merge it into them, in place.
+
+    ``ids`` (samples, length) are token ids on the CPU. Returns the steps and the loss of the first and last epoch.
+    """
+    layers = attach(model, linears_of(model, side), settings)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    device = parameters[0].device
+
+    def loss_of(rows: Tensor) -> Tensor:
+        return task.loss(model, walk.as_batch(rows.to(device)))
+
+    an_epoch = -(-len(ids) // settings.batch_size)
+    recipe = training.Recipe(
+        steps=settings.epochs * an_epoch,
+        batch_size=settings.batch_size,
+        micro_batch=settings.micro_batch,
+        learning_rate=settings.learning_rate,
+        warmup=settings.warmup,
+        seed=settings.seed,
+        max_norm=settings.max_norm,
+    )
+    history = training.train(folder, side, parameters, loss_of, ids, recipe)
+    merge(model, layers)
+    losses = [step["loss"] for step in history]
+    mean = lambda some: sum(some) / len(some)
+    return {
+        "steps": len(losses),
+        "first_epoch_loss": mean(losses[:an_epoch]),
+        "last_epoch_loss": mean(losses[-an_epoch:]),
+    }
+
+
+def linears_of(model: nn.Module, side: str) -> list[str]:
+    """The names of all left or all right factors; the right one of a joint site is named once."""
+    return linears.factor_paths(model)[side]
+
+
+def attach(model: nn.Module, names: Sequence[str], settings: Lora) -> dict[str, peft_lora.LoraLayer]:
+    """Put LoRA around the linears ``names``, and make its matrices alone trainable. Returns the layers by name."""
+    lora = peft.LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft divides by it, whole or not
+        lora_dropout=settings.dropout,
+        target_modules=list(names),
+        bias="none",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        peft.inject_adapter_in_model(lora, model)
+    found = {name: module for name, module in model.named_modules() if isinstance(module, peft_lora.LoraLayer)}
+    assert sorted(found) == sorted(names), "peft matched other linears than were named"
+    model.eval()  # the model's own dropout (GPT-2, OPT) stays off
+    for layer in found.values():
+        layer.train()  # type: ignore[attr-defined]
+    return found
+
+
+def merge(model: nn.Module, layers: dict[str, peft_lora.LoraLayer]) -> None:
+    """Add what LoRA learned to the weights of its linears, and take LoRA out of the model."""
+    for name, layer in layers.items():
+        layer.merge()
+        model.set_submodule(name, layer.get_base_layer())
+    del model.peft_config  # peft's note of what it injected
+    model.requires_grad_(False)
+
+
+def save_all(model: nn.Module, tower: Tower, sites: Sites, folder: Path) -> None:
+    """Write the factors of every site that has them. Raises FloatingPointError, naming one that is not finite."""
+    blocks = walk.blocks_of(model, tower)
+    for index, (block, of_block) in enumerate(zip(blocks, spectra.by_block(sites, len(blocks)), strict=True)):
+        found = {}
+        for name, site in of_block.items():
+            if (pair := factorized.factors_of(block, site)) is not None:
+                spectra.check_finite(name, *pair)
+                found[site.key] = pair
+        factors.save_factors(folder, index, found)

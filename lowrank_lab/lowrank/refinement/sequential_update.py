@@ -1,4 +1,4 @@
-"""SVD-LLM's layer-wise closed-form update: the left factors, fitted to what the compressed model feeds them."""
+"""SVD-LLM's layer-wise closed-form update: the left factors, fitted to the inputs of the compressed model."""
 
 from __future__ import annotations
 
@@ -6,13 +6,28 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowrank_lab.lowrank.artifacts import spectra
+from lowrank_lab import progress
+from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.lowrank import artifacts
 from lowrank_lab.modules.site import Ranks
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+    from lowrank_lab.calibration import statistics
+    from lowrank_lab.lowrank import factors, solver, spectra
+    from lowrank_lab.models import walk
+    from lowrank_lab.modules import factorized
     from lowrank_lab.running.context import Context
+else:
+    torch = LazyModule("torch")
+    statistics = LazyModule("lowrank_lab.calibration.statistics")
+    factors = LazyModule("lowrank_lab.lowrank.factors")
+    solver = LazyModule("lowrank_lab.lowrank.solver")
+    spectra = LazyModule("lowrank_lab.lowrank.spectra")
+    walk = LazyModule("lowrank_lab.models.walk")
+    factorized = LazyModule("lowrank_lab.modules.factorized")
 
 # Fraction of the largest below which a direction of C', which is summed in float32, is rounding.
 RESOLUTION = 1e-6
@@ -26,7 +41,7 @@ class SequentialUpdate:
     for these inputs x' themselves, not the dense model's output. A metric on the output side (fisher_kron) changes
     nothing: the best left for a given right is the same under every R.
 
-    Later blocks see the refined factors as they are here, before the storage rounds them (remap).
+    Later blocks are given inputs from the refined factors before the storage rounds them (remap).
     """
 
     needs_calibration = True
@@ -36,40 +51,33 @@ class SequentialUpdate:
 
     def __call__(self, context: Context, ranks: Ranks, folder: Path) -> None:
         """Raises FloatingPointError, naming the site, where its input or a factor is not finite."""
-        from lowrank_lab import progress
-        from lowrank_lab.calibration.statistics import gather
-        from lowrank_lab.lowrank.factors import load_factors, save_factors
-        from lowrank_lab.lowrank.spectra import by_block, check_finite, load_spectrum
-        from lowrank_lab.models.walk import block_file, blocks_of
-        from lowrank_lab.modules.factorized import factorize, site_weight
-
-        tower, device, made = context.tower, context.device, spectra(context)
+        tower, device, decomposed = context.tower, context.device, artifacts.spectra(context)
         model = context.take_model()
-        sites = by_block(context.sites, len(blocks_of(model, tower)))
+        by_block = spectra.by_block(context.sites, len(walk.blocks_of(model, tower)))
         blocks = context.walk(model)
-        for index, block, run in progress.track(blocks, "update", "block", len(sites)):
-            here = {name: (site, k) for name, site in sites[index].items() if (k := ranks[name]) is not None}
-            if not (folder / block_file(index)).exists():
+        for index, block, run in progress.track(blocks, "update", "block", len(by_block)):
+            ranked = {name: (site, k) for name, site in by_block[index].items() if (k := ranks[name]) is not None}
+            if not (folder / walk.block_file(index)).exists():
                 input_of = {linear: group[0] for group in tower.inputs for linear in group}
-                linears = dict.fromkeys(input_of[site.members[0]] for site, _ in here.values())
-                inputs = gather(block, linears, partial(run, advance=False), device)
-                factors = {}
-                for name, (site, rank) in here.items():
-                    weight = site_weight(block, site).to(device).double()
-                    left, right, _ = load_spectrum(made, site, device).factors(weight, rank)
-                    c = inputs[input_of[site.members[0]]].second_moment()
-                    if not c.isfinite().all():
+                linears = dict.fromkeys(input_of[site.members[0]] for site, _ in ranked.values())
+                inputs = statistics.gather(block, linears, partial(run, advance=False), device)
+                refitted = {}
+                for name, (site, rank) in ranked.items():
+                    weight = factorized.site_weight(block, site).to(device).double()
+                    left, right, _ = spectra.load_spectrum(decomposed, site, device).factors(weight, rank)
+                    second_moment = inputs[input_of[site.members[0]]].second_moment()
+                    if not second_moment.isfinite().all():
                         raise FloatingPointError(
                             f"{name}: its input is not finite once earlier blocks are compressed"
                         )
-                    left = refit_left(weight, left, right, c)
-                    check_finite(name, left, right)
-                    factors[site.key] = left, right
-                save_factors(folder, index, factors)
+                    left = refit_left(weight, left, right, second_moment)
+                    spectra.check_finite(name, left, right)
+                    refitted[site.key] = left, right
+                factors.save_factors(folder, index, refitted)
             # From the file also where it was just written, so that a run that was interrupted ends in the same
             # numbers as one that was not.
-            for site, _ in here.values():
-                factorize(block, site, *load_factors(folder, site))
+            for site, _ in ranked.values():
+                factorized.factorize(block, site, *factors.load_factors(folder, site))
             run()
 
 
@@ -80,10 +88,6 @@ def refit_left(weight: Tensor, left: Tensor, right: Tensor, second_moment: Tenso
     (out, k), float64. Where G = right C rightᵀ is regular this is W C rightᵀ G⁻¹, whatever ``left`` is. What C says
     nothing about (few tokens, dead channels) stays as ``left`` has it.
     """
-    import torch
-
-    from lowrank_lab.lowrank.solver import NOISE
-
     # Rounding in a sum of x xᵀ is relative to the two channels of each entry. So G is set up for inputs of unit
     # size, where it is the same everywhere, and in an orthonormal basis of what right passes on of them. In G as it
     # is, one channel a thousand times larger than the others, as language models have, would hide the rest.
@@ -92,7 +96,7 @@ def refit_left(weight: Tensor, left: Tensor, right: Tensor, second_moment: Tenso
     correlation = second_moment / unit / unit.unsqueeze(-1)
     q, triangle = torch.linalg.qr((right * size).T)
     u, sigma, vt = torch.linalg.svd(triangle)
-    passed = sigma > NOISE * sigma[0]
+    passed = sigma > solver.NOISE * sigma[0]
     q, to_latent = q @ u[:, passed], vt[passed] / sigma[passed].unsqueeze(-1)  # right · size = vtᵀ σ (q u)ᵀ
     values, vectors = torch.linalg.eigh(q.T @ correlation @ q)
     kept = values > RESOLUTION * values[-1:]

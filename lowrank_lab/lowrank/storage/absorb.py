@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lowrank_lab import checks
+from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.modules.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from lowrank_lab.modules import factorized
+else:
+    factorized = LazyModule("lowrank_lab.modules.factorized")
 
 
 class Absorb:
@@ -28,15 +33,13 @@ class Absorb:
         return rank * (out + inp)
 
     def install(self, block: nn.Module, site: Site, left: Tensor, right: Tensor, singular_values: Tensor) -> None:
-        from lowrank_lab.modules.factorized import factorize
-
-        factorize(block, site, *self.split(left, right, singular_values))
+        factorized.factorize(block, site, *self.split(left, right, singular_values))
 
     def split(self, left: Tensor, right: Tensor, singular_values: Tensor) -> tuple[Tensor, Tensor]:
-        """From ``left`` (out, k) with the singular values all in ``right`` (k, in) to the split wanted.
+        """``left`` (out, k) and ``right`` (k, in), which has all singular values at first, split by ``left_share``.
 
-        Directions whose singular value is zero to working precision are split as the smallest one above it,
-        so that both factors stay finite.
+        A singular value that is zero to working precision is split as the smallest one above it, so that both
+        factors stay finite.
         """
         floor = singular_values.max() * 1e-6
         scale = singular_values.clamp(min=floor) if floor > 0 else singular_values.new_ones(())
