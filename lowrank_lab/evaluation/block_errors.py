@@ -17,12 +17,12 @@ from lowrank_lab.lowrank.answers import answers_of
 from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.factors import load_factors
 from lowrank_lab.lowrank.keys import LowRankKeys
-from lowrank_lab.lowrank.spectra import by_block, load_spectrum
+from lowrank_lab.lowrank.spectra import load_spectrum
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import blocks_of, hidden_states, walk
 from lowrank_lab.modules.base import rank_of
 from lowrank_lab.modules.factorized import factors_of, site_weight
-from lowrank_lab.modules.site import Site
+from lowrank_lab.modules.site import Site, by_block
 
 if TYPE_CHECKING:
     from lowrank_lab.running.context import Context

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_lab import checks
 from lowrank_lab.cells import versions
+from lowrank_lab.cells.evaluator import Evaluator
 from lowrank_lab.errors import SkippedCell
-from lowrank_lab.evaluation.base import Evaluator
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from lowrank_lab import checks
 from lowrank_lab.artifacts.store import fingerprint
 from lowrank_lab.cells import versions
+from lowrank_lab.cells.evaluator import Evaluator
 from lowrank_lab.errors import SkippedCell
-from lowrank_lab.evaluation.base import Evaluator
 
 if TYPE_CHECKING:
     from lowrank_lab.evaluation.text import Answer

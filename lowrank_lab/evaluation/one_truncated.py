@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lab import progress
+from lowrank_lab.cells.targets import Grouping, Targets, sites_of
 from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.evaluation.robust import NotFiniteError, first_not_finite
 from lowrank_lab.lowrank.allocation.sensitivity import mean_nll, restore
 from lowrank_lab.lowrank.masked import Mask, mask_activations
-from lowrank_lab.lowrank.sites import Grouping, Targets, sites_of
 from lowrank_lab.lowrank.solver import decompose
-from lowrank_lab.lowrank.spectra import by_block, linear_shapes
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import blocks_of, walk
 from lowrank_lab.modules.factorized import factorize, site_weight
-from lowrank_lab.modules.site import Site, Sites
+from lowrank_lab.modules.linears import linear_shapes
+from lowrank_lab.modules.site import Site, Sites, by_block
 
 
 def chosen_sites(

@@ -193,7 +193,7 @@ class Quantization(Compression):
 
     def check_cell(self, cell: Cell) -> None:
         """Raises UserError for a model that is quantized already, or where a library that rounds is not there."""
-        if cell.source.saved is not None and cell.source.saved.is_quantized:
+        if cell.saved is not None and cell.saved.is_quantized:
             raise UserError(f"model.path={cell.cfg.model.path} is quantized already; use quantization=none")
         library = self.method.library if self.method is not None else None
         if library is not None and importlib.util.find_spec(library) is None:

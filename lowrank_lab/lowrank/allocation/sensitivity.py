@@ -19,14 +19,14 @@ from lowrank_lab import progress
 from lowrank_lab.artifacts.store import write_json
 from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.ranks import rank_within
-from lowrank_lab.lowrank.spectra import by_block, compress, load_spectrum
+from lowrank_lab.lowrank.spectra import compress, load_spectrum
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.tasks.base import Batch, Task
 from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM
 from lowrank_lab.models.walk import as_batch, blocks_of, entering_at, walk
 from lowrank_lab.modules.factorized import factorize, site_weight
-from lowrank_lab.modules.site import Ranks, Site, Sites
+from lowrank_lab.modules.site import Ranks, Site, Sites, by_block
 
 if TYPE_CHECKING:
     from lowrank_lab.running.context import Context

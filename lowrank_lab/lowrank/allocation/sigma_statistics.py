@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from lowrank_lab import progress
 from lowrank_lab.lowrank.masked import mask_directions
-from lowrank_lab.lowrank.spectra import by_block, load_singular_values
+from lowrank_lab.lowrank.spectra import load_singular_values
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.tasks.base import Task
 from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM
 from lowrank_lab.models.walk import as_batch, block_file, blocks_of
-from lowrank_lab.modules.site import Sites
+from lowrank_lab.modules.site import Sites, by_block
 
 
 def make_sigma_gradients(

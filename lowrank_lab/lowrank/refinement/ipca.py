@@ -39,9 +39,9 @@ class Ipca:
         """Raises FloatingPointError, naming the site, where an activation is not finite."""
         from lowrank_lab import progress
         from lowrank_lab.lowrank.factors import save_factors
-        from lowrank_lab.lowrank.spectra import by_block
         from lowrank_lab.models.walk import block_file, blocks_of
         from lowrank_lab.modules.factorized import site_weight
+        from lowrank_lab.modules.site import by_block
 
         tower, device, length = context.tower, context.device, context.calibration_ids.shape[1]
         sites = by_block(context.sites, len(blocks_of(context.model, tower)))

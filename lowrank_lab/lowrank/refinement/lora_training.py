@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lowrank_lab.artifacts.store import write_json
 from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.factors import save_factors
-from lowrank_lab.lowrank.spectra import by_block, check_finite, compress
+from lowrank_lab.lowrank.spectra import check_finite, compress
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.tasks.base import Task
@@ -22,7 +22,7 @@ from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM
 from lowrank_lab.models.walk import as_batch, blocks_of
 from lowrank_lab.modules.factorized import factors_of
 from lowrank_lab.modules.linears import factor_paths
-from lowrank_lab.modules.site import Ranks, Sites
+from lowrank_lab.modules.site import Ranks, Sites, by_block
 from lowrank_lab.running.training import Recipe, train
 
 if TYPE_CHECKING:

@@ -39,9 +39,10 @@ class SequentialUpdate:
         from lowrank_lab import progress
         from lowrank_lab.calibration.statistics import gather
         from lowrank_lab.lowrank.factors import load_factors, save_factors
-        from lowrank_lab.lowrank.spectra import by_block, check_finite, load_spectrum
+        from lowrank_lab.lowrank.spectra import check_finite, load_spectrum
         from lowrank_lab.models.walk import block_file, blocks_of
         from lowrank_lab.modules.factorized import factorize, site_weight
+        from lowrank_lab.modules.site import by_block
 
         tower, device, made = context.tower, context.device, spectra(context)
         model = context.take_model()

@@ -25,10 +25,10 @@ from lowrank_lab.artifacts.store import write_json
 from lowrank_lab.calibration.gradients import load_weight_fisher
 from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.factors import orthogonal_factors, save_factors
-from lowrank_lab.lowrank.spectra import by_block, check_finite, load_spectrum
+from lowrank_lab.lowrank.spectra import check_finite, load_spectrum
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.factorized import site_weight
-from lowrank_lab.modules.site import Ranks, Site
+from lowrank_lab.modules.site import Ranks, Site, by_block
 
 if TYPE_CHECKING:
     from lowrank_lab.running.context import Context

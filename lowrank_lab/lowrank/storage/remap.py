@@ -26,8 +26,7 @@ class Remap:
         return rank * max(out, inp)
 
     def install(self, block: nn.Module, site: Site, left: Tensor, right: Tensor, singular_values: Tensor) -> None:
-        from lowrank_lab.lowrank.factors import orthogonal_factors
-        from lowrank_lab.modules.factorized import dense_weight, install
+        from lowrank_lab.modules.factorized import dense_weight, install, orthogonal_factors
         from lowrank_lab.modules.mixed import MixedLinear, rows_in_8_bit
 
         u, sigma_vt, sigma = orthogonal_factors(left, right)  # Algorithm 3, line 1

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig
 
 from lowrank_lab.artifacts.store import Store
 from lowrank_lab.cells.config import for_key
 
-if TYPE_CHECKING:
-    from lowrank_lab.running.context import Context
-
 
 class Evaluator:
-    """Measures a model. What it returns is kept as an artifact, found by the model, the settings and the text.
+    """Measures the model of a ``context``, a running.context.Context.
+
+    What it returns is kept as an artifact, found by the model, the settings and the text.
 
     A measurement is a dict with ``metric`` (the name of the number), ``value`` (a float; None where the model's
     logits are not finite, with ``not_finite`` saying where they ceased to be, or where there is no number, with a
@@ -58,13 +57,13 @@ class Evaluator:
         seqlen = getattr(self, "seqlen", None)
         return {} if seqlen is None else {"seqlen": seqlen}
 
-    def check(self, context: Context) -> None:
+    def check(self, context: Any) -> None:
         """Look, before the model is read, whether this suits it.
 
         Raises SkippedCell, or UserError for a setting that no model of this kind could meet.
         """
 
-    def __call__(self, context: Context, part: str) -> dict[str, Any]:
+    def __call__(self, context: Any, part: str) -> dict[str, Any]:
         """Measure one part of ``parts``."""
         raise NotImplementedError
 
