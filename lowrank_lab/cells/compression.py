@@ -56,6 +56,11 @@ class Compression:
         return False
 
     @property
+    def mixes_channels(self) -> bool:
+        """Whether it multiplies weights by matrices, such as rotations, so that their zeros are lost."""
+        return False
+
+    @property
     def changes_inputs(self) -> bool:
         """Whether linears are given something else than those of the dense model."""
         return False

@@ -65,8 +65,7 @@ class FactorizedLinear(CompressedLinear):
         return sum((count(part) for part in self.parts().values()), Counts())
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        left, right = innermost(self.left, "output_part"), innermost(self.right, "input_part")
-        return dense_weight(left), dense_weight(right)
+        return dense_weight(self.left), dense_weight(self.right)
 
     def dense_weight(self) -> Tensor:
         left, right = self.factors()

@@ -53,6 +53,7 @@ class Transform:
     needs_calibration  whether it reads the calibration text
     needs_seed         whether it draws random numbers
     online             whether it leaves work for the forward, which dense weights cannot hold
+    mixes_channels     whether it multiplies weights by matrices, such as rotations, and not by scales alone
     no_influence       the names of settings that change the speed alone
     """
 
@@ -60,6 +61,7 @@ class Transform:
     needs_calibration = False
     needs_seed = False
     online = False
+    mixes_channels = False
     no_influence: tuple[str, ...] = ()
 
     def check(self, tower: Tower, quantization: Quantization) -> None:
@@ -122,6 +124,10 @@ class Quantization(Compression):
     @property
     def changes_inputs(self) -> bool:
         return self.transform is not None
+
+    @property
+    def mixes_channels(self) -> bool:
+        return any(part is not None and part.mixes_channels for part in (self.transform, self.latent))
 
     @property
     def needs_seed(self) -> bool:

@@ -45,6 +45,7 @@ class BetaSplit(Transform):
     """
 
     label = "QSVD"
+    mixes_channels = True
     needs_calibration = True
 
     def __init__(self, betas: Sequence[float], rotate: bool) -> None:
