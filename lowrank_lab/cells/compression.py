@@ -6,8 +6,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from lowrank_lab.cells.settings import flat
-
 Plan = dict[str, Any]  # plain data, by the full name of a site or linear: its rank, sparsity, format, …
 
 
@@ -66,8 +64,8 @@ class Compression:
         return False
 
     def settings(self, cfg: dict[str, Any]) -> dict[str, Any]:
-        """The settings of ``cfg``, plain data, that may tell two cells apart (cells/settings.py)."""
-        return flat(self.axis, cfg[self.axis])
+        """Those of ``cfg``, plain data, that may tell two cells apart (cells/settings.py); here the name says all."""
+        return {self.axis: self.name}
 
     def check_settings(self, cfg: DictConfig) -> None:
         """Raise UserError for settings of the cell's configuration that do not go together."""
