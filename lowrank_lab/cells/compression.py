@@ -64,7 +64,7 @@ class Compression:
         return False
 
     def settings(self, cfg: dict[str, Any]) -> dict[str, Any]:
-        """Those of ``cfg``, plain data, that may tell two cells apart (cells/settings.py); here the name says all."""
+        """Those of ``cfg``, plain data, that may tell two cells apart (cells/settings.py); a name may say all."""
         return {self.axis: self.name}
 
     def check_settings(self, cfg: DictConfig) -> None:
