@@ -54,10 +54,11 @@ BENCHMARKS := startup factorized_forward solver_speed statistics_time grid_overh
 bench: setup     ## the ratios of the README's section on performance (a quarter of an hour on one idle core)
 	@for name in $(BENCHMARKS); do echo "$$name:"; OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
 
-check: setup     ## lint, format and types
+check: setup     ## lint, format, types, and which way imports point
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: setup    ## format and fix what ruff can
 	$(BIN)/ruff check --fix .

@@ -7,11 +7,11 @@ from functools import partial
 
 from torch import nn
 
-from lowrank_lab.lowrank.sites import Grouping, Targets, sites_of
-from lowrank_lab.lowrank.spectra import linear_shapes
+from lowrank_lab.cells.targets import Grouping, Targets, sites_of
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.lowrank.storage.base import Storage
 from lowrank_lab.models.families import Tower
+from lowrank_lab.modules.linears import linear_shapes
 from lowrank_lab.modules.site import Site
 
 

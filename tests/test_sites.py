@@ -10,7 +10,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_lab.errors import SkippedCell, UserError
-from lowrank_lab.lowrank.factors import orthogonal_factors
 from lowrank_lab.lowrank.metric.identity import Identity
 from lowrank_lab.lowrank.ranks import rank_for_ratio, total_cost
 from lowrank_lab.lowrank.spectra import compress, make_spectra
@@ -20,7 +19,13 @@ from lowrank_lab.models import tiny
 from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.models.load import load_model
 from lowrank_lab.models.walk import blocks_of
-from lowrank_lab.modules.factorized import FactorizedLinear, SharedLatent, factors_of, site_weight
+from lowrank_lab.modules.factorized import (
+    FactorizedLinear,
+    SharedLatent,
+    factors_of,
+    orthogonal_factors,
+    site_weight,
+)
 from lowrank_lab.modules.mixed import MixedLinear
 from lowrank_lab.records.rank_sizes import sizes_of_ranks
 from lowrank_lab.records.sizes import sizes

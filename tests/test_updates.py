@@ -19,11 +19,12 @@ from lowrank_lab.lowrank.ranks import rank_for_ratio
 from lowrank_lab.lowrank.refinement.ipca import Ipca, Update, complete, leading_directions, merge
 from lowrank_lab.lowrank.refinement.sequential_update import SequentialUpdate, refit_left
 from lowrank_lab.lowrank.solver import decompose
-from lowrank_lab.lowrank.spectra import by_block, load_spectrum, make_spectra
+from lowrank_lab.lowrank.spectra import load_spectrum, make_spectra
 from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.models.load import load_model
 from lowrank_lab.models.walk import block_file, blocks_of, walk
 from lowrank_lab.modules.factorized import dense_weight, factorize, site_weight
+from lowrank_lab.modules.site import by_block
 from tests.sites import sites_in
 
 from .conftest import stopped_at_block_one

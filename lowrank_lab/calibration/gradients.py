@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lowrank_lab import progress
 from lowrank_lab.calibration.statistics import tokens_metadata, tokens_of
-from lowrank_lab.lowrank.metric.base import OutputStatistics
+from lowrank_lab.calibration.summaries import OutputStatistics
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.rows import counted, counting, rows_now
 from lowrank_lab.models.tasks.base import Batch, Task

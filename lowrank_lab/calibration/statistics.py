@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowrank_lab import progress
-from lowrank_lab.lowrank.metric.base import InputStatistics
+from lowrank_lab.calibration.summaries import InputStatistics
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.rows import counted, rows_now
 from lowrank_lab.models.tasks.base import Batch, Task

@@ -13,10 +13,10 @@ from lowrank_lab.artifacts.store import Store
 from lowrank_lab.calibration.corpora import Corpus, Part
 from lowrank_lab.cells import config
 from lowrank_lab.cells.compression import Compression
+from lowrank_lab.cells.evaluator import Evaluator
 from lowrank_lab.cells.keys import Keys
-from lowrank_lab.checkpoints.description import Saved
+from lowrank_lab.checkpoints.description import Saved, saved_in
 from lowrank_lab.errors import UserError
-from lowrank_lab.evaluation.base import Evaluator
 from lowrank_lab.models.source import ModelSource, resolve
 from lowrank_lab.redaction import redacted
 
@@ -27,6 +27,7 @@ LONGEST_NAME = 150  # bytes of a checkpoint's folder: file systems allow 255
 class Cell:
     """A validated configuration with its model and data found.
 
+    ``saved`` says how the model was compressed, where it is a checkpoint of ``save=true``.
     ``compressions`` are what is done to the model, by name, in this order; nothing for the dense model.
     ``evaluators`` are those that measure something on such a model; ``left_out`` are the names of the others.
     ``calibration_data`` is the content hash of the calibration text (None where nothing reads it),
@@ -37,6 +38,7 @@ class Cell:
     cfg: DictConfig
     store: Store
     source: ModelSource
+    saved: Saved | None
     compressions: dict[str, Compression]
     calibration_data: str | None
     training_data: dict[str, str]
@@ -56,18 +58,20 @@ class Cell:
         compressions, asked = config.validated(cfg)
         store = Store(cfg.artifacts)
         source = resolve(cfg.model.path, cfg.model.revision, store)
-        if source.saved is not None:
+        saved = _saved(cfg.model.path, source)
+        if saved is not None:
             compressions = {name: one for name, one in compressions.items() if one.on_checkpoints}
-            cfg = _as_saved(cfg, source.saved)
+            cfg = _as_saved(cfg, saved)
         texts = _texts_of(compressions, cfg)
         content = lambda dataset, which: _content(dataset, which, cfg.data_root, store)
         calibrates = any(one.needs_calibration for one in compressions.values())
-        kind = kind_of(compressions, source)
+        kind = kind_of(compressions, saved)
         evaluators = {name: one for name, one in asked.items() if one.models is None or kind in one.models}
         cell = cls(
             cfg,
             store,
             source,
+            saved,
             compressions,
             calibration_data=content(cfg.calibration.dataset, "calibration") if calibrates else None,
             training_data={name: content(node.dataset, "calibration") for name, node in texts.items()},
@@ -83,7 +87,7 @@ class Cell:
             compression.check_cell(cell)
             if compression.online and cfg.save.merge:
                 raise UserError(f"save.merge=true: dense weights cannot hold {compression.name}; use save=true")
-        if source.saved is not None and source.saved.online and cfg.save.merge:
+        if saved is not None and saved.online and cfg.save.merge:
             raise UserError(f"save.merge=true: {cfg.model.path} does more than dense weights can hold")
         return cell
 
@@ -99,18 +103,18 @@ class Cell:
     @property
     def kind(self) -> str:
         """What the evaluated model is: ``dense``, ``quantized``, ``compressed``, a ``checkpoint``, …"""
-        return kind_of(self.compressions, self.source)
+        return kind_of(self.compressions, self.saved)
 
     @property
     def is_factored(self) -> bool:
         """Whether the model that is evaluated has factors."""
-        return self.source.saved is not None or any(one.makes_factors for one in self.compressions.values())
+        return self.saved is not None or any(one.makes_factors for one in self.compressions.values())
 
     @property
     def ratio(self) -> float:
         """The ratio asked for; 1 where none was, a checkpoint's what was asked of it."""
-        if self.source.saved is not None:
-            return self.source.saved.ratio
+        if self.saved is not None:
+            return self.saved.ratio
         ratios = (one.ratio(self.cfg) for one in self.compressions.values())
         return next((ratio for ratio in ratios if ratio is not None), 1.0)
 
@@ -137,7 +141,7 @@ class Cell:
         """One line about the evaluators that measure nothing on this cell's model."""
         words = [one.kind_in_words for one in self.compressions.values()]
         model = words[0] if words else "the dense model"
-        if self.source.saved is not None:
+        if self.saved is not None:
             model = "a model that is compressed already, whose dense original is not known"
         return f"eval={','.join(self.left_out)} measures nothing on {model}"
 
@@ -175,14 +179,14 @@ class Cell:
         asked = {}
         if self.cfg.save.checkpoint and self.compressions:
             asked["checkpoint"] = readable
-        if self.cfg.save.merge and (self.compressions or self.source.saved is not None):
+        if self.cfg.save.merge and (self.compressions or self.saved is not None):
             asked["merged_checkpoint"] = f"{readable}-merged"
         return asked
 
 
-def kind_of(compressions: dict[str, Compression], source: ModelSource) -> str:
+def kind_of(compressions: dict[str, Compression], saved: Saved | None) -> str:
     """See ``Cell.kind``; where several compressions change the model, the first says what it is."""
-    if source.saved is not None:
+    if saved is not None:
         return "checkpoint"
     return next((one.kind for one in compressions.values()), "dense")
 
@@ -199,6 +203,14 @@ def corpus_part(dataset: DictConfig, which: str) -> tuple[Corpus, Part]:
 
 def _texts_of(compressions: dict[str, Compression], cfg: DictConfig) -> dict[str, DictConfig]:
     return {name: node for one in compressions.values() for name, node in one.texts(cfg).items()}
+
+
+def _saved(path: str, source: ModelSource) -> Saved | None:
+    """How the model was compressed by lowrank_lab, if it was. Raises UserError where that cannot be read."""
+    try:
+        return None if source.settings is None else saved_in(source.settings)
+    except UserError as error:
+        raise UserError(f"model.path={path}: {error}") from None
 
 
 def _as_saved(cfg: DictConfig, saved: Saved) -> DictConfig:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig
-
-from lowrank_lab.cells.settings import flat
-
-if TYPE_CHECKING:
-    from lowrank_lab.cells.cell import Cell
 
 Plan = dict[str, Any]  # plain data, by the full name of a site or linear: its rank, sparsity, format, …
 
@@ -18,7 +13,8 @@ class Compression:
     """One thing that is done to a model. The compressions of a cell are applied one after the other.
 
     A new one is a class, a YAML in its axis' folder, and a module (modules/base.py) if it puts one into the model.
-    ``context`` is a running.context.Context: the model, the linears that the cell targets, texts, statistics.
+    ``cell`` is a cells.cell.Cell, ``context`` a running.context.Context: it has the model, the linears that the
+    cell targets, texts and statistics.
 
     axis            the node of the configuration that describes it
     kind            what a model is called that only this has changed (``Evaluator.models`` lists such kinds)
@@ -58,18 +54,23 @@ class Compression:
         return False
 
     @property
+    def mixes_channels(self) -> bool:
+        """Whether it multiplies weights by matrices, such as rotations, so that their zeros are lost."""
+        return False
+
+    @property
     def changes_inputs(self) -> bool:
         """Whether linears are given something else than those of the dense model."""
         return False
 
     def settings(self, cfg: dict[str, Any]) -> dict[str, Any]:
-        """The settings of ``cfg``, plain data, that may tell two cells apart (cells/settings.py)."""
-        return flat(self.axis, cfg[self.axis])
+        """Those of ``cfg``, plain data, that may tell two cells apart (cells/settings.py); a name may say all."""
+        return {self.axis: self.name}
 
     def check_settings(self, cfg: DictConfig) -> None:
         """Raise UserError for settings of the cell's configuration that do not go together."""
 
-    def check_cell(self, cell: Cell) -> None:
+    def check_cell(self, cell: Any) -> None:
         """Raise UserError for what a user can mend: a missing library, a checkpoint that does not suit it."""
 
     def ratio(self, cfg: DictConfig) -> float | None:
@@ -80,7 +81,7 @@ class Compression:
         """The nodes of ``cfg``, by name, that describe windows of a text of its own (not the calibration text)."""
         return {}
 
-    def key(self, cell: Cell, before: str) -> str:
+    def key(self, cell: Any, before: str) -> str:
         """Identifies the weights after it, where ``before`` identifies those that it is given."""
         raise NotImplementedError
 

@@ -10,22 +10,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig
 
 from lowrank_lab.artifacts.store import fingerprint
 from lowrank_lab.cells import config, versions
 
-if TYPE_CHECKING:
-    from lowrank_lab.cells.cell import Cell
-
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys of ``cell``."""
+    """The keys of ``cell``, a cells.cell.Cell."""
 
-    cell: Cell
+    cell: Any
 
     @cached_property
     def record(self) -> str:

@@ -6,6 +6,7 @@ A key must not change because a file moves, so keys name a class by its first pl
 from __future__ import annotations
 
 FIRST_PLACES = {  # by the present place of a package or class, the place under which keys know it
+    "lowrank_lab.cells.targets.": "lowrank_lab.lowrank.sites.",
     "lowrank_lab.lowrank.metric.": "lowrank_lab.metric.",
     "lowrank_lab.lowrank.allocation.": "lowrank_lab.allocation.",
     "lowrank_lab.lowrank.refinement.": "lowrank_lab.refinement.",

@@ -22,15 +22,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank_lab.checkpoints.description import QUANT_METHOD, Saved
 from lowrank_lab.errors import UserError
-from lowrank_lab.modules import linears, mixed, quantized
 from lowrank_lab.modules.attention import cache_of, round_cache
 from lowrank_lab.modules.base import Described, Replacement, bias_of, dense_weight
 from lowrank_lab.modules.cache_format import CacheFormat
 from lowrank_lab.modules.factorized import factors_of
 from lowrank_lab.modules.rebuild import build_modules, check_kinds, describe_modules
 from lowrank_lab.modules.site import Ranks, Sites
-
-BUILT_IN = (linears, mixed, quantized)  # whose kinds are known once they are imported
 
 
 @register_quantization_config(QUANT_METHOD)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lowrank_lab.cells.targets import Grouping, Targets, sites_of
 from lowrank_lab.errors import UserError
 from lowrank_lab.lazy_module import LazyModule
-from lowrank_lab.lowrank.sites import Grouping, Targets, sites_of
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.models.families import Tower
 from lowrank_lab.modules.site import Site
@@ -15,11 +15,11 @@ from lowrank_lab.modules.site import Site
 if TYPE_CHECKING:
     from torch import nn
 
-    from lowrank_lab.lowrank import spectra
     from lowrank_lab.models import walk
+    from lowrank_lab.modules import linears as linear_modules
 else:
-    spectra = LazyModule("lowrank_lab.lowrank.spectra")
     walk = LazyModule("lowrank_lab.models.walk")
+    linear_modules = LazyModule("lowrank_lab.modules.linears")
 
 
 def chosen_sites(
@@ -45,7 +45,6 @@ def chosen_sites(
     for index in blocks:
         if index >= count:
             raise UserError(f"{setting}.blocks={index}: this model has the blocks 0 to {count - 1}")
-    each = sites_of(
-        tower, spectra.linear_shapes(model, tower), Grouping(()), Targets("all", "parameters"), Absorb(0.5)
-    )
+    shapes = linear_modules.linear_shapes(model, tower)
+    each = sites_of(tower, shapes, Grouping(()), Targets("all", "parameters"), Absorb(0.5))
     return {name: site for name, site in each.items() if site.block in blocks and site.key in wanted}

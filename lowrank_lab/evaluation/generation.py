@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lowrank_lab import checks, progress
 from lowrank_lab.artifacts.store import fingerprint
 from lowrank_lab.cells import versions
+from lowrank_lab.cells.evaluator import Evaluator
 from lowrank_lab.errors import SkippedCell
-from lowrank_lab.evaluation.base import Evaluator
 from lowrank_lab.evaluation.robust import NotFiniteError
 from lowrank_lab.lazy_module import LazyModule
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_lab import checks, progress
 from lowrank_lab.cells import versions
-from lowrank_lab.evaluation.base import Evaluator
+from lowrank_lab.cells.evaluator import Evaluator
 from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.lowrank.refinement.ipca import leading_directions, merge
 

@@ -17,7 +17,7 @@ from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.lowrank import artifacts
 from lowrank_lab.lowrank.answers import answers_of
 from lowrank_lab.lowrank.keys import LowRankKeys
-from lowrank_lab.modules.site import Site
+from lowrank_lab.modules.site import Site, by_block
 
 if TYPE_CHECKING:
     import torch
@@ -184,10 +184,10 @@ def storage_errors(context: Context, dense: nn.Module) -> dict[str, dict[str, fl
     blocks = list(
         zip(walk.blocks_of(context.model, context.tower), walk.blocks_of(dense, context.tower), strict=True)
     )
-    by_block = spectra.by_block(context.sites, len(blocks))
+    block_sites = by_block(context.sites, len(blocks))
     with torch.no_grad():
         for index, (block, dense_block) in enumerate(progress.track(blocks, "storage errors", "block")):
-            for name, site in by_block[index].items():
+            for name, site in block_sites[index].items():
                 stored = factorized.factors_of(block, site)
                 if stored is None:
                     continue

@@ -20,8 +20,8 @@ from omegaconf import DictConfig
 from lowrank_lab import checks, environment, progress
 from lowrank_lab.artifacts.store import Store
 from lowrank_lab.cells import versions
+from lowrank_lab.cells.evaluator import Evaluator
 from lowrank_lab.errors import SkippedCell
-from lowrank_lab.evaluation.base import Evaluator
 from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.models.families import kv_cache_shape
 from lowrank_lab.out_of_memory import unless_out_of_memory
@@ -81,7 +81,7 @@ class Speed(Evaluator):
         return {"": {**machine, "device": device}}
 
     def check(self, context: Context) -> None:
-        saved = context.cell.source.saved
+        saved = context.cell.saved
         if saved is not None and saved.online:
             raise SkippedCell("eval=speed compares with a dense model, which this checkpoint cannot be made into")
         if kv_cache_shape(context.model_config) is None:

@@ -14,7 +14,7 @@ from lowrank_lab.evaluation.chosen_sites import chosen_sites
 from lowrank_lab.evaluation.windows import WindowEvaluator
 from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.lowrank.storage.absorb import Absorb
-from lowrank_lab.modules.site import Site, Sites
+from lowrank_lab.modules.site import Site, Sites, by_block
 
 if TYPE_CHECKING:
     import torch
@@ -118,12 +118,12 @@ def compare(
         if not math.isfinite(dense_nll):
             layers = (robust.first_not_finite(model, batch.to(device)) for batch in batches)
             raise robust.NotFiniteError(next((layer for layer in layers if layer), "the model"))
-        by_block = spectra.by_block(sites, len(walk.blocks_of(model, tower)))
+        block_sites = by_block(sites, len(walk.blocks_of(model, tower)))
         entering: list[Tensor] = []
         points = []
         blocks = walk.walk(model, tower, batches, device, entering)
-        for index, block, run in progress.track(blocks, "truncations", "block", len(by_block)):
-            for name, site in progress.track(list(by_block[index].items()), "linears", "linear"):
+        for index, block, run in progress.track(blocks, "truncations", "block", len(block_sites)):
+            for name, site in progress.track(list(block_sites[index].items()), "linears", "linear"):
                 weight = factorized.site_weight(block, site).to(device, torch.float64)
                 spectrum = solver.decompose(weight, None, None)
                 for ratio in ratios:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowrank_lab import checks
+from lowrank_lab.cells.evaluator import Evaluator
 from lowrank_lab.errors import SkippedCell
-from lowrank_lab.evaluation.base import Evaluator
 from lowrank_lab.lazy_module import LazyModule
 
 if TYPE_CHECKING:

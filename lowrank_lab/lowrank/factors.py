@@ -15,6 +15,7 @@ from lowrank_lab.lowrank.spectra import blocks_with_sites, check_finite
 from lowrank_lab.lowrank.storage.base import Storage
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import block_file
+from lowrank_lab.modules.factorized import orthogonal_factors
 from lowrank_lab.modules.site import Site, Sites
 
 
@@ -58,11 +59,3 @@ def install_factors(
             left, right = (factor.to(device, torch.float64) for factor in load_factors(factors, site))
             check_finite(name, left, right)
             storage.install(block, site, *orthogonal_factors(left, right))
-
-
-def orthogonal_factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same product as U (out, k) and Σ Vᵀ (k, in) of its singular value decomposition, and its σ (k,)."""
-    q_left, r_left = torch.linalg.qr(left)
-    q_right, r_right = torch.linalg.qr(right.T)
-    u, sigma, vt = torch.linalg.svd(r_left @ r_right.T)
-    return q_left @ u, sigma.unsqueeze(-1) * (vt @ q_right.T), sigma

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lowrank_lab.lowrank.spectra import by_block, load_spectrum
+from lowrank_lab.lowrank.spectra import load_spectrum
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.lowrank.truncation import smooth_truncation
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.factorized import install, plain_linear, site_weight
-from lowrank_lab.modules.site import Site, Sites
+from lowrank_lab.modules.site import Site, Sites, by_block
 
 # From how many directions there are to the factor of each, (count,).
 Mask = Callable[[int], Tensor]

@@ -22,30 +22,11 @@ from lowrank_lab.lowrank.solver import Spectrum, decompose, decompose_by_cholesk
 from lowrank_lab.lowrank.storage.base import Storage
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import block_file, blocks_of
-from lowrank_lab.modules.factorized import dense_weight, site_weight
-from lowrank_lab.modules.site import Site, Sites
+from lowrank_lab.modules.factorized import site_weight
+from lowrank_lab.modules.site import Site, Sites, by_block
 from lowrank_lab.out_of_memory import unless_out_of_memory
 
 log = logging.getLogger(__name__)
-
-
-def linear_shapes(model: nn.Module, tower: Tower) -> list[dict[str, tuple[int, int]]]:
-    """By block, the (out, in) of every compressible linear."""
-
-    def shape(linear: nn.Module) -> tuple[int, int]:
-        out, inp = dense_weight(linear).shape
-        return int(out), int(inp)
-
-    blocks = blocks_of(model, tower)
-    return [{name: shape(block.get_submodule(name)) for name in tower.linears} for block in blocks]
-
-
-def by_block(sites: Sites, count: int) -> list[dict[str, Site]]:
-    """The sites of each of ``count`` blocks, by their full names."""
-    found: list[dict[str, Site]] = [{} for _ in range(count)]
-    for name, site in sites.items():
-        found[site.block][name] = site
-    return found
 
 
 def make_spectra(

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_lab.artifacts.store import MANIFEST, Store, fingerprint
-from lowrank_lab.checkpoints.description import Saved, saved_in
 from lowrank_lab.errors import UserError
 from lowrank_lab.models.hub import hub_commit
 
@@ -34,8 +33,8 @@ class ModelSource:
     """A model that was found. ``content`` identifies its weights and tokenizer; it holds no path.
 
     ``kind`` is ``hub``, ``folder``, ``gguf`` or ``tiny``. ``location`` is what ``from_pretrained`` takes
-    (for ``gguf`` the file, for ``tiny`` the family). ``model_type`` is None for a GGUF. ``saved`` says how the
-    model was compressed, where it is a checkpoint of ``save=true``.
+    (for ``gguf`` the file, for ``tiny`` the family). ``settings`` is its config.json, None for
+    these.
     """
 
     kind: str
@@ -43,8 +42,7 @@ class ModelSource:
     location: str
     content: str
     revision: str | None = None
-    model_type: str | None = None
-    saved: Saved | None = None
+    settings: dict[str, Any] | None = None
 
 
 def resolve(path: str, revision: str | None, store: Store) -> ModelSource:
@@ -73,7 +71,7 @@ def _tiny(family: str) -> ModelSource:
         known = ", ".join([*sorted(CONFIGS), *sorted(OTHERS)])
         raise UserError(f"model.path=tiny:{family}: no such family; choose one of {known}")
     content = fingerprint({"tiny": family, "config": EVERY[family], "version": VERSION})
-    return ModelSource("tiny", f"tiny-{family}", family, content, model_type=family)
+    return ModelSource("tiny", f"tiny-{family}", family, content)
 
 
 @cache  # a package may have thousands of files, and is asked for by every cell
@@ -101,7 +99,7 @@ def _folder(folder: Path, store: Store) -> ModelSource:
         raise UserError(f"model.path={folder}: the folder has no config.json; is it a saved model?")
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
-        model_type = settings["model_type"]
+        _ = settings["model_type"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"model.path={folder}: its config.json is not one of a model (no model_type)") from None
     files = sorted(f for f in folder.iterdir() if f.is_file() and f.suffix in CONTENT_SUFFIXES)
@@ -111,8 +109,7 @@ def _folder(folder: Path, store: Store) -> ModelSource:
     for index in (f for f in files if f.name.endswith(".index.json")):
         _check_index(folder, index)
     content = fingerprint({f.name: store.file_hash(f) for f in files})
-    name, saved = folder.resolve().name, _saved(str(folder), settings)
-    return ModelSource("folder", name, str(folder), content, model_type=model_type, saved=saved)
+    return ModelSource("folder", folder.resolve().name, str(folder), content, settings=settings)
 
 
 def _check_index(folder: Path, index: Path) -> None:
@@ -124,14 +121,6 @@ def _check_index(folder: Path, index: Path) -> None:
     for name in sorted(names):
         if Path(name).name != name:
             raise UserError(f"model.path={folder}: {index.name} names {name}, which is not in this folder")
-
-
-def _saved(path: str, settings: dict[str, Any]) -> Saved | None:
-    """How the model of this config.json was compressed. Raises UserError where that cannot be read."""
-    try:
-        return saved_in(settings)
-    except UserError as error:
-        raise UserError(f"model.path={path}: {error}") from None
 
 
 @cache  # read once a process, not once a cell
@@ -158,5 +147,4 @@ def _hub(name: str, revision: str | None) -> ModelSource:
         ) from None
     content = fingerprint({"hub": name, "commit": commit})
     settings = json.loads(file.read_text(encoding="utf-8"))
-    found = {"model_type": settings.get("model_type"), "saved": _saved(name, settings)}
-    return ModelSource("hub", name.split("/")[-1], name, content, revision=commit, **found)
+    return ModelSource("hub", name.split("/")[-1], name, content, revision=commit, settings=settings)

@@ -65,8 +65,7 @@ class FactorizedLinear(CompressedLinear):
         return sum((count(part) for part in self.parts().values()), Counts())
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        left, right = innermost(self.left, "output_part"), innermost(self.right, "input_part")
-        return dense_weight(left), dense_weight(right)
+        return dense_weight(self.left), dense_weight(self.right)
 
     def dense_weight(self) -> Tensor:
         left, right = self.factors()
@@ -183,3 +182,11 @@ def factors_of(block: nn.Module, site: Site) -> tuple[Tensor, Tensor] | None:
         lefts.append(factors[0].detach())
         rights.append(factors[1].detach())
     return torch.cat(lefts), rights[0]
+
+
+def orthogonal_factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same product as U (out, k) and Σ Vᵀ (k, in) of its singular value decomposition, and its σ (k,)."""
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.T)
+    u, sigma, vt = torch.linalg.svd(r_left @ r_right.T)
+    return q_left @ u, sigma.unsqueeze(-1) * (vt @ q_right.T), sigma

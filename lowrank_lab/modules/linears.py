@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_lab.models.families import Tower
+from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.base import (
     CompressedLinear,
     Counts,
@@ -101,6 +102,17 @@ class NormWithSteps(Replacement):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.steps(self.norm(x))
+
+
+def linear_shapes(model: nn.Module, tower: Tower) -> list[dict[str, tuple[int, int]]]:
+    """By block, the (out, in) of every compressible linear."""
+
+    def shape(linear: nn.Module) -> tuple[int, int]:
+        out, inp = dense_weight(linear).shape
+        return int(out), int(inp)
+
+    blocks = blocks_of(model, tower)
+    return [{name: shape(block.get_submodule(name)) for name in tower.linears} for block in blocks]
 
 
 def linears_in(block: nn.Module, members: Iterable[str]) -> list[str]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 from torch import Tensor, nn
 
+from lowrank_lab import modules as package
 from lowrank_lab.errors import UserError
 from lowrank_lab.modules.base import CompressedLinear, Replacement, is_linear, plain_parts
 from lowrank_lab.modules.counts import count
@@ -29,11 +32,18 @@ def describe_modules(model: nn.Module) -> dict[str, dict[str, Any]]:
     return described
 
 
+def _make_kinds_known() -> None:
+    """Import the files of this package: the kinds that they define are known then."""
+    for file in iter_modules(package.__path__):
+        import_module(f"{package.__name__}.{file.name}")
+
+
 def build_modules(model: Any, modules: Mapping[str, dict[str, Any]]) -> None:
     """Put what ``describe_modules`` gave into a dense model on the meta device, in place.
 
     Raises UserError for a kind that is not known.
     """
+    _make_kinds_known()
     for path in sorted(modules, key=lambda path: path.count(".")):  # a module before those within it
         described = {name: value for name, value in modules[path].items() if name not in ("kind", "borrows")}
         made = Replacement.of_kind(modules[path]["kind"]).empty(described, model.get_submodule(path))

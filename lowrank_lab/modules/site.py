@@ -58,3 +58,11 @@ class Site:
 # By the full name of a site: the site, and its rank (None where it stays dense).
 Sites: TypeAlias = Mapping[str, Site]
 Ranks: TypeAlias = dict[str, int | None]
+
+
+def by_block(sites: Sites, count: int) -> list[dict[str, Site]]:
+    """The sites of each of ``count`` blocks, by their full names."""
+    found: list[dict[str, Site]] = [{} for _ in range(count)]
+    for name, site in sites.items():
+        found[site.block][name] = site
+    return found

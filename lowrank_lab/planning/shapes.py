@@ -13,7 +13,6 @@ from transformers import AutoConfig
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.ranks import rank_within
-from lowrank_lab.lowrank.spectra import linear_shapes
 from lowrank_lab.models.discovery import family_of
 from lowrank_lab.models.families import Tower, head_size, kv_cache_shape
 from lowrank_lab.models.load import load_config, skeleton
@@ -21,6 +20,7 @@ from lowrank_lab.models.tiny import EVERY
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.base import is_linear
 from lowrank_lab.modules.counts import count
+from lowrank_lab.modules.linears import linear_shapes
 from lowrank_lab.modules.site import Ranks, Site
 from lowrank_lab.running.context import sites_of_cell
 
@@ -63,8 +63,8 @@ class Shapes:
 
 def with_sites(shapes: Shapes, cell: Cell) -> Shapes:
     """What ``cell`` compresses. Raises SkippedCell or UserError where the cell itself will."""
-    if cell.source.saved is not None:
-        return replace(shapes, sites=cell.source.saved.sites)
+    if cell.saved is not None:
+        return replace(shapes, sites=cell.saved.sites)
     if not any(compression.makes_factors for compression in cell.compressions.values()):
         return shapes
     tower = family_of(skeleton(config_of(cell), cell.cfg.model.trust_remote_code)).tower

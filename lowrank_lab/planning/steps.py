@@ -54,7 +54,7 @@ class Planner:
     def __init__(self, cell: Cell, shapes: Shapes, on_gpu: bool) -> None:
         self.cell, self.shapes, self.on_gpu = cell, shapes, on_gpu
         self.value = 4 if cell.cfg.dtype == "float32" else 2
-        saved = cell.source.saved
+        saved = cell.saved
         self.ranks: Ranks = saved.ranks if saved is not None else shapes.ranks(cell.ratio)
         self.factored = any(rank is not None for rank in self.ranks.values())
         calibration = cell.cfg.calibration

@@ -53,6 +53,7 @@ class Transform:
     needs_calibration  whether it reads the calibration text
     needs_seed         whether it draws random numbers
     online             whether it leaves work for the forward, which dense weights cannot hold
+    mixes_channels     whether it multiplies weights by matrices, such as rotations, and not by scales alone
     no_influence       the names of settings that change the speed alone
     """
 
@@ -60,6 +61,7 @@ class Transform:
     needs_calibration = False
     needs_seed = False
     online = False
+    mixes_channels = False
     no_influence: tuple[str, ...] = ()
 
     def check(self, tower: Tower, quantization: Quantization) -> None:
@@ -122,6 +124,10 @@ class Quantization(Compression):
     @property
     def changes_inputs(self) -> bool:
         return self.transform is not None
+
+    @property
+    def mixes_channels(self) -> bool:
+        return any(part is not None and part.mixes_channels for part in (self.transform, self.latent))
 
     @property
     def needs_seed(self) -> bool:
@@ -193,7 +199,7 @@ class Quantization(Compression):
 
     def check_cell(self, cell: Cell) -> None:
         """Raises UserError for a model that is quantized already, or where a library that rounds is not there."""
-        if cell.source.saved is not None and cell.source.saved.is_quantized:
+        if cell.saved is not None and cell.saved.is_quantized:
             raise UserError(f"model.path={cell.cfg.model.path} is quantized already; use quantization=none")
         library = self.method.library if self.method is not None else None
         if library is not None and importlib.util.find_spec(library) is None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lowrank_lab.lowrank.spectra import by_block
 from lowrank_lab.models.walk import blocks_of
+from lowrank_lab.modules.site import by_block
 from lowrank_lab.running.context import Context
 
 

@@ -61,9 +61,9 @@ def sites(record: dict[str, Any], results: Results) -> dict[str, Site]:
     Raises UserError where the config.json is not on this machine: neither among the artifacts nor in model.path nor
     in the hub's cache.
     """
-    from lowrank_lab.lowrank.spectra import linear_shapes
     from lowrank_lab.models.discovery import family_of
     from lowrank_lab.models.load import load_config, skeleton
+    from lowrank_lab.modules.linears import linear_shapes
 
     model = record["config"]["model"]
     converted = artifact(record, "model conversion", results)

@@ -20,10 +20,9 @@ from lowrank_lab.calibration.statistics import make_statistics
 from lowrank_lab.calibration.tokens import load_tokens, make_calibration_tokens, make_text_tokens
 from lowrank_lab.cells import versions
 from lowrank_lab.cells.cell import Cell, corpus_part
+from lowrank_lab.cells.targets import sites_of
 from lowrank_lab.checkpoints import checkpoint
 from lowrank_lab.errors import SkippedCell, UserError
-from lowrank_lab.lowrank.sites import sites_of
-from lowrank_lab.lowrank.spectra import linear_shapes
 from lowrank_lab.models.changes import Watched
 from lowrank_lab.models.discovery import family_of
 from lowrank_lab.models.families import FAMILIES, Family, Tower
@@ -32,6 +31,7 @@ from lowrank_lab.models.tasks.base import Batch, Task
 from lowrank_lab.models.tasks.causal_lm import of_tokens
 from lowrank_lab.models.tasks.named import TASKS
 from lowrank_lab.models.walk import walk
+from lowrank_lab.modules.linears import linear_shapes
 from lowrank_lab.modules.site import Site
 from lowrank_lab.records.results import Record
 
@@ -102,7 +102,7 @@ class Context:
         Of a compressed checkpoint it is the one with the products of its factors.
         """
         loaded = self.task.load(self.location, dtype=self.cell.cfg.dtype, **self._remote)
-        saved = self.cell.source.saved
+        saved = self.cell.saved
         return loaded if saved is None else checkpoint.merge(loaded, saved)
 
     def take_model(self) -> nn.Module:
@@ -142,8 +142,8 @@ class Context:
     @cached_property
     def sites(self) -> dict[str, Site]:
         """What is factored, by full name, in the order of the model. Raises UserError where there is nothing."""
-        if self.cell.source.saved is not None:
-            return self.cell.source.saved.sites
+        if self.cell.saved is not None:
+            return self.cell.saved.sites
         return sites_of_cell(self.cell, self.tower, linear_shapes(self.skeleton(), self.tower))
 
     @cached_property

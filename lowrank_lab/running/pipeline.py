@@ -92,12 +92,12 @@ def _describe(context: Context) -> Saved | None:
     context.record.data["sizes"] = {**of_ranks, **sizes(context.model, tower, sites)}
     if ranks and cell.checkpoints:
         return checkpoint.describe(context.model, sites, ranks, cell.described, cell.ratio)
-    return cell.source.saved
+    return cell.saved
 
 
 def _ranks(context: Context) -> dict[str, int | None]:
     """The rank of every site of a compressed model, None where it has none; nothing for the dense model."""
-    if (saved := context.cell.source.saved) is not None:
+    if (saved := context.cell.saved) is not None:
         return dict(saved.ranks)
     compressions = context.cell.compressions
     for name, compression in compressions.items():

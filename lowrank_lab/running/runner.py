@@ -31,7 +31,7 @@ def run(cell: Cell, grid: str | None = None, wait: bool = True) -> dict[str, Any
     """
     cfg = cell.cfg
     results = Results(cfg.results)
-    if (saved := cell.source.saved) is not None:
+    if (saved := cell.saved) is not None:
         known = (cell.source.name, saved.method, saved.ratio)
         log.info("%s is compressed already (%s, ratio %g): it is evaluated as it is", *known)
     elif cell.asks_for_checkpoint and not cell.checkpoints:

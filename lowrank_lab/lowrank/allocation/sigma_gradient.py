@@ -13,7 +13,7 @@ from lowrank_lab.lowrank import artifacts
 from lowrank_lab.lowrank.allocation.global_tail import water_fill
 from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.lowrank.ranks import budget, fit
-from lowrank_lab.modules.site import Ranks, Sites
+from lowrank_lab.modules.site import Ranks, Sites, by_block
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,7 +123,7 @@ def make_sigma_gradients(
             mean_abs[name] += leaf.grad.abs() / len(ids)
             mean_square[name] += leaf.grad.square() / len(ids)
             leaf.grad = None
-    for index, of_block in enumerate(spectra.by_block(sites, len(walk.blocks_of(model, tower)))):
+    for index, of_block in enumerate(by_block(sites, len(walk.blocks_of(model, tower)))):
         tensors = {}
         for name, site in of_block.items():
             found = {"sigma": sigma[name], "abs": mean_abs[name], "square": mean_square[name]}

@@ -23,7 +23,7 @@ from lowrank_lab.lowrank import artifacts
 from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.lowrank.ranks import budget, rank_of_cost, rank_within, total_cost
 from lowrank_lab.lowrank.storage.absorb import Absorb
-from lowrank_lab.modules.site import Ranks, Site, Sites
+from lowrank_lab.modules.site import Ranks, Site, Sites, by_block
 
 if TYPE_CHECKING:
     import torch
@@ -207,14 +207,14 @@ def measure(
     absent; a block whose file exists is not measured again.
     """
     model.to(device)
-    by_block = spectra.by_block(sites, len(walk.blocks_of(model, tower)))
+    block_sites = by_block(sites, len(walk.blocks_of(model, tower)))
     entering: list[Tensor] = []
     with torch.no_grad():
         blocks = walk.walk(model, tower, batches, device, entering, offload, task)
-        for index, _, run in progress.track(blocks, "sensitivities", "block", len(by_block)):
+        for index, _, run in progress.track(blocks, "sensitivities", "block", len(block_sites)):
             file = folder / f"block_{index:03d}.json"
             if not file.exists():
-                named = list(by_block[index].items())
+                named = list(block_sites[index].items())
                 found = {}
                 for name, site in progress.track(named, "linears", "linear"):
                     ranks = candidate_ranks(site, ratios)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lowrank_lab import checks, progress
 from lowrank_lab.lazy_module import LazyModule
-from lowrank_lab.modules.site import Ranks
+from lowrank_lab.modules.site import Ranks, by_block
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ class Ipca:
     def __call__(self, context: Context, ranks: Ranks, folder: Path) -> None:
         """Raises FloatingPointError, naming the site, where an activation is not finite."""
         tower, device, length = context.tower, context.device, context.calibration_ids.shape[1]
-        sites = spectra.by_block(context.sites, len(walk.blocks_of(context.model, tower)))
+        sites = by_block(context.sites, len(walk.blocks_of(context.model, tower)))
         blocks = context.walk(context.model, self.samples)
         for index, block, run in progress.track(blocks, "IPCA", "block", len(sites)):
             if (folder / walk.block_file(index)).exists():

@@ -11,7 +11,7 @@ from lowrank_lab.artifacts.store import write_json
 from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.lowrank import artifacts
 from lowrank_lab.lowrank.storage.absorb import Absorb
-from lowrank_lab.modules.site import Ranks, Sites
+from lowrank_lab.modules.site import Ranks, Sites, by_block
 
 if TYPE_CHECKING:
     import peft
@@ -182,7 +182,7 @@ def merge(model: nn.Module, layers: dict[str, peft_lora.LoraLayer]) -> None:
 def save_all(model: nn.Module, tower: Tower, sites: Sites, folder: Path) -> None:
     """Write the factors of every site that has them. Raises FloatingPointError, naming one that is not finite."""
     blocks = walk.blocks_of(model, tower)
-    for index, (block, of_block) in enumerate(zip(blocks, spectra.by_block(sites, len(blocks)), strict=True)):
+    for index, (block, of_block) in enumerate(zip(blocks, by_block(sites, len(blocks)), strict=True)):
         found = {}
         for name, site in of_block.items():
             if (pair := factorized.factors_of(block, site)) is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lowrank_lab import progress
 from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.lowrank import artifacts
-from lowrank_lab.modules.site import Ranks
+from lowrank_lab.modules.site import Ranks, by_block
 
 if TYPE_CHECKING:
     import torch
@@ -53,10 +53,12 @@ class SequentialUpdate:
         """Raises FloatingPointError, naming the site, where its input or a factor is not finite."""
         tower, device, decomposed = context.tower, context.device, artifacts.spectra(context)
         model = context.take_model()
-        by_block = spectra.by_block(context.sites, len(walk.blocks_of(model, tower)))
+        block_sites = by_block(context.sites, len(walk.blocks_of(model, tower)))
         blocks = context.walk(model)
-        for index, block, run in progress.track(blocks, "update", "block", len(by_block)):
-            ranked = {name: (site, k) for name, site in by_block[index].items() if (k := ranks[name]) is not None}
+        for index, block, run in progress.track(blocks, "update", "block", len(block_sites)):
+            ranked = {
+                name: (site, k) for name, site in block_sites[index].items() if (k := ranks[name]) is not None
+            }
             if not (folder / walk.block_file(index)).exists():
                 input_of = {linear: group[0] for group in tower.inputs for linear in group}
                 linears = dict.fromkeys(input_of[site.members[0]] for site, _ in ranked.values())

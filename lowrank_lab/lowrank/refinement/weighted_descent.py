@@ -23,7 +23,7 @@ from lowrank_lab import checks, progress
 from lowrank_lab.artifacts.store import write_json
 from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.lowrank import artifacts
-from lowrank_lab.modules.site import Ranks, Site, Sites
+from lowrank_lab.modules.site import Ranks, Site, Sites, by_block
 
 if TYPE_CHECKING:
     import torch
@@ -76,8 +76,8 @@ class WeightedDescent:
         """
         if not (folder / "facts.json").exists():  # else an earlier call was stopped while it removed leftovers
             blocks = walk.blocks_of(context.model, context.tower)
-            by_block = spectra.by_block(context.sites, len(blocks))
-            for index, sites in enumerate(progress.track(by_block, "refinement", "block")):
+            block_sites = by_block(context.sites, len(blocks))
+            for index, sites in enumerate(progress.track(block_sites, "refinement", "block")):
                 if not _facts_of(folder, index).exists():
                     self._refine_block(context, ranks, folder, index, blocks[index], sites)
             merged: dict[str, Any] = {}
@@ -158,7 +158,7 @@ def _refined(
     weight: Tensor, importance: Tensor, left: Tensor, right: Tensor, steps: int
 ) -> tuple[tuple[Tensor, Tensor], dict[str, float]]:
     """The refined factors in float32, their start if that is better, and the errors before and after."""
-    u, sigma_vt, sigma = factors.orthogonal_factors(left, right)
+    u, sigma_vt, sigma = factorized.orthogonal_factors(left, right)
     start = (u.float(), sigma_vt.float())
     before = weighted_error(weight, importance, *start)
     # √Σ in each factor: what both preconditioners invert is then as well conditioned as it can be.

@@ -10,10 +10,8 @@ from lowrank_lab.modules.site import Site
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lowrank_lab.lowrank import factors
     from lowrank_lab.modules import factorized, mixed
 else:
-    factors = LazyModule("lowrank_lab.lowrank.factors")
     factorized = LazyModule("lowrank_lab.modules.factorized")
     mixed = LazyModule("lowrank_lab.modules.mixed")
 
@@ -34,7 +32,7 @@ class Remap:
         return rank * max(out, inp)
 
     def install(self, block: nn.Module, site: Site, left: Tensor, right: Tensor, singular_values: Tensor) -> None:
-        u, sigma_vt, sigma = factors.orthogonal_factors(left, right)  # Algorithm 3, line 1
+        u, sigma_vt, sigma = factorized.orthogonal_factors(left, right)  # Algorithm 3, line 1
         u_sigma = u * sigma
         vt = sigma_vt / sigma.clamp(min=sigma.max() * 1e-12 + 1e-300).unsqueeze(-1)
         like = factorized.dense_weight(block.get_submodule(site.members[0]))

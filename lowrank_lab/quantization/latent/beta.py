@@ -18,15 +18,14 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from lowrank_lab.lowrank import factors as site_factors
     from lowrank_lab.models.families import Tower
-    from lowrank_lab.modules import hadamard, linears, steps
+    from lowrank_lab.modules import factorized, hadamard, linears, steps
     from lowrank_lab.quantization import folding
     from lowrank_lab.quantization.inputs import Inputs
     from lowrank_lab.running.context import Context
 else:
     torch = LazyModule("torch")
-    site_factors = LazyModule("lowrank_lab.lowrank.factors")
+    factorized = LazyModule("lowrank_lab.modules.factorized")
     hadamard = LazyModule("lowrank_lab.modules.hadamard")
     linears = LazyModule("lowrank_lab.modules.linears")
     steps = LazyModule("lowrank_lab.modules.steps")
@@ -46,6 +45,7 @@ class BetaSplit(Transform):
     """
 
     label = "QSVD"
+    mixes_channels = True
     needs_calibration = True
 
     def __init__(self, betas: Sequence[float], rotate: bool) -> None:
@@ -98,7 +98,7 @@ def splits(left: Tensor, right: Tensor, betas: Sequence[float]) -> list[Factors]
 
     k is at most out and in. A direction without weight, σ = 0, is zero in both.
     """
-    u, sigma_v, sigma = site_factors.orthogonal_factors(left, right)
+    u, sigma_v, sigma = factorized.orthogonal_factors(left, right)
     of_right = [torch.where(sigma > 0, sigma ** (beta - 1), 0.0).unsqueeze(-1) for beta in betas]
     return [(u * sigma ** (1 - beta), sigma_v * by) for beta, by in zip(betas, of_right, strict=True)]
 

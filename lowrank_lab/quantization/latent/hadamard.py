@@ -22,6 +22,7 @@ class LatentHadamard(Transform):
     """
 
     label = "latent Hadamard"
+    mixes_channels = True
 
     def __call__(self, context: Context, quantization: Quantization) -> None:
         rotation.rotate_latent(context.model, context.tower)

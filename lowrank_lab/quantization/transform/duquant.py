@@ -52,6 +52,7 @@ class DuQuant(Transform):
     """
 
     label = "DuQuant"
+    mixes_channels = True
     needs_seed = True
     needs_calibration = True
     online = True

@@ -26,6 +26,7 @@ class QuaRot(Transform):
     """
 
     label = "QuaRot"
+    mixes_channels = True
     needs_seed = True
     online = True
 

@@ -34,6 +34,7 @@ class SpinQuant(Transform):
     """
 
     label = "SpinQuant"
+    mixes_channels = True
     needs_seed = True
     no_influence = ("micro_batch",)
     needs_calibration = True

@@ -11,9 +11,9 @@ from lowrank_lab.cells.config import for_key
 
 
 class Evaluator:
-    """Measures a model. What it returns is an artifact, found by the model, the settings and the text.
+    """Measures the model of a ``context``, a running.context.Context.
 
-    ``context`` is a running.context.Context: the model, its compressed linears, the text.
+    What it returns is an artifact, found by the model, the settings and the text.
 
     A measurement is a dict with ``metric`` (the name of the number), ``value`` (a float; None where the model's
     logits are not finite, and ``not_finite`` names the first such layer; None where there is no number, for the

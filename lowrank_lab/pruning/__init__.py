@@ -1,0 +1,1 @@
+"""Weights set to zero, and kept as zeros. One file a rule."""
