@@ -273,7 +273,10 @@ def test_no_network_is_touched_with_a_data_root(lab, monkeypatch):
         ),
         (["eval.harness.tasks={piqqa: acc}"], r"has no such task; did you mean .*piqa"),
         (["eval.harness.tasks={piqa: f1}"], "task piqa has no metric 'f1'; choose one of acc, acc_norm"),
-        (["eval.harness.tasks={ai2_arc: acc}"], "lm-eval's name for several; give theirs: arc_challenge, arc_easy"),
+        (
+            ["eval.harness.tasks={ai2_arc: acc}"],
+            "lm-eval's name for several tasks; name these: arc_challenge",
+        ),
         (["eval.harness.tasks={truthfulqa_mc1: acc}", "eval.harness.shots=5"], "always measured with none"),
         (["eval.harness.tasks={squadv2: null}"], "is a Python class, whose data cannot be known beforehand"),
         ([], "eval.harness.tasks must be given"),

@@ -1,4 +1,4 @@
-"""What every evaluator answers. No torch: cells ask for keys long before anything is measured."""
+"""The interface of evaluators. No torch: cells ask for keys long before anything is measured."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def chosen_sites(
     """The linears of ``linears`` (roles or paths; None: all) in ``blocks`` (None: the first, middle and last).
 
     By full name, in the order of the model. Raises UserError for one that the model does not have, with the
-    ``setting`` that asked for it.
+    ``setting`` that names it.
     """
     count = len(walk.blocks_of(model, tower))
     blocks = (0, count // 2, count - 1) if blocks is None else blocks

@@ -1,4 +1,4 @@
-"""The ``eval=factors`` evaluator: how the values of factors are distributed (Dobi-SVD, A.7, Figures 5 and 6)."""
+"""The distribution of the values of factors (Dobi-SVD, A.7, Figures 5 and 6)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ else:
 class Factors(Evaluator):
     """Histogram, mean, standard deviation and excess kurtosis of the left and right factors of some linears.
 
-    They are those that the model multiplies with, as stored. The value is the mean of the excess kurtoses:
+    They are the stored ones, with which the model multiplies. The value is the mean of the excess kurtoses:
     0 for normal values, which the paper takes its factors to have, more the heavier the tails.
 
     linears  roles of models/families.py or paths of linears within a block; None: the first of the attention (the

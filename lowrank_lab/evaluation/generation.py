@@ -43,7 +43,7 @@ class Prompt:
 
     @property
     def shots(self) -> int:
-        """How many questions with answers stand before it."""
+        """How many questions with answers precede it."""
         return len(self.messages) // 2
 
     def text(self) -> str:
@@ -65,7 +65,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answer:
-    """The token ids that a model wrote after a prompt, without the end token, and their text.
+    """The token ids that a model generated after a prompt, without the end token, and their text.
 
     ``cut`` says that generation stopped at ``max_new_tokens``.
     """
@@ -76,13 +76,13 @@ class Answer:
 
 
 class Generation(Evaluator):
-    """Answers to prompts, greedy and sampled, and how much they repeat themselves.
+    """Greedy and sampled answers to prompts, and how much they repeat themselves.
 
-    prompts             ``zero_shot``: questions; ``few_shot``: ``questions`` that are asked after all ``shots``,
+    prompts             ``zero_shot``: questions; ``few_shot``: ``questions`` that follow all ``shots``,
                         whose answers end with their line
     max_new_tokens      where an answer is cut
     temperature, top_p  of the sampled answer
-    seed                of the sampled answer, set anew for every prompt
+    seed                of the sampled answer, set again for every prompt
     chat                prompts in the tokenizer's chat template, else as they are
     """
 
@@ -121,7 +121,7 @@ class Generation(Evaluator):
         return [(prompt.ids(context.tokenizer, self.chat), prompt.shots > 0) for prompt in self.prompts]
 
     def __call__(self, context: Context, part: str) -> dict[str, Any]:
-        """Write all answers and measure them."""
+        """Generate all answers and measure them."""
         prompts = self._asked(context)
         protocol = {
             "prompts": fingerprint([prompt.messages for prompt in self.prompts]),
@@ -150,7 +150,7 @@ class Generation(Evaluator):
 
 
 def _kept(answer: Answer) -> dict[str, Any]:
-    """What the record keeps of an answer."""
+    """The part of an answer that the record has."""
     how_long = {"tokens": len(answer.ids), "cut": answer.cut}
     return {"text": answer.text, **how_long, "repetition": repetition(answer.ids, NGRAM)}
 
@@ -158,7 +158,7 @@ def _kept(answer: Answer) -> dict[str, Any]:
 def summary(answers: list[dict[str, Any]]) -> dict[str, Any]:
     """The mean repetition of the greedy answers (``value``) and of the sampled ones.
 
-    Answers that are too short to have one are counted in ``too_short``. A mean of nothing is None.
+    Answers that are too short for one are counted in ``too_short``. A mean of nothing is None.
     """
     means: dict[str, float | None] = {}
     too_short = {}
@@ -190,8 +190,8 @@ def write(
 ) -> list[tuple[Answer, Answer]]:
     """The greedy and the sampled answer to each of ``prompts``: its token ids, and whether an answer is one line.
 
-    ``sampling`` has the temperature and top_p; all tokens may be sampled (no top_k), and the checkpoint's own
-    settings (a repetition penalty, say) are not used. ``seed`` is set before every answer, and torch's random
+    ``sampling`` has the temperature and top_p; all tokens may be sampled (no top_k), and the settings of the
+    checkpoint (such as a repetition penalty) are not used. ``seed`` is set before every answer, and torch's random
     state is the same afterwards. Raises NotFiniteError where logits are not finite.
     """
     model.to(device)
@@ -230,7 +230,7 @@ def write(
 
 
 def _answer(new: list[int], ends: list[int], tokenizer: Any, one_line: bool, full: bool) -> Answer:
-    """What was written as an answer; ``full`` says that no more tokens were allowed."""
+    """The generated tokens as an answer; ``full`` says that generation reached its limit of tokens."""
     ended = new[-1] in ends
     ids = new[:-1] if ended else new
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

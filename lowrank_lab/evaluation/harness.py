@@ -1,6 +1,6 @@
 """Tasks of EleutherAI's lm-eval as evaluators, each task an artifact that all sets of tasks share.
 
-tasks.py says what a name stands for, task_data.py where its data is, lm.py, which needs torch, measures it.
+tasks.py resolves a name, task_data.py finds its data, and lm.py, which needs torch, measures it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Harness(Evaluator):
     """The mean over tasks of lm-eval of a metric of each.
 
     tasks       by name, the metric that enters the mean, such as acc or acc_norm; None: the task's first
-    shots       few-shot examples; None: as many as the task says, most say none
+    shots       few-shot examples; None: the number that the task sets, mostly 0
     limit       only the first so many documents of every task, and of every member of a group; None: all
     batch_size  sequences a forward, or ``auto``
     """
@@ -54,7 +54,7 @@ class Harness(Evaluator):
         self.batch_size = batch_size
 
     def settings(self, node: DictConfig) -> Any:
-        """Nothing: all that a number depends on is in its part, so that sets of tasks share them."""
+        """Nothing: all that a number depends on is in its part, so that different sets of tasks share parts."""
         return None
 
     def combination(self) -> Any:
@@ -149,7 +149,7 @@ def _check_metric(name: str, metric: str | None, task: NamedTask) -> None:
 
 
 def _chosen(metric: str | None, known: Iterable[str]) -> str | None:
-    """The metric asked for: by its name, by its name before the filter, or the first; None where there is none."""
+    """The metric of this name, with or without its filter, or the first one for None; None where none matches."""
     return next((one for one in known if metric in (None, one, one.partition(",")[0])), None)
 
 
@@ -159,7 +159,7 @@ def _plain(metric: str) -> str:
 
 
 def _shown(name: str, metric: str | None, measured: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's number, and all that was found."""
+    """The number of a task, and all its results."""
     if "not_finite" in measured:
         chosen = _chosen(metric, measured["metrics"]) or metric
         return {"metric": chosen, "value": None, "stderr": None, **measured}

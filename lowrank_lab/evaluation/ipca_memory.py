@@ -1,4 +1,4 @@
-"""The ``eval=ipca_memory`` evaluator: memory of PCA against incremental PCA (Dobi-SVD, §4.2.2, Figure 3 right)."""
+"""The memory of PCA against incremental PCA (Dobi-SVD, §4.2.2, Figure 3 right)."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def directions(width: int, rank: int, device: Any) -> Callable[[int], Tensor]:
 
 
 def pca(sample: Callable[[int], Tensor], samples: int, rank: int) -> Tensor:
-    """The first ``rank`` left singular vectors (n, rank) of [V_1, …, V_samples], kept as one matrix."""
+    """The first ``rank`` left singular vectors (n, rank) of [V_1, …, V_samples], stored as one matrix."""
     first = sample(0)
     together = first.new_empty(first.shape[0], samples * rank)
     for number in range(samples):
@@ -103,7 +103,7 @@ def pca_of_gram(sample: Callable[[int], Tensor], samples: int, rank: int) -> Ten
 
 
 def ipca(sample: Callable[[int], Tensor], samples: int, rank: int) -> Tensor:
-    """Algorithm 2's directions (n, rank), as refinement/ipca.py merges them."""
+    """Algorithm 2's directions (n, rank), merged as in refinement/ipca.py."""
     v = sample(0)
     for number in range(1, samples):
         v = merge(v, sample(number), number + 1, rank)

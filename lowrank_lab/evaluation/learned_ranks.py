@@ -1,4 +1,4 @@
-"""The ``eval=learned_ranks`` evaluator: how good the ranks are while they are trained (Dobi-SVD, Figure 7)."""
+"""The perplexity with learned ranks during their training (Dobi-SVD, Figure 7)."""
 
 from __future__ import annotations
 

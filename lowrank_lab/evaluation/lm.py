@@ -1,4 +1,4 @@
-"""lm-eval's tasks on a model in memory: progress, batches that fit, the layer where numbers cease to be finite."""
+"""lm-eval's tasks on a model in memory: progress, batches that fit, the first layer that is not finite."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def evaluate(
             )
         except NotFiniteError as error:
             return {"not_finite": error.layer}
-        except AssertionError as error:  # how lm-eval says that a task has fewer examples
+        except AssertionError as error:  # lm-eval raises it where a task has fewer examples
             if "fewshot" not in str(error):
                 raise
             raise UserError(f"eval: task {task} with shots={shots}: {error}".splitlines()[0]) from None
@@ -92,19 +92,19 @@ def _metrics(numbers: dict[str, Any]) -> dict[str, dict[str, float | None]]:
 
 
 def _finite(value: Any) -> float | None:
-    """None for a number that is none: mc2 of a model that gives every choice a probability of zero, say."""
+    """None for a number that is not finite, such as mc2 where every choice has probability zero."""
     return float(value) if math.isfinite(value) else None
 
 
 class InMemory(HFLM):
-    """lm-eval's model of transformers, on one that is loaded. It decides itself what it runs at once.
+    """lm-eval's model of transformers, on one that is loaded. It chooses its batches itself.
 
     batch_size  sequences at once; ``auto``: as many as have LOGITS_BYTES of logits, at most LARGEST_BATCH
     truncated   how many requests were longer than the model's context
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int | Literal["auto"], name: str) -> None:
-        # A copy of the tokenizer: it is given a padding token.
+        # A copy of the tokenizer: lm-eval sets its padding token.
         super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal")
         self.fixed_batch_size = None if batch_size == "auto" else batch_size
         self.progress_name = name
@@ -118,7 +118,7 @@ class InMemory(HFLM):
         return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: Any, *_: Any, **__: Any) -> list[tuple[float, bool]]:
-        """Requests (…, context, continuation) longest first, those that one sequence answers together."""
+        """Requests (…, context, continuation), longest first; those with the same sequence share one forward."""
 
         def tokens(number: int) -> list[int]:
             return requests[number][1] + requests[number][2]
@@ -176,8 +176,10 @@ class InMemory(HFLM):
 
 @contextmanager
 def _only_evaluating() -> Iterator[None]:
-    """Without the bars and log lines of lm-eval and datasets, which would break those of this program, and without
-    lm-eval's look at the machine, which takes seconds a task."""
+    """Without the progress bars and log lines of lm-eval and datasets, which would break those of this program.
+
+    Also without lm-eval's inspection of the machine, which takes seconds a task.
+    """
     logger, no_bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
     level, tqdm, add_env_info = logger.level, lm_eval.api.task.tqdm, lm_eval.evaluator.add_env_info
     logger.setLevel(logging.ERROR)

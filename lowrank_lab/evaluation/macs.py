@@ -27,7 +27,7 @@ def decode(model: nn.Module, cache: Any, tokens: Tensor, steps: int) -> None:
 
 
 def ideal(dense: nn.Module, model: nn.Module) -> dict[str, float]:
-    """The decode speed-ups if time went with the linears' multiply-accumulates and with their bytes."""
+    """The decode speed-ups if time were proportional to the linears' multiply-accumulates, and to their bytes."""
     return {
         "macs": count(dense).macs / count(model).macs,
         "bytes": _linear_bytes(dense) / _linear_bytes(model),
@@ -44,8 +44,8 @@ def count_macs(model: nn.Module, prompt: Tensor) -> dict[str, int]:
 
     ``linears`` of all linear layers, ``steps`` of what a quantization does to their inputs, ``attention`` of the
     products with ``context`` keys and values (and of the angles of rotary embeddings, a few dozen). Raises
-    RuntimeError where the shapes say something else than what runs, for the prompt or for that token: one of them
-    would be a bug.
+    RuntimeError where the counts differ from those of the shapes, for the prompt or for that token: a bug in one of
+    them.
     """
     with counter() as of_prefill:
         cache, token = prefill(model, prompt)
@@ -67,14 +67,14 @@ def prefill_macs(model: Any, length: int) -> int:
 
 
 def counter() -> FlopCounterMode:
-    """torch's counter, which does not know the CPU's attention kernel by itself."""
+    """torch's counter with a formula for the CPU's attention kernel, which torch does not count."""
     count = lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
     mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: count}
     return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
 def _linear_macs(counter: FlopCounterMode, model: nn.Module) -> int:
-    """Those of two-dimensional products without those of steps: attention's are batched or one kernel."""
+    """Of two-dimensional products, without those of steps; the products of attention are batched or one kernel."""
     counts, of_steps = counter.get_flop_counts()["Global"], _steps_flops(counter, model)
     products = (torch.ops.aten.mm, torch.ops.aten.addmm)
     return sum(counts.get(product, 0) - of_steps[product] for product in products) // 2

@@ -106,10 +106,10 @@ def output_errors(
 ) -> dict[str, Any]:
     """The relative errors of the outputs for ``batches`` (batch, length) of token ids.
 
-    ``linears``   by path within the block, a list over the blocks: of each compressed linear on the inputs that the
-                  dense model gives it, its bias left out; None in the list where it stayed dense
-    ``blocks``    lists over the blocks: ``own`` on the input that the dense model gives the block, ``accumulated``
-                  on the one that the compressed blocks before it give it, and both as ``…_of_tokens``, the mean of
+    ``linears``   by path within the block, a list over the blocks: of each compressed linear on its inputs in the
+                  dense model, without its bias; None in the list where it stayed dense
+    ``blocks``    lists over the blocks: ``own`` on the block's input in the dense model, ``accumulated``
+                  on its input in the compressed model, and both as ``…_of_tokens``, the mean of
                   every token's own relative error. The residual stream is part of the output
 
     Both models are walked together, so that memory holds the hidden states of one depth. Raises NotFiniteError
@@ -161,7 +161,7 @@ def _compare(
 
 
 def _of_block(block: nn.Module, exact: Sequence[Tensor], run: Callable[[], None]) -> RelativeError:
-    """The error of what ``block`` gives while ``run`` passes one batch through it for each of ``exact``."""
+    """The error of the outputs of ``block`` against ``exact``; ``run`` passes each batch through it."""
     error, targets, device = RelativeError(), iter(exact), next(block.parameters()).device
     hook = block.register_forward_hook(
         lambda _block, _inputs, output: error.add(next(targets).to(device), walk.hidden_states(output))

@@ -1,4 +1,4 @@
-"""Evaluation that survives a batch too large for memory, and says where a model's numbers ceased to be finite."""
+"""Batches that shrink when memory runs out, and the first layer whose output is not finite."""
 
 from __future__ import annotations
 

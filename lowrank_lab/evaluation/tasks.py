@@ -1,8 +1,8 @@
-"""What a task name of lm-eval stands for, and its tasks built on data from elsewhere.
+"""The tasks behind a name of lm-eval, and lm-eval's tasks on data from other places.
 
-lm-eval reads some 14,000 YAML files to know its tasks, which takes ten seconds and more. So what they are and what
-a name stands for are small artifacts, each written once for a version of lm-eval. No torch, and lm-eval only where
-one is written. No other file uses private parts of lm-eval.
+lm-eval reads some 14,000 YAML files to know its tasks, which takes ten seconds and more. So their index
+and the description of a name are small artifacts, each written once for a version of lm-eval. No torch, and lm-eval
+only where one is written. No other file uses private parts of lm-eval.
 """
 
 from __future__ import annotations
@@ -18,12 +18,26 @@ from typing import TYPE_CHECKING, Any
 from lowrank_lab.artifacts.store import Store, fingerprint
 from lowrank_lab.cells import versions
 from lowrank_lab.errors import UserError
+from lowrank_lab.lazy_module import LazyModule
 
 if TYPE_CHECKING:
+    from lm_eval import tasks as lm_eval_tasks
+    from lm_eval.api import group as lm_eval_group
+    from lm_eval.api import registry
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import _factory as factories
+    from lm_eval.tasks import _index as entries
+    from lm_eval.tasks import _yaml_loader as yaml_loader
+else:
+    lm_eval_tasks = LazyModule("lm_eval.tasks")
+    lm_eval_group = LazyModule("lm_eval.api.group")
+    registry = LazyModule("lm_eval.api.registry")
+    factories = LazyModule("lm_eval.tasks._factory")
+    entries = LazyModule("lm_eval.tasks._index")
+    yaml_loader = LazyModule("lm_eval.tasks._yaml_loader")
 
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
-# What a task's YAML may say that cannot be had here, and why not.
+# Entries of a task's YAML that are not supported, and why.
 UNSUPPORTED = {
     "class": "is a Python class, whose data cannot be known beforehand",
     "custom_dataset": "makes its data with code, so that it cannot be known beforehand",
@@ -59,7 +73,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class NamedTask:
-    """What a name stands for: its leaves by name (itself, where it is no group), and the ``metrics`` it may have.
+    """The leaves of a task or group, by name (itself, where it is no group), and the ``metrics`` it may have.
 
     ``metrics`` are named as in lm-eval's results, its own first; empty where they are not known beforehand. Of
     ``lower_is_better`` there is no accuracy to average.
@@ -71,7 +85,7 @@ class NamedTask:
 
 
 def named_task(name: str, store: Store) -> NamedTask:
-    """What ``name`` stands for. Raises UserError where it cannot be evaluated here."""
+    """The task or group ``name``. Raises UserError where it cannot be evaluated."""
     key = fingerprint({"task": name, "lm_eval": harness_version(), "version": versions.HARNESS})
 
     def make(folder: Path) -> None:
@@ -85,11 +99,10 @@ def named_task(name: str, store: Store) -> NamedTask:
 def task_manager(store: Store, data: Mapping[str, Mapping[str, Any]]) -> TaskManager:
     """lm-eval's tasks; those in ``data``, by name, with these entries of their YAML replaced.
 
-    A group's own overrides come before: they cannot undo the replacement.
+    The overrides of a group apply first: they cannot undo the replacement.
     """
-    from lm_eval.tasks._factory import TaskFactory
 
-    class OnOtherData(TaskFactory):
+    class OnOtherData(factories.TaskFactory):
         def _load_full_config(self, entry: Any, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
             return {**super()._load_full_config(entry, overrides), **data.get(entry.name, {})}
 
@@ -97,14 +110,12 @@ def task_manager(store: Store, data: Mapping[str, Mapping[str, Any]]) -> TaskMan
 
 
 def _manager(store: Store, factory: Any) -> TaskManager:
-    """A TaskManager that reads no YAML but those it needs."""
-    from lm_eval import tasks
-    from lm_eval.tasks._index import Entry, Kind
-
-    root = Path(tasks.__file__).parent
-    manager = tasks.TaskManager(include_defaults=False)
+    """A TaskManager that reads only the YAML files it needs."""
+    root = Path(lm_eval_tasks.__file__).parent
+    manager = lm_eval_tasks.TaskManager(include_defaults=False)
     for name, (kind, file, tags) in _index(store).items():
-        manager.task_index[name] = Entry(name, Kind[kind], root / file if file else None, tags=set(tags))
+        path = root / file if file else None
+        manager.task_index[name] = entries.Entry(name, entries.Kind[kind], path, tags=set(tags))
     manager._factory = factory
     return manager
 
@@ -113,14 +124,12 @@ def _index(store: Store) -> dict[str, tuple[str, str | None, list[str]]]:
     """By name of every task, group and tag: its kind, its YAML file, and its tags (of a tag, its tasks)."""
 
     def make(folder: Path) -> None:
-        from lm_eval import tasks
-
-        root = Path(tasks.__file__).parent
-        entries = {
+        root = Path(lm_eval_tasks.__file__).parent
+        index = {
             name: (entry.kind.name, entry.yaml_path and str(entry.yaml_path.relative_to(root)), sorted(entry.tags))
-            for name, entry in tasks.TaskManager().task_index.items()
+            for name, entry in lm_eval_tasks.TaskManager().task_index.items()
         }
-        _write(folder / "index.json", entries)
+        _write(folder / "index.json", index)
 
     key = fingerprint({"index": harness_version(), "version": versions.HARNESS})
     return json.loads((store.get_or_make("tasks", key, make).path / "index.json").read_text(encoding="utf-8"))
@@ -135,17 +144,17 @@ def _describe(name: str, store: Store) -> dict[str, Any]:
         raise UserError(f"task '{name}': lm-eval {harness_version()} has no such task; {hint}")
     kind, _, tags = index[name]
     if kind == "TAG":
-        raise UserError(f"task '{name}' is lm-eval's name for several; give theirs: {', '.join(tags)}")
+        raise UserError(f"task '{name}' is lm-eval's name for several tasks; name these: {', '.join(tags)}")
     try:
         groups, leaves = _built(name, store)
     except UserError:
         raise
-    except Exception as error:  # a task may bring code of any kind, which runs when it is set up
-        raise UserError(f"task '{name}' cannot be set up here: {error}".splitlines()[0]) from None
+    except Exception as error:  # a task may contain code of any kind, which runs at set-up
+        raise UserError(f"task '{name}' cannot be set up: {error}".splitlines()[0]) from None
     if not groups:
         metrics = _metrics(leaves[name])
     elif not groups[name]:
-        raise UserError(f"task '{name}' is a group that has no number; give its tasks: {', '.join(leaves)}")
+        raise UserError(f"task '{name}' is a group without a number; name its tasks: {', '.join(leaves)}")
     else:
         filters = {metric.partition(",")[2] for metric in _metrics(next(iter(leaves.values())))}
         metrics = [f"{metric},{name}" for metric in groups[name] for name in sorted(filters)]
@@ -160,26 +169,23 @@ def _describe(name: str, store: Store) -> dict[str, Any]:
 
 def _built(name: str, store: Store) -> tuple[dict[str, list[str]], dict[str, dict[str, Any]]]:
     """The groups within a task or group, by name with the metrics they aggregate, and its leaves' whole YAML."""
-    from lm_eval.api.group import Group
-    from lm_eval.tasks._factory import TaskFactory
-    from lm_eval.tasks._yaml_loader import load_yaml
-
     groups: dict[str, list[str]] = {}
     leaves: dict[str, dict[str, Any]] = {}
 
     class Described:
-        """Stands where lm-eval would have a task, and would have loaded its data."""
+        """Takes the place of lm-eval's task, which would load its data."""
 
         def __init__(self, cfg: dict[str, Any]) -> None:
             self.task_name = cfg["task"]
             leaves[self.task_name] = cfg
 
-    class Describing(TaskFactory):
+    class Describing(factories.TaskFactory):
         def _build_task(self, entry: Any, overrides: dict[str, Any] | None) -> Any:
-            _refuse(entry.name, load_yaml(entry.yaml_path, resolve_func=False))  # before any code of its own runs
+            # Before code of the task runs.
+            _refuse(entry.name, yaml_loader.load_yaml(entry.yaml_path, resolve_func=False))
             return Described(self._load_full_config(entry, overrides))
 
-        def _build_group(self, group_name: str, *arguments: Any) -> Group:
+        def _build_group(self, group_name: str, *arguments: Any) -> lm_eval_group.Group:
             group = super()._build_group(group_name, *arguments)
             groups[group_name] = [one.metric for one in group.aggregate_metric_list or []]
             return group
@@ -220,21 +226,19 @@ def _leaf(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _metrics(cfg: Mapping[str, Any]) -> list[str]:
-    """The names that the metrics of a leaf have in results; none where it leaves them to lm-eval."""
+    """The names that the metrics of a leaf have in results; empty where lm-eval chooses them."""
     filters = [one["name"] for one in cfg.get("filter_list") or [{"name": "none"}]]
     return [f"{_name_of(one)},{name}" for one in cfg.get("metric_list") or [] for name in filters]
 
 
 def _name_of(metric: Mapping[str, Any]) -> Any:
-    """Of an entry of ``metric_list``, which may be a function."""
+    """The name of an entry of ``metric_list``, which may be a function."""
     return getattr(metric["metric"], "__name__", metric["metric"])
 
 
 def _lower_is_better(metric: Mapping[str, Any]) -> bool:
-    """As the entry says, or lm-eval does where it says nothing."""
-    from lm_eval.api.registry import HIGHER_IS_BETTER_REGISTRY
-
-    return not metric.get("higher_is_better", HIGHER_IS_BETTER_REGISTRY.get(_name_of(metric), True))
+    """As the entry says, else lm-eval's default for this metric."""
+    return not metric.get("higher_is_better", registry.HIGHER_IS_BETTER_REGISTRY.get(_name_of(metric), True))
 
 
 def _write(file: Path, value: Any) -> None:

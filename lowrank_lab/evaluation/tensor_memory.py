@@ -16,8 +16,8 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     """The most bytes that tensors created in ``run()`` have at one time, on whatever device.
 
     Counted after every operation on the storages that are alive, views once. So it is the same on every machine,
-    where what a process takes from the system depends on its allocator. What a kernel takes and gives back within
-    itself, such as LAPACK's workspace, is not seen.
+    where what a process takes from the system depends on its allocator. Memory that a
+    kernel allocates and frees within itself, such as LAPACK's workspace, is not seen.
     """
     with torch.no_grad(), _Storages() as storages:
         run()

@@ -40,8 +40,8 @@ class Truncation(WindowEvaluator):
 
     The value is the mean, over all linears, blocks and ratios, of how much higher the negative log-likelihood is
     with the weight truncated than with the activations truncated to the same rank, in nats a token: above 0 where
-    the paper's claim holds. The activations are those of one window at a time: their best approximation is made
-    from the window itself, its later tokens too, and saves nothing. It is a bound, not a compressed model.
+    the paper's claim holds. The activations are those of one window at a time: their best approximation uses
+    the window itself, also its later tokens, and saves nothing. It is a bound, not a compressed model.
 
     linears  roles of models/families.py or paths of linears within a block; None for all
     blocks   their indices; None for the first, the middle and the last

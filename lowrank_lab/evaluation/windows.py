@@ -1,4 +1,4 @@
-"""What the evaluators that read a text window by window have in common. No torch."""
+"""The common part of evaluators that read a text window by window. No torch."""
 
 from __future__ import annotations
 

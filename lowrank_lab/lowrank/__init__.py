@@ -1,1 +1,1 @@
-"""The closed-form solver, its spectra, and the factorized layers made from them."""
+"""Low rank: the closed-form solver, the answers of a method, and the factors that follow from them."""

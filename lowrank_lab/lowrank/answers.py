@@ -1,4 +1,4 @@
-"""The answers that a low-rank method is made of. No torch."""
+"""The answers that define a low-rank method. No torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lowrank_lab.cells.cell import Cell
 
 @dataclass(frozen=True)
 class Answers:
-    """What a method names: one file each in metric/, allocation/, refinement/ and storage/.
+    """The answers of a method: one file each in metric/, allocation/, refinement/ and storage/.
 
     metric      which error is measured
     grouping    which linears are factored as one matrix
     targets     which linears are compressed, and what the ratio counts
     allocation  where rank is spent
     refinement  what is adjusted afterwards; None: nothing
-    storage     how the factors are kept
+    storage     how the factors are stored
     """
 
     metric: Any
@@ -41,7 +41,7 @@ class Answers:
 
     @property
     def one_backward_pass(self) -> bool:
-        """Whether the pass for the mean (dL/dW)² gives all that the metric asks for as well."""
+        """Whether the backward pass for the mean (dL/dW)² also gives all statistics that the metric needs."""
         return self.needs_weight_fisher and not self.metric.needs_outer
 
 

@@ -1,4 +1,4 @@
-"""Refined factors as an artifact, and how they are put into a model."""
+"""Refined factors as an artifact, and their installation in a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lowrank_lab.modules.site import Site, Sites
 def save_factors(folder: Path, index: int, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     """Write the ``left`` and ``right`` of the sites of a block, by their keys, in float32.
 
-    The file is whole or absent whenever the process ends: it is written aside and renamed.
+    The file is complete or absent whenever the process ends: it is written under another name and renamed.
     """
     tensors = {}
     for key, (left, right) in factors.items():
@@ -50,10 +50,10 @@ def install_factors(
 ) -> None:
     """Replace every site that ``ranks`` gives a rank by refined factors, in place.
 
-    They have no singular values of a metric any more; ``storage`` is given those of the product itself.
+    They have no singular values of a metric any more; ``storage`` gets those of their product.
     """
-    for block, here in blocks_with_sites(model, tower, sites):
-        for name, site in here.items():
+    for block, of_block in blocks_with_sites(model, tower, sites):
+        for name, site in of_block.items():
             if ranks[name] is None:
                 continue
             left, right = (factor.to(device, torch.float64) for factor in load_factors(factors, site))

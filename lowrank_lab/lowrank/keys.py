@@ -1,4 +1,4 @@
-"""The keys of what low rank makes in a cell: spectra, ranks, factors. No torch."""
+"""The keys of the artifacts of low rank: spectra, ranks, factors. No torch."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class LowRankKeys:
 
     @property
     def counted(self) -> list[Any]:
-        """What the ratio counts; storages whose ranks cost the same share the ranks that are found."""
+        """What the ratio counts. Storages with the same costs share their ranks."""
         cost, storage = self.answers.storage.cost, self.cell.cfg.storage
         counted = [self.cell.cfg.targets.ratio_of, cost(2, 3, 1)]
         if all(cost(64, 96, rank) == rank * cost(64, 96, 1) for rank in range(65)):
             return counted
-        return [*counted, config.for_key(storage)]  # one number does not tell such costs apart
+        return [*counted, config.for_key(storage)]  # one number does not distinguish such costs
 
     @property
     def ranks(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class LowRankKeys:
         )
 
     def compressed(self, before: str) -> str:
-        """Identifies the weights after low rank, which was given those that ``before`` identifies."""
+        """Identifies the weights after low rank, applied to those that ``before`` identifies."""
         content = {
             "ranks": self.ranks,
             "ratio": self.cell.ratio,

@@ -1,4 +1,4 @@
-"""Sites whose singular directions are scaled one by one, so that the loss can be differentiated by what is kept."""
+"""Sites with a mask on their singular directions, so that the loss has a gradient for how much of each is kept."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def mask_directions(
     device: torch.device,
 ) -> None:
     """Replace every site, in place, by its factors at the rank of ``ranks`` with ``masks`` on their directions."""
-    for block, name, site in _each(model, tower, sites):
+    for block, name, site in _sites_with_blocks(model, tower, sites):
         weight = site_weight(block, site)
         factors = load_spectrum(spectra, site, device).factors(weight.to(device, torch.float64), ranks[name])
         left, right = (factor.to(weight) for factor in Absorb(0.5).split(*factors))
@@ -87,7 +87,7 @@ def mask_directions(
 
 def mask_activations(model: nn.Module, tower: Tower, sites: Sites, masks: Mapping[str, Mask]) -> None:
     """Replace every site, in place, by one whose outputs are truncated batch by batch under ``masks``."""
-    for block, name, site in _each(model, tower, sites):
+    for block, name, site in _sites_with_blocks(model, tower, sites):
         truncated = TruncatedActivation(plain_linear(site_weight(block, site), None), masks[name])
         install(block, site, truncated, Rows)
 
@@ -96,8 +96,8 @@ def _rows_of(left: Tensor, rows: slice, bias: Tensor | None) -> nn.Module:
     return plain_linear(left[rows], bias)
 
 
-def _each(model: nn.Module, tower: Tower, sites: Sites) -> Iterator[tuple[nn.Module, str, Site]]:
+def _sites_with_blocks(model: nn.Module, tower: Tower, sites: Sites) -> Iterator[tuple[nn.Module, str, Site]]:
     blocks = blocks_of(model, tower)
-    for block, here in zip(blocks, by_block(sites, len(blocks)), strict=True):
-        for name, site in here.items():
+    for block, of_block in zip(blocks, by_block(sites, len(blocks)), strict=True):
+        for name, site in of_block.items():
             yield block, name, site

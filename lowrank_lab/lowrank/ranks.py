@@ -79,8 +79,9 @@ def rank_for_ratio(site: Site, ratio: float) -> int | None:
 
 
 def starting_share(site: Site, ratio: float) -> float:
-    """Where between rank 1 and the last that saves anything a site starts: at the rank that ``ratio`` gives it
-    alone, away from both ends, where nothing would be learned."""
+    """Where a site starts between rank 1 and the last that saves anything, from 0 to 1.
+
+    It starts at the rank that ``ratio`` gives it alone, but not at the ends, where the gradient vanishes."""
     share = (rank_at(site, ratio * site.dense) - 1) / max(1, site.last - 1)
     return min(max(share, 0.01), 0.99)
 
@@ -89,10 +90,10 @@ def fit(sites: Sites, wanted: Mapping[str, float], limit: int) -> Ranks:
     """Whole ranks in the proportions of ``wanted`` that together cost ``limit`` or less than one rank below it.
 
     The wanted ranks are scaled by one common factor, each kept between 1 and the last rank that saves anything,
-    until they cost ``limit``; then rounded down, and what rounding left is given out by largest remainder: one rank
-    to every site that can pay for it, and again while one can. Less is spent only where every site has its last
-    rank. Raises SkippedCell where ``limit`` does not reach for rank 1 everywhere, FloatingPointError where
-    ``wanted`` says nothing.
+    until they cost ``limit``; then rounded down. What rounding leaves unspent buys ranks in the order of the
+    largest remainders: one for every site whose next rank fits, and again while one fits. Less is spent only where
+    every site has its last rank. Raises SkippedCell where rank 1 everywhere costs more than ``limit``,
+    FloatingPointError where ``wanted`` is 0 everywhere or not finite.
     """
     if not all(math.isfinite(wish) for wish in wanted.values()) or not any(wish > 0 for wish in wanted.values()):
         raise FloatingPointError("the importances of all linears are zero, or one is not finite")

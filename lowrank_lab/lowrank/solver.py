@@ -19,7 +19,7 @@ from torch import Tensor
 
 # Eigenvalues below this fraction of the largest are rounding noise of the float64 decomposition.
 NOISE = 1e-12
-# Far enough from 1 / NOISE that no eigenvalue of a better conditioned metric is taken for noise.
+# Far enough from 1 / NOISE that no eigenvalue of a better conditioned metric is mistaken for noise.
 WELL_CONDITIONED = 1e10
 
 
@@ -44,7 +44,7 @@ class Spectrum:
     def factors(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """``left`` (out, k), ``right`` (k, in) with W'ₖ = left · right, and the k singular values.
 
-        ``weight`` is the one the spectrum was made from. The singular values are all in ``right``.
+        ``weight`` is the one of which this is the spectrum. The singular values are all in ``right``.
         """
         out, inp = weight.shape
         basis = self.basis[:, :rank]
@@ -65,7 +65,7 @@ def decompose(
 
     Where the weighted error is already zero at some rank (C singular), the remaining directions are those
     that best approximate what is left of W unweighted in C, so rank min(out, in) always gives W itself
-    (unless R is singular too: what R cannot see is left out).
+    (unless R is singular too: directions in its null space are left out).
     """
     for name, tensor in (
         ("weight", weight),
@@ -86,8 +86,8 @@ def decompose_by_cholesky(weight: Tensor, input_metric: Tensor) -> Spectrum:
     """SVD-LLM's route (Wang et al., ICLR 2025): S Sᵀ = C, W S = U Σ Vᵀ, W'ₖ = Uₖ Σₖ Vₖᵀ S⁻¹.
 
     ``weight`` (out, in), ``input_metric`` C (in, in), float64. For a regular C the W' are those of ``decompose``.
-    A C that is not positive definite is made so as the authors' code does: by adding to its diagonal what its
-    lowest eigenvalue lacks, and 1e-6. Raises FloatingPointError for non-finite input.
+    Where C is not positive definite, this does what the authors' code does: it adds to the diagonal what the lowest
+    eigenvalue lacks, and 1e-6. Raises FloatingPointError for non-finite input.
     """
     if not (torch.isfinite(weight).all() and torch.isfinite(input_metric).all()):
         raise FloatingPointError("the weight or the input metric is not finite")
@@ -106,13 +106,13 @@ def decompose_by_cholesky(weight: Tensor, input_metric: Tensor) -> Spectrum:
 def _decompose(
     weight: Tensor, input_metric: Tensor | None, output_metric: Tensor | None, scale: Tensor | None = None
 ) -> tuple[Spectrum, int]:
-    """The spectrum, and how many of its directions stand out from rounding noise at ``scale``.
+    """The spectrum, and how many of its directions are above the rounding noise at ``scale``.
 
     ``scale`` is the largest eigenvalue unless ``weight`` is itself the remainder of something larger.
     """
     out, inp = weight.shape
     if out <= inp:
-        # R = P Pᵀ; then Pᵀ W C Wᵀ P has the eigenvectors U, and P^-T U plays the part of R^-½ U.
+        # R = P Pᵀ; then Pᵀ W C Wᵀ P has the eigenvectors U, and P^-T U takes the place of R^-½ U.
         root, inverse_root = _roots(output_metric)
         scaled = weight if root is None else _apply_transposed(root, weight)
         eigenvalues, vectors = _eigh(_apply_right(scaled, input_metric) @ scaled.T)
@@ -155,7 +155,7 @@ def _complete(spectrum: Spectrum, determined: int, weight: Tensor) -> Spectrum:
 
 
 def _above_noise(eigenvalues: Tensor, scale: Tensor | None) -> int:
-    """How many of the descending ``eigenvalues`` stand out from rounding noise at ``scale``."""
+    """How many of the descending ``eigenvalues`` are above the rounding noise at ``scale``."""
     return int((eigenvalues > NOISE * (eigenvalues[0] if scale is None else scale)).sum())
 
 
@@ -168,7 +168,7 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def _root(metric: Tensor | None) -> Tensor | None:
     """Any P with P Pᵀ = metric, up to noise; None and vectors as in ``decompose``.
 
-    Cholesky's takes a fifth of the time of the eigenvectors', the bound on the condition included:
+    The Cholesky factor takes a fifth of the time of the eigenvectors, including the bound on the condition number,
     λmax / λmin ≤ trace(C) · trace(C⁻¹). It would keep directions that are noise, so it serves where there are none.
     """
     if metric is None or metric.ndim == 1:

@@ -1,4 +1,4 @@
-"""The spectra of every site of a model, as an artifact, and the factors made from them."""
+"""The spectra of every site of a model, as an artifact, and the factors computed from them."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ def make_spectra(
     gradients: Path | None,
     device: torch.device,
 ) -> None:
-    """Decompose every site under ``metric``; each block's file is written as it is done.
+    """Decompose every site under ``metric``; the file of each block is written when the block is done.
 
     ``statistics`` and ``gradients`` are the folders of ``make_statistics`` and ``make_gradients``, or None where
-    the metric does not need them. Bases are kept in float32 where they are the left factor itself, and in float64
+    the metric does not need them. Bases are stored in float32 where they are the left factor itself, and in float64
     where the left factor is W · basis: an ill-conditioned W would magnify their rounding.
     """
     blocks = blocks_of(model, tower)
-    of_blocks = list(zip(blocks, by_block(sites, len(blocks)), strict=True))
-    for index, (block, here) in enumerate(progress.track(of_blocks, "decomposition", "block")):
+    pairs = list(zip(blocks, by_block(sites, len(blocks)), strict=True))
+    for index, (block, of_block) in enumerate(progress.track(pairs, "decomposition", "block")):
         tensors = {}
-        for name, site in here.items():
-            on = partial(_spectrum, name, block, site, tower, metric, statistics, gradients)
-            spectrum = unless_out_of_memory(partial(on, device)) if device.type != "cpu" else on(device)
+        for name, site in of_block.items():
+            solve = partial(_spectrum, name, block, site, tower, metric, statistics, gradients)
+            spectrum = unless_out_of_memory(partial(solve, device)) if device.type != "cpu" else solve(device)
             if spectrum is None:
                 log.warning(
                     "%s: out of memory on %s; it is decomposed on the CPU, which takes longer", name, device
                 )
-                spectrum = on(torch.device("cpu"))
+                spectrum = solve(torch.device("cpu"))
             tensors[f"{site.key}.eigenvalues"] = spectrum.eigenvalues.cpu()
             kept_in = torch.float32 if site.out <= site.inp else torch.float64
             tensors[f"{site.key}.basis"] = spectrum.basis.to("cpu", kept_in).contiguous()
@@ -130,7 +130,7 @@ def load_spectrum(folder: Path, site: Site, device: torch.device) -> Spectrum:
 
 def compress_block(
     block: nn.Module,
-    here: Sites,
+    sites: Sites,
     ranks: Mapping[str, int | None],
     spectra: Path,
     storage: Storage,
@@ -138,7 +138,7 @@ def compress_block(
 ) -> float:
     """Replace every site of one block that ``ranks`` gives a rank, in place; returns the summed squared error."""
     squared_error = 0.0
-    for name, site in here.items():
+    for name, site in sites.items():
         rank = ranks[name]
         if rank is None:
             continue
@@ -161,11 +161,11 @@ def compress(
 ) -> float:
     """Replace every site that ``ranks`` gives a rank, in place.
 
-    Returns the summed squared error ‖R^½ (W − W') C^½‖²_F over all sites, in the metric's own units.
+    Returns the summed squared error ‖R^½ (W − W') C^½‖²_F over all sites, in the units of the metric.
     """
     return sum(
-        compress_block(block, here, ranks, spectra, storage, device)
-        for block, here in blocks_with_sites(model, tower, sites)
+        compress_block(block, of_block, ranks, spectra, storage, device)
+        for block, of_block in blocks_with_sites(model, tower, sites)
     )
 
 

@@ -2,8 +2,7 @@
 
 Dobi-SVD (papers/003) §3.1, Algorithms 1, 4 and 5. The paper differentiates through U, Σ and V one by one (Eq. 1).
 Here all three gradients come from one product U diag(t) Vᵀ, and what would divide by σ_j − σ_i cancels wherever the
-mask is flat; only what is left, the pairs that the edge of the mask tells apart, goes through the paper's
-stabilised 1/E.
+mask is flat; only the remaining part, of pairs for which the mask differs, uses the paper's stabilised 1/E.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ def smooth_truncation(activations: Tensor, mask: Tensor) -> Tensor:
     ``activations``; gradients flow to both, once. Raises FloatingPointError for activations that are not finite.
 
     The decomposition is a full one, where Algorithm 4 takes ``svd_lowrank(X, q=k, niter=2)``: k is what is learned
-    and may come near p, and the gradient needs the exact singular subspaces; those of a randomized decomposition
-    are furthest off just at the edge that k moves.
+    and may approach p, and the gradient needs the exact singular subspaces; those of a randomized decomposition are
+    least accurate at the very edge that k moves.
     """
     return _SmoothTruncation.apply(activations, mask)
 
@@ -80,8 +79,8 @@ def core_gradient(projected: Tensor, sigma: Tensor, mask: Tensor) -> Tensor:
     mean = (mask.unsqueeze(1) + mask.unsqueeze(0)) / 2
     step = mask.unsqueeze(0) - mask.unsqueeze(1)  # m_j − m_i
     total = sigma_j + sigma_i
-    # (t_j − t_i) / (σ_j − σ_i): the mean mask exactly, for equal σ too, and a rest that is there only where the
-    # mask differs, with 1 / (σ_j − σ_i) = (σ_j + σ_i) / E_ij.
+    # (t_j − t_i) / (σ_j − σ_i): the mean mask exactly, for equal σ too, and a rest that is 0 unless the mask
+    # differs, with 1 / (σ_j − σ_i) = (σ_j + σ_i) / E_ij.
     difference = mean + step * (total / 2) * total * stable_inverse(sigma)
     # (t_j + t_i) / (σ_j + σ_i): a weighted mean of the two masks; the plain one where both σ vanish.
     tiny = torch.finfo(sigma.dtype).tiny
@@ -91,7 +90,7 @@ def core_gradient(projected: Tensor, sigma: Tensor, mask: Tensor) -> Tensor:
 
 
 def stable_inverse(sigma: Tensor) -> Tensor:
-    """1 / (σ_j² − σ_i²) at (i, j), made finite: E of Algorithm 5 (from its line 8), the 1/E of Eq. (1) and (2).
+    """1 / (σ_j² − σ_i²) at (i, j), always finite: E of Algorithm 5 (from its line 8), the 1/E of Eq. (1) and (2).
 
     ``sigma`` (p,) descending. Returns (p, p), antisymmetric, with a zero diagonal (Algorithm 5 leaves 1 there,
     where it only meets the zero diagonal of a skew matrix).
@@ -106,7 +105,7 @@ def stable_inverse(sigma: Tensor) -> Tensor:
     # Lines 10-12. In the lower triangle, j < i, column j has the larger value: λ_i of the algorithm, whose
     # q = λ_j / λ_i ≤ 1 lets the series of line 27 converge.
     larger, smaller = clamped.unsqueeze(0), clamped.unsqueeze(1)
-    difference = larger - smaller  # line 20; the absolute value below the diagonal, which alone is kept
+    difference = larger - smaller  # line 20; the absolute value below the diagonal, the only part used
     q2 = (smaller / larger).square()  # line 26
     one = torch.ones_like(q2)
     equal = TERMS / larger.square() * one  # line 23

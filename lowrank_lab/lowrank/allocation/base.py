@@ -1,4 +1,4 @@
-"""What an allocation is given and what it returns."""
+"""The interface of an allocation."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 class Allocation(Protocol):
     """Spends ``context.ratio`` of the cost of ``context.sites``. Raises SkippedCell where that leaves no rank.
 
-    All that it may need is made when first asked for: ``tails(context)`` and ``spectra(context)`` of
-    lowrank/artifacts.py, ``context.calibration_ids``, ``context.model``, and artifacts of its own through
-    ``context.artifact``. What it finds apart from the ranks it puts into ``context.facts``, for the record.
+    It reads ``tails(context)`` and ``spectra(context)`` of lowrank/artifacts.py, ``context.calibration_ids`` and
+    ``context.model``, each computed at its first use, and stores further artifacts by ``context.artifact``. It puts
+    whatever else the record should have, besides the ranks, into ``context.facts``.
     ``needs_calibration`` says that it reads calibration tokens, whatever the metric does.
     """
 

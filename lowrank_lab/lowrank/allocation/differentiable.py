@@ -95,8 +95,8 @@ class Differentiable:
 def training_facts(history: dict[str, Any], sites: Sites, ratio: float, gamma: float) -> dict[str, Any]:
     """What a record keeps of a training with target ``ratio`` and weight ``gamma``, from its ``history.json``.
 
-    steps   after so many steps as it stands in the list, the ``ratio`` that the ranks spend, and on the next batch
-            the ``loss`` and its part without the distance from the target, ``task_loss``, in nats
+    steps   entry i is about the ranks after i steps: the ``ratio`` that they cost, and on the next batch the
+            ``loss`` and its part without the distance from the target, ``task_loss``, in nats
     states  numbers of steps, from 0 (untrained) to the last, at most ``STATES`` of them
     k       by site, its rank after each of ``states``
     """
@@ -104,7 +104,7 @@ def training_facts(history: dict[str, Any], sites: Sites, ratio: float, gamma: f
     dense = sum(site.dense for site in sites.values())
     ratios = [sum(cost_at(sites[name], k) for name, k in start.items()) / dense]
     steps = []
-    for step in history["steps"]:  # the loss there is of the ranks before the step, the ratio of those after it
+    for step in history["steps"]:  # its loss is of the ranks before the step, its ratio of those after it
         task_loss = step["loss"] - gamma * abs(ratios[-1] - ratio)
         steps.append({"ratio": ratios[-1], "loss": step["loss"], "task_loss": task_loss})
         ratios.append(step["ratio"])

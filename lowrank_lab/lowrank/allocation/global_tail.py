@@ -61,13 +61,12 @@ def water_fill(sites: Sites, tails: Tails, limit: int) -> Ranks:
     """The rank plan of least summed error for at most ``limit``.
 
     Each site offers points (cost, error): rank 1 up to the last rank that saves anything, and dense with error 0.
-    Buying the segments of their lower convex hulls by falling error per cost is optimal for what it has cost at
-    every moment, whatever the costs and errors are. It stops at the first segment that does not fit; what is left
-    over buys single ranks, so that less than one rank of any site stays unspent. These are the best ones at each
-    step, not the best of all: where ranks get cheaper as there are more of them (a concave cost), segments are
-    long, and much may be left over. The error is above the least possible by at most what the left-over would
-    lower it at the rate of the first segment that does not fit. Raises SkippedCell where ``limit`` does not reach
-    for rank 1 everywhere.
+    Buying the segments of their lower convex hulls by falling error per cost is optimal for the cost spent at
+    every moment, whatever the costs and errors are. It stops at the first segment that does not fit; the rest
+    of the budget buys single ranks, so that less than one rank of any site stays unspent. These are the best ones
+    at each step, not the best of all: where further ranks cost less (a concave cost), segments are long, and the
+    rest may be large. The error is above the least possible by at most the rest times the rate of the first segment
+    that does not fit. Raises SkippedCell where rank 1 everywhere costs more than ``limit``.
     """
     ranks = buy_segments(sites, tails, limit)
     return _spend_the_rest(sites, tails, ranks, limit - total_cost(sites, ranks))
@@ -76,7 +75,7 @@ def water_fill(sites: Sites, tails: Tails, limit: int) -> Ranks:
 def buy_segments(sites: Sites, tails: Tails, limit: int) -> Ranks:
     """The rank plan of least summed error among all that cost no more than itself, near ``limit``.
 
-    Raises SkippedCell where ``limit`` does not reach for rank 1 everywhere.
+    Raises SkippedCell where rank 1 everywhere costs more than ``limit``.
     """
     hulls = {name: _lower_hull(_points(site, tails[name])) for name, site in sites.items()}
     ranks: Ranks = {name: hull[0].rank for name, hull in hulls.items()}
@@ -119,7 +118,7 @@ def _lower_hull(points: list[_Point]) -> list[_Point]:
             hull.pop()
         while len(hull) >= 2:
             (_, cost0, error0), (_, cost1, error1) = hull[-2:]
-            # The middle point goes where it lies on or above the line from the one before to the new one.
+            # Drop the middle point where it lies on or above the line from the one before it to the new one.
             if (error0 - error1) * (point.cost - cost0) > (error0 - point.error) * (cost1 - cost0):
                 break
             hull.pop()
@@ -128,7 +127,7 @@ def _lower_hull(points: list[_Point]) -> list[_Point]:
 
 
 def _spend_the_rest(sites: Sites, tails: Tails, ranks: Ranks, left: int) -> Ranks:
-    """Buy single ranks, best error per cost first, until not one more fits."""
+    """Buy single ranks, best error per cost first, until no further one fits."""
     ranks = dict(ranks)
 
     def next_rank(name: str) -> tuple[float, str, int] | None:

@@ -21,7 +21,7 @@ class LossBased:
 
     With L = ‖W X − W' X‖_F at the uniform ratio, over all calibration tokens and from the exact spectrum, the
     fraction removed from matrix i of a type with n members is  n · removed · (1 / log L_i) / Σ_j (1 / log L_j).
-    The logarithm has to be positive: a loss of 1 or less is outside what the rule is made for.
+    The logarithm has to be positive: the rule does not cover a loss of 1 or less.
     """
 
     needs_calibration = True

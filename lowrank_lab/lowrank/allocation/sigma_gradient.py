@@ -79,8 +79,8 @@ def score_tails(
 ) -> dict[str, np.ndarray]:
     """What cutting a site to each rank 0 … full does to the loss to first order: Σ_{i>k} σ_i² E[(dL/dσ_i)²].
 
-    Directions are kept in the order of their singular values, so a site's choice is its rank; where a later
-    direction scores higher than an earlier one, both come or go together.
+    Directions are kept in the order of their singular values, so the only choice of a site is its rank. Where a
+    later direction scores higher than an earlier one, both are kept or both are cut.
     """
     tails = {}
     for name in sites:
@@ -144,6 +144,6 @@ def load_sigma_gradients(
 
 
 def _relative(leaf: Tensor, sigma: Tensor, count: int) -> Tensor:
-    """The factor that puts ``leaf`` in the place of ``sigma``; a direction without a singular value stays out."""
+    """The factor that replaces ``sigma`` by ``leaf``; 0 for a direction whose singular value is 0."""
     safe = torch.where(sigma > 0, sigma, torch.ones_like(sigma))
     return torch.where(sigma > 0, leaf / safe, torch.zeros_like(sigma))[:count]

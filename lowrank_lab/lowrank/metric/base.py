@@ -1,4 +1,4 @@
-"""What a metric is given and what it returns."""
+"""The interface of a metric."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Weights: TypeAlias = "tuple[Tensor | None, Tensor | None]"
 
 
 class Metric(Protocol):
-    """A pure function of the statistics that it asks for; what it does not ask for is None.
+    """A pure function of the statistics that it needs. It is called with None for the others.
 
     needs_inputs     the statistics of the inputs, from a forward pass
     needs_gradients  those of the output gradients, from a backward pass

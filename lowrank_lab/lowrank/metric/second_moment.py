@@ -13,8 +13,8 @@ class SecondMoment:
     Σ x xᵀ. Any root of C gives the same W', and dividing by the number of tokens only rescales the error to one per
     token.
 
-    cholesky  take the authors' route to the same W', for an ablation: S has to be inverted there, so that a C
-              without full rank is made regular first
+    cholesky  compute the same W' in the authors' way, for an ablation: it inverts S, so that a C without full rank
+              first has to be made regular
     """
 
     needs_inputs = True

@@ -1,1 +1,1 @@
-"""Answer 4 of a method: what is adjusted afterwards. One file an answer."""
+"""Answer 4 of a method: how the factors are adjusted afterwards. One file an answer."""

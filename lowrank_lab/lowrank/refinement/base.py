@@ -1,4 +1,4 @@
-"""What a refinement is given and what it writes."""
+"""The interface of a refinement."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ class Refinement(Protocol):
     """Better factors than the closed form's, of the same ranks.
 
     ``needs_calibration`` says that it reads calibration tokens, whatever the metric does. A refinement whose config
-    has a ``dataset`` is given windows of that text as well, as ``context.text_ids("refinement")``; its config
+    has a ``dataset`` can read windows of that text as well, by ``context.text_ids("refinement")``; its config
     then also has ``samples``, ``seqlen``, ``seed``, ``sampling`` and ``bos``.
     """
 
     needs_calibration: bool
 
     def prepare(self, context: Context) -> None:
-        """Ask the context for the artifacts that will be needed, so that their seconds are their own."""
+        """Ask the context for the artifacts that it needs, so that their time does not count to its own."""
         ...
 
     def __call__(self, context: Context, ranks: Ranks, folder: Path) -> None:
         """Write the factors of every site that ``ranks`` gives a rank, with ``factors.save_factors``.
 
-        ``folder`` survives an interruption, and the next call is given what this one wrote: a file must be whole or
-        absent, and what only serves to go on must be gone at the end. ``facts.json``, if it is written, goes into
-        the record.
+        ``folder`` survives an interruption, and the next call finds the files of this one: each must be complete or
+        absent. Files that only serve to resume must be removed at the end. The record includes ``facts.json``, if
+        there is one.
         """
         ...

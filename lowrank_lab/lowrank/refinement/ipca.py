@@ -80,8 +80,8 @@ def _add_batch(update: Update, length: int, _: object, args: tuple[Tensor, ...])
 class Update:
     """Algorithm 2 for one site: ``weight`` W (out, in) float64, and ``rank`` k.
 
-    All directions lie in the column space of W. Where W is taller than wide they are kept in the coordinates of an
-    orthonormal basis Q of it, V = Q · directions, so that nothing is wider than p = min(out, in).
+    All directions lie in the column space of W. Where W is taller than wide they are coordinates in an orthonormal
+    basis Q of it, V = Q · directions, so that nothing is wider than p = min(out, in).
     """
 
     def __init__(self, name: str, weight: Tensor, rank: int) -> None:

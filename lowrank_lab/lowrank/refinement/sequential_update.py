@@ -34,7 +34,7 @@ RESOLUTION = 1e-6
 
 
 class SequentialUpdate:
-    """Refit left to W x' with right kept, block after block, where x' comes from the blocks compressed before.
+    """Refit left to W x' with right unchanged, block after block; x' are inputs from the compressed blocks before.
 
     SVD-LLM (Wang et al., arXiv 2403.07378, v1) §3.2: U' = W X' Dᵀ (D Dᵀ)⁻¹ with D = V Σ^½ X'. As in its code, the
     inputs of all linears of a block are those of the dense block on the compressed prefix, and W x' is the target
@@ -87,12 +87,13 @@ def refit_left(weight: Tensor, left: Tensor, right: Tensor, second_moment: Tenso
     """The left' that minimises ‖(W − left' · right) C^½‖_F, and of all these the one nearest to ``left``.
 
     ``weight`` W (out, in), ``left`` (out, k), ``right`` (k, in), ``second_moment`` C (in, in), all float64; returns
-    (out, k), float64. Where G = right C rightᵀ is regular this is W C rightᵀ G⁻¹, whatever ``left`` is. What C says
-    nothing about (few tokens, dead channels) stays as ``left`` has it.
+    (out, k), float64. Where G = right C rightᵀ is regular this is W C rightᵀ G⁻¹, whatever ``left`` is. Directions
+    without inputs in C (few tokens, dead channels) stay as in ``left``.
     """
-    # Rounding in a sum of x xᵀ is relative to the two channels of each entry. So G is set up for inputs of unit
-    # size, where it is the same everywhere, and in an orthonormal basis of what right passes on of them. In G as it
-    # is, one channel a thousand times larger than the others, as language models have, would hide the rest.
+    # Rounding in a sum of x xᵀ is relative to the two channels of each entry. So this computes G for
+    # inputs scaled to unit size, where rounding is the same everywhere, in an orthonormal basis of the row space of
+    # right. In the unscaled G one channel a thousand times larger than the others, as language models have, would
+    # hide the rest.
     size = second_moment.diagonal().sqrt()
     unit = torch.where(size > 0, size, torch.ones_like(size))
     correlation = second_moment / unit / unit.unsqueeze(-1)

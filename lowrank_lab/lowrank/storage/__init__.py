@@ -1,1 +1,1 @@
-"""Answer 5 of a method: how the factors are kept. One file an answer."""
+"""Answer 5 of a method: how the factors are stored. One file an answer."""

@@ -1,4 +1,4 @@
-"""What a storage is given and what it does."""
+"""The interface of a storage."""
 
 from __future__ import annotations
 
