@@ -41,7 +41,7 @@ QUICK = {
 }
 SLOW = {
     "evaluation": at(
-        "method=svdllm eval.ppl.batch_size=2", "lowrank_lab.evaluation.perplexity:check_output", call=2
+        "method=svdllm ratio=0.7 eval.ppl.batch_size=2", "lowrank_lab.evaluation.perplexity:check_output", call=2
     ),
     "statistics": at("method=svdllm", "lowrank_lab.calibration.statistics:save_file", call=2),
     "model conversion": at("method=svd", "lowrank_lab.models.tiny:byte_tokenizer"),
