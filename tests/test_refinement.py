@@ -209,7 +209,7 @@ def test_instructions_can_be_trained_on(lab, data_root, tmp_path):
     assert with_input.endswith("request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\nThree.")
     assert without.endswith("### Instruction:\nAdd.\n\n### Response:\nThree.")
     record = lab.run(*options, "refinement.epochs=1")
-    assert record["refinement"]["left"]["steps"] == 2
+    assert record["compressions"]["lowrank"]["refinement"]["left"]["steps"] == 2
     with pytest.raises(UserError, match=r"dataset=alpaca is not valid; this data set has no eval part"):
         lab.cells("dataset=alpaca", f"data_root={root}")
 
