@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from lowrank_lab.cells import cell, grid
 from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation.harness import Harness
+from lowrank_lab.lowrank.answers import answers_of
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import coverage, derived, paper_tables, published
 from lowrank_lab.reporting.paper_figures import PAPER_FIGURES
@@ -160,6 +161,9 @@ def test_scale_sets_published_trainings(lab):
     [small] = lab.cells("method=dobi")
     [paper] = lab.cells("method=dobi", "scale=paper")
     assert small.key != paper.key
-    assert small.allocation.steps == 60
-    assert paper.allocation.steps == 160
-    assert pd.Series([paper.allocation.beta, paper.allocation.batch_size]).tolist() == [10.0, 32]
+    assert answers_of(small).allocation.steps == 60
+    assert answers_of(paper).allocation.steps == 160
+    assert pd.Series([answers_of(paper).allocation.beta, answers_of(paper).allocation.batch_size]).tolist() == [
+        10.0,
+        32,
+    ]

@@ -447,7 +447,7 @@ def test_a_method_that_draws_has_its_seed_in_the_key(lab, monkeypatch):
     draw = lambda *given: (drawn.append(float(torch.rand(1))), plain(*given))[1]
     monkeypatch.setattr(RoundToNearest, "quantize", draw)
     torch.manual_seed(7)
-    one.quantization(Context(one, Record(one, None), pick_device("cpu")))
+    one.compressions["quantization"].apply(Context(one, Record(one, None), pick_device("cpu")), {})
     torch.manual_seed(0)
     assert drawn[0] == float(torch.rand(1))
 

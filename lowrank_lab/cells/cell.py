@@ -60,8 +60,9 @@ class Cell:
         source = resolve(cfg.model.path, cfg.model.revision, store)
         saved = _saved(cfg.model.path, source)
         if saved is not None:
-            compressions = {name: one for name, one in compressions.items() if one.on_checkpoints}
             cfg = _as_saved(cfg, saved)
+            for name in [name for name, one in compressions.items() if not one.on_checkpoints]:
+                compressions.pop(name).switch_off(cfg)
         texts = _texts_of(compressions, cfg)
         content = lambda dataset, which: _content(dataset, which, cfg.data_root, store)
         calibrates = any(one.needs_calibration for one in compressions.values())
@@ -214,10 +215,9 @@ def _saved(path: str, source: ModelSource) -> Saved | None:
 
 
 def _as_saved(cfg: DictConfig, saved: Saved) -> DictConfig:
-    """The configuration of a compressed checkpoint: no rank is spent anew, and what was done is reported."""
+    """The configuration of a compressed checkpoint, under the name and ratio of what was done to it."""
     cfg = cfg.copy()
     cfg.method.name, cfg.ratio = saved.method, saved.ratio
-    cfg.allocation = cfg.refinement = None
     return cfg
 
 

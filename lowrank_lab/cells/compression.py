@@ -73,6 +73,10 @@ class Compression:
     def check_cell(self, cell: Any) -> None:
         """Raise UserError for what a user can mend: a missing library, a checkpoint that does not suit it."""
 
+    def switch_off(self, cfg: DictConfig) -> None:
+        """Make ``cfg`` say that it is not applied: to a checkpoint that is compressed already."""
+        cfg.compressions[self.axis] = cfg[self.axis] = None
+
     def ratio(self, cfg: DictConfig) -> float | None:
         """The fraction kept that was asked for; None where the compression has no such ratio."""
         return None

@@ -36,6 +36,7 @@ def low_rank(allocation: Any, **answers: Any) -> LowRank | None:
 class LowRank(Compression):
     """Put two thin factors in the place of every site."""
 
+    axis = "lowrank"
     components = ("STATISTICS", "GRADIENTS", "SPECTRA", "COMPRESSION")
     makes_factors = True
     on_checkpoints = False
@@ -64,6 +65,9 @@ class LowRank(Compression):
             samples = (cfg.get(name) or {}).get("samples")
             if name not in self.texts(cfg) and is_count(samples, cfg.calibration.samples + 1):
                 raise UserError(f"{name}.samples={samples} is not valid; it must be at most calibration.samples")
+
+    def switch_off(self, cfg: DictConfig) -> None:
+        cfg.compressions.lowrank = cfg.allocation = cfg.refinement = None
 
     def ratio(self, cfg: DictConfig) -> float:
         return float(cfg.ratio)
