@@ -71,14 +71,16 @@ class Small:
                 model.get_output_embeddings().weight.mul_(10)
         return model
 
-    def context(self, ratio: float) -> Any:
-        """As much of a context as a training needs."""
+    def context(self, ratio: float = 0.5, model: nn.Module | None = None) -> Any:
+        """As much of a context as an allocation needs that runs the model."""
         return SimpleNamespace(
             device=CPU,
             sites=self.sites,
             tower=self.tower,
             once=lambda _name, _make: self.spectra,
             ratio=ratio,
+            model=model,
+            offload=None,
             take_model=self.model,
             task=CAUSAL_LM,
         )
@@ -120,7 +122,7 @@ def test_fast_sensitivities_are_those_of_the_definition(tmp_path, family):
     dense = nll(here.model(), here.ids)
     batches = here.ids.split(3)  # of two sizes
     model = here.model()
-    measure(found, model, here.tower, here.sites, here.spectra, batches, RATIOS, CPU, CAUSAL_LM)
+    measure(found, here.context(model=model), batches, RATIOS)
     assert nll(model, here.ids) == dense, "the model is not as it was"
     differences = 0
     for block in range(len(blocks_of(model, here.tower))):
@@ -141,7 +143,7 @@ def test_fast_sensitivities_need_at_most_55_percent_of_the_forward_work(tmp_path
     here.sites = {name: site for name, site in here.sites.items() if name.endswith(("q_proj", "down_proj"))}
     ids = here.ids[:1]
     with FlopCounterMode(display=False) as fast:
-        measure(found, here.model(), here.tower, here.sites, here.spectra, [ids], [0.5], CPU, CAUSAL_LM)
+        measure(found, here.context(model=here.model()), [ids], [0.5])
     plain = 0
     for name, site in here.sites.items():
         if site.block == 0:  # every block costs the same in a whole forward
@@ -157,14 +159,14 @@ def test_sensitivities_go_on_after_an_interruption(small, tmp_path, monkeypatch)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
-    arguments = (small.tower, small.sites, small.spectra, [small.ids], RATIOS, CPU, CAUSAL_LM)
-    measure(whole, small.model(), *arguments)
+    context = small.context(model=small.model())
+    measure(whole, context, [small.ids], RATIOS)
     (cut / "block_000.json").write_text((whole / "block_000.json").read_text())
     (cut / "block_002.json").write_text((whole / "block_002.json").read_text())
     measured = []
     of_site = strs._of_site
-    monkeypatch.setattr(strs, "_of_site", lambda *a: (measured.append(a[2].block), of_site(*a))[1])
-    measure(cut, small.model(), *arguments)
+    monkeypatch.setattr(strs, "_of_site", lambda *a: (measured.append(a[1].block), of_site(*a))[1])
+    measure(cut, context, [small.ids], RATIOS)
     assert set(measured) == {1, 3}
     for block in range(4):
         file = f"block_{block:03d}.json"
@@ -176,7 +178,7 @@ def test_sigma_gradients_are_those_of_finite_differences(tmp_path):
     spectra.mkdir()
     found.mkdir()
     here = Small(spectra, layers=2, joint=["qkv"])
-    make_sigma_gradients(found, here.model(), here.tower, here.sites, here.spectra, here.ids, CPU, CAUSAL_LM)
+    make_sigma_gradients(found, here.context(), here.ids)
     sigma, mean_abs, mean_square = load_sigma_gradients(found, here.sites)
     for name in list(here.sites)[::2]:
         site = here.sites[name]

@@ -20,12 +20,10 @@ if TYPE_CHECKING:
     import safetensors
     import torch
     from safetensors import torch as safetensors_torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from lowrank_lab.lowrank import masked, spectra
     from lowrank_lab.models import walk
-    from lowrank_lab.models.families import Tower
-    from lowrank_lab.models.tasks.base import Task
     from lowrank_lab.running.context import Context
 else:
     np = LazyModule("numpy")
@@ -56,16 +54,14 @@ class SigmaGradient:
     def __call__(self, context: Context) -> Ranks:
         if context.ratio >= 1:
             return dict.fromkeys(context.sites)
-        ids, decomposed = context.calibration_ids[: self.samples], artifacts.spectra(context)
+        ids = context.calibration_ids[: self.samples]
+        artifacts.spectra(context)  # so that their time does not count to that of the gradients
         parts = {
             "sigma": self.samples,
             "spectra": LowRankKeys(context.cell).spectra,
             "tokens": context.cell.keys.calibration_tokens,
         }
-        tower, sites, device, task = context.tower, context.sites, context.device, context.task
-        make = lambda folder: make_sigma_gradients(
-            folder, context.take_model().float(), tower, sites, decomposed, ids, device, task
-        )
+        make = lambda folder: make_sigma_gradients(folder, context, ids)
         folder = context.artifact("singular value gradients", "sigma", parts, make)
         sigma, mean_abs, mean_square = load_sigma_gradients(folder, context.sites)
         limit = budget(context.sites, context.ratio)
@@ -89,22 +85,14 @@ def score_tails(
     return tails
 
 
-def make_sigma_gradients(
-    folder: Path,
-    model: nn.Module,
-    tower: Tower,
-    sites: Sites,
-    decomposed: Path,
-    ids: Tensor,
-    device: torch.device,
-    task: Task,
-) -> None:
+def make_sigma_gradients(folder: Path, context: Context, ids: Tensor) -> None:
     """Means of |dL/dσ| and (dL/dσ)² over the sequences ``ids`` (samples, length); one file a block.
 
     L is the mean negative log-likelihood of a sequence's predicted tokens, σ the singular values of the metric's
-    decomposition at full rank, from the folder ``decomposed`` of ``make_spectra``. Changes ``model``. Raises
-    FloatingPointError, naming the site.
+    decomposition at full rank. In float32. Raises FloatingPointError, naming the site.
     """
+    model, tower, sites = context.take_model().float(), context.tower, context.sites
+    decomposed, device = artifacts.spectra(context), context.device
     sigma = {name: spectra.load_singular_values(decomposed, site).to(device) for name, site in sites.items()}
     leaves = {name: value.clone().requires_grad_() for name, value in sigma.items()}
     masks = {name: partial(_relative, leaves[name], sigma[name]) for name in sites}
@@ -115,7 +103,7 @@ def make_sigma_gradients(
     mean_abs = {name: torch.zeros_like(value) for name, value in sigma.items()}
     mean_square = {name: torch.zeros_like(value) for name, value in sigma.items()}
     for sequence in progress.track(ids.split(1), "singular value gradients", "sequence"):
-        task.loss(model, walk.as_batch(sequence.to(device))).backward()
+        context.task.loss(model, walk.as_batch(sequence.to(device))).backward()
         for name, leaf in leaves.items():
             assert leaf.grad is not None
             if not torch.isfinite(leaf.grad).all():

@@ -27,12 +27,11 @@ from lowrank_lab.modules.site import Ranks, Site, Sites, by_block
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from lowrank_lab.lowrank import loss, spectra
     from lowrank_lab.models import walk
-    from lowrank_lab.models.families import Tower
-    from lowrank_lab.models.tasks.base import Batch, Task
+    from lowrank_lab.models.tasks.base import Batch
     from lowrank_lab.modules import factorized
     from lowrank_lab.running.context import Context
 else:
@@ -95,19 +94,9 @@ class Strs:
             "tokens": context.cell.keys.calibration_tokens,
             "counted": keys.counted,
         }
-        batches, decomposed = context.calibration_batches(self.samples), artifacts.spectra(context)
-        make = lambda folder: measure(
-            folder,
-            context.model,
-            context.tower,
-            context.sites,
-            decomposed,
-            batches,
-            self.ratios,
-            context.device,
-            context.task,
-            context.offload,
-        )
+        batches = context.calibration_batches(self.samples)
+        artifacts.spectra(context)  # so that their time does not count to that of the sensitivities
+        make = lambda folder: measure(folder, context, batches, self.ratios)
         folder = context.artifact("sensitivities", "sensitivities", parts, make, resumable=True)
         found: dict[str, dict[str, float]] = {}
         for file in sorted(folder.glob("block_*.json")):
@@ -189,36 +178,23 @@ def finish(sites: Sites, steps: Sequence[Step], index: int, limit: int) -> Ranks
     return ranks
 
 
-def measure(
-    folder: Path,
-    model: nn.Module,
-    tower: Tower,
-    sites: Sites,
-    decomposed: Path,
-    batches: Sequence[Batch | Tensor],
-    ratios: Sequence[float],
-    device: torch.device,
-    task: Task,
-    offload: Path | None = None,
-) -> None:
+def measure(folder: Path, context: Context, batches: Sequence[Batch | Tensor], ratios: Sequence[float]) -> None:
     """For every site and candidate rank the mean loss of ``batches``, for tokens in nats.
 
-    ``decomposed`` is the folder of ``make_spectra``. Writes one file a block, {site: {rank: nats}}, each whole or
-    absent; a block whose file exists is not measured again.
+    Writes one file a block, {site: {rank: nats}}, each complete or absent. A block whose file exists is not
+    measured again.
     """
-    model.to(device)
-    block_sites = by_block(sites, len(walk.blocks_of(model, tower)))
+    model, tower = context.model.to(context.device), context.tower
+    block_sites = by_block(context.sites, len(walk.blocks_of(model, tower)))
     entering: list[Tensor] = []
     with torch.no_grad():
-        blocks = walk.walk(model, tower, batches, device, entering, offload, task)
+        blocks = walk.walk(model, tower, batches, context.device, entering, context.offload, context.task)
         for index, _, run in progress.track(blocks, "sensitivities", "block", len(block_sites)):
             file = folder / f"block_{index:03d}.json"
             if not file.exists():
-                named = list(block_sites[index].items())
                 found = {}
-                for name, site in progress.track(named, "linears", "linear"):
-                    ranks = candidate_ranks(site, ratios)
-                    found[name] = _of_site(model, tower, site, entering, batches, decomposed, ranks, device, task)
+                for name, site in progress.track(list(block_sites[index].items()), "linears", "linear"):
+                    found[name] = _of_site(context, site, entering, batches, candidate_ranks(site, ratios))
                 write_json(file, found)
             run()
 
@@ -230,26 +206,23 @@ def candidate_ranks(site: Site, ratios: Sequence[float]) -> list[int]:
 
 
 def _of_site(
-    model: nn.Module,
-    tower: Tower,
+    context: Context,
     site: Site,
     entering: Sequence[Tensor],
     batches: Sequence[Batch | Tensor],
-    decomposed: Path,
     candidates: Sequence[int],
-    device: torch.device,
-    task: Task,
 ) -> dict[int, float]:
     """By rank, the mean loss with ``site`` alone at that rank; ``entering`` are the inputs of its block."""
+    model, tower, device = context.model, context.tower, context.device
     block = walk.blocks_of(model, tower)[site.block]
     weight = factorized.site_weight(block, site).to(device, torch.float64)
-    factors = spectra.load_spectrum(decomposed, site, device).factors(weight, max(candidates, default=1))
-    left, right = Absorb(0.5).split(*factors)
+    spectrum = spectra.load_spectrum(artifacts.spectra(context), site, device)
+    left, right = Absorb(0.5).split(*spectrum.factors(weight, max(candidates, default=1)))
     found = {}
     for rank in candidates:
         with loss.restoring(block, site):
             factorized.factorize(block, site, left[:, :rank], right[:rank])
-            found[rank] = loss.mean_nll(model, tower, batches, site.block, entering, task)
+            found[rank] = loss.mean_nll(model, tower, batches, site.block, entering, context.task)
     for rank, nll in found.items():
         if not math.isfinite(nll):
             raise FloatingPointError(f"block {site.block}: the loss is not finite with {site.key} at rank {rank}")
