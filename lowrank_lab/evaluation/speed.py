@@ -83,7 +83,7 @@ class Speed(Evaluator):
     def check(self, context: Context) -> None:
         saved = context.cell.saved
         if saved is not None and saved.online:
-            raise SkippedCell("eval=speed compares with a dense model, which this checkpoint cannot be made into")
+            raise SkippedCell("eval=speed compares with a dense model; this checkpoint cannot be converted to one")
         if kv_cache_shape(context.model_config) is None:
             raise SkippedCell("eval=speed times decoding with keys and values in a cache, which this model has not")
 
