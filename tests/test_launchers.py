@@ -220,7 +220,7 @@ def test_where_squeue_does_not_answer_nothing_is_submitted_again(tmp_path, monke
 
 def test_status_tells_who_works_on_a_cell_or_why_nobody_does(lab, tmp_path, monkeypatch):
     cells = lab.cells("method=svd", "ratio=0.9,0.8,0.7,0.6,0.5,0.4,0.3", multirun=True)
-    lab.results.note_grid(["a grid"], cells)
+    lab.results.write_grid(["a grid"], cells)
     keys = [cell.key for cell in cells]
     jobs.note(lab.results, {f"7_{number}": [key] for number, key in enumerate(keys[1:])}, "/logs")
     (lab.root / "jobs" / "1.json").write_text('{"jobs": ')  # of a disk that was full
@@ -248,7 +248,7 @@ def test_status_tells_who_works_on_a_cell_or_why_nobody_does(lab, tmp_path, monk
 
 def test_a_cell_with_a_record_is_what_the_record_says_once_its_job_has_ended(lab, tmp_path, monkeypatch):
     [cell] = lab.cells("method=svd")
-    lab.results.note_grid(["a grid"], [cell])
+    lab.results.write_grid(["a grid"], [cell])
     lab.results.write({**lab.run("method=svd", "ratio=0.8"), "status": "failed", "reason": "broken"})
     jobs.note(lab.results, {"7": [cell.key]}, "/logs")
     for squeue, state in (("true", "failed"), ('echo "7|RUNNING"', "queued")):

@@ -78,7 +78,7 @@ class Small:
             device=CPU,
             sites=self.sites,
             tower=self.tower,
-            once=lambda _name, _make: self.spectra,
+            cached=lambda _name, _make: self.spectra,
             ratio=ratio,
             take_model=self.model,
             task=CAUSAL_LM,

@@ -159,7 +159,7 @@ class Cell:
         return " ".join([redacted(self.cfg.method.name), *(name for name in names if name)])
 
     @property
-    def asks_for_checkpoint(self) -> bool:
+    def wants_checkpoint(self) -> bool:
         return bool(self.cfg.save.checkpoint or self.cfg.save.merge)
 
     @property

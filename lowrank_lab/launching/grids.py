@@ -28,7 +28,7 @@ from lowrank_lab.cells.hydra_private import argument_parser
 from lowrank_lab.environment import cores
 from lowrank_lab.errors import UserError
 from lowrank_lab.launching import jobs, slurm
-from lowrank_lab.records.results import IN_RECORD, Results
+from lowrank_lab.records.results import RECORD_ENTRIES, Results
 from lowrank_lab.records.seal import examine
 from lowrank_lab.running import runner
 
@@ -187,7 +187,7 @@ def _report_progress(left: Grid, is_active: Callable[[], bool], where: str) -> N
     for _ in range(left.finished):
         progress.cell_done()
     # Without a warning about damaged records: there was one before this, and there will be one after it.
-    look = lambda key: examine(left.results.path(key), IN_RECORD)[0]
+    look = lambda key: examine(left.results.path(key), RECORD_ENTRIES)[0]
     before = {key: look(key) for key in left.cells}
     total, done, idle = left.finished + len(left.cells), left.finished, 0
     while before and idle < 2:  # a second look: on a network's file system the last record may appear late

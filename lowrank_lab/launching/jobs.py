@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lowrank_lab.artifacts.locks import holder
+from lowrank_lab.artifacts.locks import owner
 from lowrank_lab.artifacts.store import write_json
 from lowrank_lab.launching import slurm
 from lowrank_lab.records.results import Results
@@ -50,7 +50,7 @@ def states(results: Results, keys: Iterable[str]) -> dict[str, tuple[str, str]]:
     The state is ``running``, ``queued``, or, where the last job has ended, ``preempted`` or ``failed``. Where SLURM
     does not answer, cells of its jobs are missing.
     """
-    found = {key: ("running", who) for key in keys if (who := holder(results.lock(key)))}
+    found = {key: ("running", who) for key in keys if (who := owner(results.lock(key)))}
     submitted = {key: jobs for key, jobs in of_cells(results).items() if key in set(keys) - set(found)}
     known = slurm.unfinished({job.id for jobs in submitted.values() for job in jobs})
     if known is None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def spectra(context: Context) -> Path:
     """The artifact of all spectra, with the calibration passes that the metric asks for."""
-    return context.once("spectra", lambda: _spectra(context))
+    return context.cached("spectra", lambda: _spectra(context))
 
 
 def _spectra(context: Context) -> Path:
@@ -30,7 +30,7 @@ def _spectra(context: Context) -> Path:
         with context.dense(context.cell.cfg.dtype) as model:
             make_spectra(folder, model, context.tower, context.sites, metric, statistics, gradients, context.device)
 
-    return context.made("decomposition", "spectra", LowRankKeys(context.cell).spectra, make)
+    return context.cached_artifact("decomposition", "spectra", LowRankKeys(context.cell).spectra, make)
 
 
 def output_gradients(context: Context) -> Path:
@@ -43,4 +43,4 @@ def tails(context: Context) -> dict[str, np.ndarray]:
     """By site, its squared error at every rank 0 … min(out, in), float64, in the metric's units."""
     from lowrank_lab.lowrank.spectra import load_tails
 
-    return context.once("tails", lambda: load_tails(spectra(context), context.sites))
+    return context.cached("tails", lambda: load_tails(spectra(context), context.sites))

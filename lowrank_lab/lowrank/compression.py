@@ -116,7 +116,7 @@ class LowRank(Compression):
         self.answers.refinement.prepare(context)
         refine = partial(self.answers.refinement, context, ranks)
         key = LowRankKeys(context.cell).factors
-        factors = context.made("refinement", "factors", key, refine, resumable=True)
+        factors = context.cached_artifact("refinement", "factors", key, refine, resumable=True)
         with context.record.stage("factorization"):
             changed = (
                 context.model,

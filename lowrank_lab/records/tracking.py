@@ -28,7 +28,7 @@ class NoTracker:
     def __call__(self, record: dict[str, Any], file: Path) -> None:
         """Keep the record only."""
 
-    def again(self, record: dict[str, Any], file: Path) -> None:
+    def track_existing(self, record: dict[str, Any], file: Path) -> None:
         """The same for a record that was there already."""
 
 
@@ -48,7 +48,7 @@ class WandbTracker:
         if not _copied(["record", str(file)], self.project, self.entity, self.timeout):
             log.warning("W&B: this record could not be copied; it is safe in %s", file)
 
-    def again(self, record: dict[str, Any], file: Path) -> None:
+    def track_existing(self, record: dict[str, Any], file: Path) -> None:
         """Copy a record that was there already only to the run of a sweep, which would stay without numbers."""
         if os.environ.get("WANDB_SWEEP_ID"):
             self(record, file)

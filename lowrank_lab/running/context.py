@@ -44,7 +44,7 @@ class Context:
     """``model`` is dense until it is compressed in place; evaluators find the compressed one.
 
     Compressions and evaluators are given a context, and read from it what they need. ``facts`` is what the running
-    compression found on its way, as plain data for the record. ``once`` keeps what several of its parts ask for.
+    compression found on its way, as plain data for the record. ``cached`` keeps what several of its parts ask for.
     """
 
     cell: Cell
@@ -55,7 +55,7 @@ class Context:
     _watched: Watched | None = field(default=None, init=False)
     _memory: dict[str, Any] = field(default_factory=dict, init=False)
 
-    def once(self, name: str, make: Callable[[], T]) -> T:
+    def cached(self, name: str, make: Callable[[], T]) -> T:
         """What ``make`` returned when ``name`` was first asked for in this cell."""
         if name not in self._memory:
             self._memory[name] = make()
@@ -68,7 +68,7 @@ class Context:
         if source.kind in ("hub", "folder"):
             return source.location
         make = lambda folder: convert(source, folder)
-        return str(self.made("model conversion", "model", self.cell.keys.model, make))
+        return str(self.cached_artifact("model conversion", "model", self.cell.keys.model, make))
 
     @cached_property
     def model_config(self) -> Any:
@@ -165,14 +165,14 @@ class Context:
     def text_ids(self, name: str) -> torch.Tensor:
         """The tokens (samples, seqlen) of the text that a compression calls ``name`` (``Compression.texts``)."""
         node, key = self.cell.texts[name], self.cell.keys.text_windows(name)
-        ids, facts = self.once(f"text {name}", lambda: self._windows("training tokens", node, key))
+        ids, facts = self.cached(f"text {name}", lambda: self._windows("training tokens", node, key))
         self.record.data["training"] = {"dataset": node.dataset.name, **facts}
         return torch.from_numpy(ids)
 
     def _windows(self, stage: str, sampling: Any, key: str) -> tuple[np.ndarray, dict[str, Any]]:
         """Windows of the calibration part of ``sampling.dataset``, and the facts about them."""
         corpus, part = corpus_part(sampling.dataset, "calibration")
-        made = self.made(
+        made = self.cached_artifact(
             stage,
             "tokens",
             key,
@@ -218,18 +218,18 @@ class Context:
             with self.dense(self.cell.cfg.dtype) as model:
                 make_statistics(folder, model, self.tower, batches, self.device, offload, self.task)
 
-        return self.made("calibration", "statistics", self.cell.keys.statistics, make)
+        return self.cached_artifact("calibration", "statistics", self.cell.keys.statistics, make)
 
     def gradients(self, outer: bool) -> Path:
         """The artifact of the output gradients' statistics of the dense model, with or without the mean of g gᵀ."""
         key, make = self.cell.keys.gradients(outer), self._make_gradients(outer, weight=False)
-        return self.once(f"gradients {outer}", lambda: self.made("gradients", "gradients", key, make))
+        return self.cached(f"gradients {outer}", lambda: self.cached_artifact("gradients", "gradients", key, make))
 
     @cached_property
     def weight_fisher(self) -> Path:
         """The artifact of the mean (dL/dW)² of every compressible linear, as large as the model."""
         make = self._make_gradients(outer=False, weight=True)
-        return self.made("weight gradients", "gradients", self.cell.keys.weight_fisher, make)
+        return self.cached_artifact("weight gradients", "gradients", self.cell.keys.weight_fisher, make)
 
     def _make_gradients(self, outer: bool, weight: bool) -> Callable[[Path], None]:
         ids = self.calibration_ids
@@ -248,9 +248,11 @@ class Context:
         With ``resumable`` the folder keeps what ``make`` wrote when it was stopped; ``make`` goes on from there.
         """
         key = fingerprint({**parts, "version": versions.COMPRESSION})
-        return self.made(stage, kind, key, make, resumable)
+        return self.cached_artifact(stage, kind, key, make, resumable)
 
-    def made(self, stage: str, kind: str, key: str, make: Callable[[Path], None], resumable: bool = False) -> Path:
+    def cached_artifact(
+        self, stage: str, kind: str, key: str, make: Callable[[Path], None], resumable: bool = False
+    ) -> Path:
         """The folder of an artifact, made if it is not there, and noted in the record as ``stage``."""
         return self.record.artifact(stage, self.cell.store.get_or_make(kind, key, make, resumable)).path
 
@@ -271,7 +273,7 @@ class Context:
         """The artifact of the evaluation text's tokens."""
         corpus, part = corpus_part(self.cell.text_of(self.evaluator), "eval")
         special = self.cell.evaluators[self.evaluator].add_special_tokens
-        return self.made(
+        return self.cached_artifact(
             "evaluation tokens",
             "tokens",
             self.cell.keys.text_tokens(self.evaluator),

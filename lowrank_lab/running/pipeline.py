@@ -131,7 +131,7 @@ def _measured(context: Context, name: str) -> dict[str, Any]:
     measured = {}
     for part, key in context.cell.keys.metrics(name).items():
         stage = f"eval.{name}.{part}" if part else f"eval.{name}"
-        folder = context.made(stage, "metric", key, partial(measure, part))
+        folder = context.cached_artifact(stage, "metric", key, partial(measure, part))
         measured[part] = json.loads((folder / "metric.json").read_text())
     combined = evaluator.combine(measured)
     if evaluator.reads_text:
