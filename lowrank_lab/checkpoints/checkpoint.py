@@ -79,7 +79,7 @@ class LowRankQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        kinds = {described["kind"] for described in self.quantization_config.saved.modules.values()}
+        kinds = {description["kind"] for description in self.quantization_config.saved.modules.values()}
         return not self.quantization_config.saved.is_quantized and all(
             Replacement.of_kind(kind).trainable for kind in kinds
         )
@@ -92,7 +92,7 @@ def describe(model: nn.Module, sites: Sites, ranks: Ranks, method: str, ratio: f
             path = f"{name.removesuffix(site.key)}{member}"
             check_kinds(model.get_submodule(path), path)
     modules, cache = describe_modules(model), cache_of(model)
-    kinds = [Replacement.of_kind(described["kind"]) for described in modules.values()]
+    kinds = [Replacement.of_kind(description["kind"]) for description in modules.values()]
     online = cache is not None or any(kind.online for kind in kinds)
     return Saved(
         method,
@@ -170,10 +170,10 @@ def _within(path: str, modules: Collection[str]) -> bool:
 
 def _paths_in(model: Any, modules: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """``modules`` by their paths in ``model``, which may also be a bare one, without lm_head."""
-    here = {_path(model, path): dict(described) for path, described in modules.items()}
-    for described in here.values():
-        if "borrows" in described:
-            described["borrows"] = {name: _path(model, lent) for name, lent in described["borrows"].items()}
+    here = {_path(model, path): dict(description) for path, description in modules.items()}
+    for description in here.values():
+        if "borrows" in description:
+            description["borrows"] = {name: _path(model, lent) for name, lent in description["borrows"].items()}
     return here
 
 

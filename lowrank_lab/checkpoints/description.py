@@ -62,9 +62,9 @@ class Saved:
         try:
             content = data if data["version"] == VERSION else old_versions.converted(data)
             named = [_site_from_dict(entry) for entry in content["sites"]]
-            modules = {str(path): dict(described) for path, described in content["modules"].items()}
-            for described in modules.values():
-                str(described["kind"])
+            modules = {str(path): dict(description) for path, description in content["modules"].items()}
+            for description in modules.values():
+                str(description["kind"])
             return cls(
                 str(content["method"]),
                 float(content["ratio"]),

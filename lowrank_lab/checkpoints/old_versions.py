@@ -28,8 +28,8 @@ def converted(data: Mapping[str, Any]) -> dict[str, Any]:
         if site["rank"] is not None:
             modules.update(_factors(site, data["storage"]))
     blocks = sites[0]["name"].removesuffix(f".{sites[0]['block']}.{'+'.join(sites[0]['members'])}") if sites else ""
-    for paths, described in steps.items():
-        modules.update(_steps([f"{blocks}.{path}" for path in paths.split(",")], described))
+    for paths, description in steps.items():
+        modules.update(_steps([f"{blocks}.{path}" for path in paths.split(",")], description))
     if final:  # only models whose last norm is the neighbour of the blocks have it
         modules[f"{blocks.rpartition('.')[0]}.norm"] = {"kind": "norm_with_steps", "steps": final}
     for path, form in quantized.items():
@@ -73,10 +73,10 @@ def _factors(site: Mapping[str, Any], storage: str) -> Modules:
     return modules
 
 
-def _steps(paths: list[str], described: list[dict[str, Any]]) -> Modules:
+def _steps(paths: list[str], description: list[dict[str, Any]]) -> Modules:
     """The linears at ``paths`` behind the same steps."""
     modules: Modules = {path: {"kind": "prepared", "steps": []} for path in paths}
-    modules[paths[0]]["steps"] = described
+    modules[paths[0]]["steps"] = description
     for path in paths[1:]:
         modules[path]["borrows"] = {"prepare": f"{paths[0]}.prepare"}
     if len(paths) > 1:

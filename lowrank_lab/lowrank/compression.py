@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from lowrank_lab.cells import config
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.compression import Compression, Plan
-from lowrank_lab.cells.settings import of_answers
+from lowrank_lab.cells.settings import lowrank_settings
 from lowrank_lab.checks import is_count
 from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.answers import Answers
@@ -43,7 +43,7 @@ class LowRank(Compression):
         return self.answers.needs_calibration
 
     def settings(self, cfg: dict[str, Any]) -> dict[str, Any]:
-        return of_answers(cfg)
+        return lowrank_settings(cfg)
 
     def check_settings(self, cfg: DictConfig) -> None:
         for name in ("metric", "grouping", "targets", "storage"):

@@ -102,7 +102,7 @@ class Replacement(Described):
     shareable: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def empty(cls, described: dict[str, Any], replaced: Any) -> Replacement:
+    def empty(cls, description: dict[str, Any], replaced: Any) -> Replacement:
         """One without values for a checkpoint to fill, in the place of ``replaced``, which is on the meta device.
 
         Modules within it that have a kind are put into it afterwards, each from its own description.

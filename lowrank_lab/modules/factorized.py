@@ -48,8 +48,8 @@ class FactorizedLinear(CompressedLinear):
         self.left = left
 
     @classmethod
-    def empty(cls, described: dict[str, Any], replaced: Any) -> FactorizedLinear:
-        like, rank = dense_weight(replaced), described["rank"]
+    def empty(cls, description: dict[str, Any], replaced: Any) -> FactorizedLinear:
+        like, rank = dense_weight(replaced), description["rank"]
         out, inp = like.shape
         bias = bias_of(replaced)
         return cls(plain_linear(like.new_empty(out, rank), bias), plain_linear(like.new_empty(rank, inp), None))
@@ -99,8 +99,8 @@ class SharedLatent(CompressedLinear):
         self._to_serve = 0
 
     @classmethod
-    def empty(cls, described: dict[str, Any], replaced: Any) -> SharedLatent:
-        return cls(replaced, described["users"])
+    def empty(cls, description: dict[str, Any], replaced: Any) -> SharedLatent:
+        return cls(replaced, description["users"])
 
     def describe(self) -> dict[str, Any]:
         return {"users": self.users}

@@ -52,8 +52,8 @@ class PreparedLinear(CompressedLinear):
         self.linear = linear
 
     @classmethod
-    def empty(cls, described: dict[str, Any], replaced: Any) -> PreparedLinear:
-        return cls(nn.Sequential(*empty_steps(described["steps"])), replaced)
+    def empty(cls, description: dict[str, Any], replaced: Any) -> PreparedLinear:
+        return cls(nn.Sequential(*empty_steps(description["steps"])), replaced)
 
     def describe(self) -> dict[str, Any]:
         return {"steps": describe_steps(self.steps) if self.lists_steps else []}
@@ -94,8 +94,8 @@ class NormWithSteps(Replacement):
         self.steps = nn.Sequential(*steps)
 
     @classmethod
-    def empty(cls, described: dict[str, Any], replaced: Any) -> NormWithSteps:
-        return cls(replaced, empty_steps(described["steps"]))
+    def empty(cls, description: dict[str, Any], replaced: Any) -> NormWithSteps:
+        return cls(replaced, empty_steps(description["steps"]))
 
     def describe(self) -> dict[str, Any]:
         return {"steps": describe_steps(self.steps)}

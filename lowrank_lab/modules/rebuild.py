@@ -23,13 +23,13 @@ def describe_modules(model: nn.Module) -> dict[str, dict[str, Any]]:
     Each has its ``kind``, what it describes, and in ``borrows`` the paths of what other modules list for it.
     """
     paths = {id(module): path for path, module in model.named_modules()}
-    described = {}
+    description = {}
     for path, module in model.named_modules():
         if isinstance(module, Replacement):
-            described[path] = {"kind": module.kind, **module.describe()}
+            description[path] = {"kind": module.kind, **module.describe()}
             if borrowed := module.borrowed():
-                described[path]["borrows"] = {name: paths[id(lent)] for name, lent in borrowed.items()}
-    return described
+                description[path]["borrows"] = {name: paths[id(lent)] for name, lent in borrowed.items()}
+    return description
 
 
 def _make_kinds_known() -> None:
@@ -45,22 +45,22 @@ def build_modules(model: Any, modules: Mapping[str, dict[str, Any]]) -> None:
     """
     _make_kinds_known()
     for path in sorted(modules, key=lambda path: path.count(".")):  # a module before those within it
-        described = {name: value for name, value in modules[path].items() if name not in ("kind", "borrows")}
-        made = Replacement.of_kind(modules[path]["kind"]).empty(described, model.get_submodule(path))
+        description = {name: value for name, value in modules[path].items() if name not in ("kind", "borrows")}
+        made = Replacement.of_kind(modules[path]["kind"]).empty(description, model.get_submodule(path))
         model.set_submodule(path, made)
         if isinstance(made, CompressedLinear):
             # GPT-2 sets initial weights of a block's linears from above, where it would miss theirs.
             model.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True
-    for path, described in modules.items():
-        for name, lent in described.get("borrows", {}).items():
+    for path, description in modules.items():
+        for name, lent in description.get("borrows", {}).items():
             model.get_submodule(path).borrow(name, model.get_submodule(lent))
 
 
 def check_kinds(linear: nn.Module, path: str) -> None:
     """Raises UserError where a compressed linear, or one that it is made of, has no kind and so no description."""
     for where, part in [(path, linear), *plain_parts(linear, path)]:
-        described = isinstance(part, CompressedLinear) and hasattr(part, "kind")
-        if not described and (part is linear or not is_linear(part)):
+        description = isinstance(part, CompressedLinear) and hasattr(part, "kind")
+        if not description and (part is linear or not is_linear(part)):
             raise UserError(
                 f"save=true: a checkpoint cannot hold this storage: {where} is a {type(part).__name__}, "
                 "no CompressedLinear with a kind"
@@ -77,15 +77,15 @@ def check_description(linear: nn.Module, like: Tensor) -> None:
     for path, module in linear.named_modules():
         if isinstance(module, Replacement):
             where = f"linear.{path}".removesuffix(".")
-            described = json.loads(json.dumps(module.describe()))
-            made = module.empty(described, holder.get_submodule(where))
+            description = json.loads(json.dumps(module.describe()))
+            made = module.empty(description, holder.get_submodule(where))
             for name, lent in module.borrowed().items():
                 made.borrow(name, lent)
             holder.set_submodule(where, made)
-    found, described = count(linear), count(holder)
+    found, description = count(linear), count(holder)
     for what in ("parameters", "bytes", "macs"):
-        if getattr(found, what) != getattr(described, what):
+        if getattr(found, what) != getattr(description, what):
             raise ValueError(
                 f"a {type(linear).__name__} has {getattr(found, what)} {what}, "
-                f"but the one that it describes has {getattr(described, what)}"
+                f"but the one that it describes has {getattr(description, what)}"
             )

@@ -38,10 +38,10 @@ class SparseLinear(CompressedLinear):
         return cls((out, inp), pack(kept.to(torch.uint8), 1), weight[kept], bias)
 
     @classmethod
-    def empty(cls, described: dict[str, Any], replaced: Any) -> SparseLinear:
+    def empty(cls, description: dict[str, Any], replaced: Any) -> SparseLinear:
         like = dense_weight(replaced)
         out, inp = like.shape
-        return cls((out, inp), _empty_mask(like), like.new_empty(described["kept"]), bias_of(replaced))
+        return cls((out, inp), _empty_mask(like), like.new_empty(description["kept"]), bias_of(replaced))
 
     def describe(self) -> dict[str, Any]:
         return {"kept": len(self.values)}
@@ -83,8 +83,8 @@ class MaskedLinear(CompressedLinear):
         self.kept = kept
 
     @classmethod
-    def empty(cls, described: dict[str, Any], replaced: Any) -> MaskedLinear:
-        return cls(replaced, _empty_mask(dense_weight(replaced)), described["kept"])
+    def empty(cls, description: dict[str, Any], replaced: Any) -> MaskedLinear:
+        return cls(replaced, _empty_mask(dense_weight(replaced)), description["kept"])
 
     def describe(self) -> dict[str, Any]:
         return {"kept": self.kept}

@@ -154,7 +154,7 @@ def describe(steps: nn.Sequential) -> list[dict[str, Any]]:
     return [{"step": step.kind, **step.describe()} for step in steps if isinstance(step, Step)]
 
 
-def empty(described: Iterable[dict[str, Any]]) -> list[Step]:
+def empty(description: Iterable[dict[str, Any]]) -> list[Step]:
     """Steps without memory, on the meta device, for a checkpoint to fill. Raises UserError for an unknown kind."""
     with torch.device("meta"):
-        return [Step.of_kind(one["step"])(**{k: v for k, v in one.items() if k != "step"}) for one in described]
+        return [Step.of_kind(one["step"])(**{k: v for k, v in one.items() if k != "step"}) for one in description]

@@ -51,7 +51,7 @@ class Magnitude(Compression):
 
     def key(self, cell: Cell, before: str) -> str:
         content = {"model": before, "pruning": config.for_key(cell.cfg.pruning), "version": VERSION}
-        return fingerprint({**content, "targets": None if cell.is_factored else cell.keys.targeted})
+        return fingerprint({**content, "targets": None if cell.is_factored else cell.keys.targets_for_key})
 
     def check(self, context: Context) -> None:
         """Raises SkippedCell where another compression does not leave the zeros where they are."""

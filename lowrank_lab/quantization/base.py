@@ -15,7 +15,7 @@ from lowrank_lab.artifacts.store import fingerprint
 from lowrank_lab.cells import config, versions
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.compression import Compression, Plan
-from lowrank_lab.cells.settings import of_quantization
+from lowrank_lab.cells.settings import quantization_settings
 from lowrank_lab.errors import UserError
 from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.modules.formats import Format
@@ -166,7 +166,7 @@ class Quantization(Compression):
         return " ".join(part for part in parts if part)
 
     def settings(self, cfg: dict[str, Any]) -> dict[str, Any]:
-        return of_quantization(cfg, self.name, self.needs_seed)
+        return quantization_settings(cfg, self.name, self.needs_seed)
 
     def key(self, cell: Cell, before: str) -> str:
         settings = cell.cfg.quantization
@@ -183,7 +183,7 @@ class Quantization(Compression):
         return fingerprint(
             {
                 "model": before,
-                "targets": None if cell.is_factored else cell.keys.targeted,
+                "targets": None if cell.is_factored else cell.keys.targets_for_key,
                 "quantization": answers,
                 "seed": cell.cfg.seed if self.needs_seed else None,
                 "tokens": cell.keys.calibration_tokens if self.needs_calibration else None,

@@ -12,11 +12,11 @@ from typing import Any
 from lowrank_lab.cells import config
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.hydra_private import composed
-from lowrank_lab.cells.settings import flat
+from lowrank_lab.cells.settings import flattened
 from lowrank_lab.redaction import redacted_settings
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"
-NAMED_ELSEWHERE = {"lowrank": "allocation"}  # the setting that says whether there is a compression, if not its own
+SETTING_OF = {"lowrank": "allocation"}  # the setting that says whether there is a compression, if not its own
 OLD_COMPRESSIONS = ("lowrank", "quantization")  # those of records that do not list them
 COMMON = ("dtype", "calibration", "seed")  # settings that are no answer of a method
 
@@ -50,9 +50,9 @@ def settings(cfg: dict[str, Any], of_compressions: dict[str, dict[str, Any]], ca
 
     ``calibrated``: whether anything reads the calibration text.
     """
-    absent = {name: {NAMED_ELSEWHERE.get(name, name): "none"} for name in cfg.get("compressions", OLD_COMPRESSIONS)}
+    absent = {name: {SETTING_OF.get(name, name): "none"} for name in cfg.get("compressions", OLD_COMPRESSIONS)}
     of_all = {**absent, **of_compressions}
-    common = {"dtype": cfg["dtype"], **(flat("calibration", cfg["calibration"]) if calibrated else {})}
+    common = {"dtype": cfg["dtype"], **(flattened("calibration", cfg["calibration"]) if calibrated else {})}
     found = {**of_all.pop("lowrank"), **common}
     for of_one in of_all.values():
         found |= of_one
@@ -96,7 +96,7 @@ def of_method(method: str) -> dict[str, Any] | None:
         return None
     cfg = composed(CONFIG_DIR, "config", [f"method={method}"])
     plain = config.plain(cfg)
-    compressions = config.built(cfg.compressions)
+    compressions = config.build_all(cfg.compressions)
     return settings(plain, {name: one.settings(plain) for name, one in compressions.items()}, calibrated=False)
 
 

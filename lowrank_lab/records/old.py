@@ -10,14 +10,14 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from lowrank_lab.cells.settings import of_answers, of_quantization
+from lowrank_lab.cells.settings import lowrank_settings, quantization_settings
 from lowrank_lab.modules.formats import Format
 from lowrank_lab.records import labels
 
 WITH_SEED = ("QuaRot", "SpinQuant", "DuQuant")  # classes whose results depend on the seed
 
 
-def described(record: dict[str, Any]) -> dict[str, Any]:
+def with_labels(record: dict[str, Any]) -> dict[str, Any]:
     """``record`` with the entries of ``labels.labels``; as it is where it has them.
 
     Where parts of the configuration are missing, as in outdated schemas, the entries stay empty.
@@ -42,10 +42,10 @@ def described(record: dict[str, Any]) -> dict[str, Any]:
 
 def _of_compressions(cfg: dict[str, Any], quantization: str) -> dict[str, dict[str, Any]]:
     """The settings of each compression; ``quantization`` is the name of that one."""
-    found = {} if cfg["allocation"] is None else {"lowrank": of_answers(cfg)}
+    found = {} if cfg["allocation"] is None else {"lowrank": lowrank_settings(cfg)}
     if cfg["quantization"] is not None:
         seeded = any(_class(part) in WITH_SEED for part in cfg["quantization"].values())
-        found["quantization"] = of_quantization(cfg, quantization, seeded)
+        found["quantization"] = quantization_settings(cfg, quantization, seeded)
     return found
 
 

@@ -152,7 +152,7 @@ class Results:
         """The record of a cell whatever its status, or None."""
         file = self.path(key)
         record = read(file, RECORD_ENTRIES) if file.is_file() else None
-        return old.described(record) if record is not None else None
+        return old.with_labels(record) if record is not None else None
 
     def finished(self, key: str) -> dict[str, Any] | None:
         """The record of a cell that needs no more work, or None. A failed cell is tried again."""
@@ -203,7 +203,7 @@ class Results:
     def records(self) -> list[dict[str, Any]]:
         """All records, in a fixed order that does not depend on when they were written."""
         found = [read(file, RECORD_ENTRIES) for file in sorted((self.root / "records").glob("*.json"))]
-        records = [old.described(record) for record in found if record is not None]
+        records = [old.with_labels(record) for record in found if record is not None]
         return sorted(records, key=lambda r: (r["model"], r["dataset"], r["method"], -r["ratio"], r["key"]))
 
     def write_grid(self, overrides: list[str], cells: list[Cell]) -> str:

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 def compute(cell: Cell, record: Record) -> None:
     """Compute a cell and fill its record. Raises SkippedCell where the settings do not go together."""
     if not cell.evaluators and not cell.checkpoints:
-        raise SkippedCell(cell.why_left_out)
+        raise SkippedCell(cell.left_out_message)
     context = _prepared(cell, record)
     _check(context)
     for name, compression in cell.compressions.items():
@@ -91,7 +91,7 @@ def _describe(context: Context) -> Saved | None:
     of_ranks = sizes_of_ranks(context.model, tower, sites, ranks, cell.ratio)
     context.record.data["sizes"] = {**of_ranks, **sizes(context.model, tower, sites)}
     if ranks and cell.checkpoints:
-        return checkpoint.describe(context.model, sites, ranks, cell.described, cell.ratio)
+        return checkpoint.describe(context.model, sites, ranks, cell.method_in_words, cell.ratio)
     return cell.saved
 
 

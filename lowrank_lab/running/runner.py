@@ -59,7 +59,7 @@ def _compute_and_record(cell: Cell, results: Results, grid: str | None) -> dict[
     cfg = cell.cfg
     log.info("%s: starting", cell.label)
     if cell.left_out and cell.evaluators:
-        log.info("%s", cell.why_left_out)
+        log.info("%s", cell.left_out_message)
     recording = Record(cell, grid, results.attempt_file(cell.key))
     if launch := os.environ.get(LAUNCH):
         recording.data["launch"] = launch
