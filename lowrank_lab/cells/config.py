@@ -121,7 +121,7 @@ def _check_texts(cfg: DictConfig) -> None:
 
 
 def _build_checked(name: str, node: DictConfig) -> Any:
-    """The object that ``node`` describes. Raises UserError, with its name on the command line, for a wrong value."""
+    """The object that ``node`` describes. Raises UserError, named as on the command line, for a wrong value."""
     try:
         return build(node)
     except Exception as error:  # instantiate wraps the error that the class raised
