@@ -125,7 +125,7 @@ def test_a_disk_that_is_full_while_artifacts_are_written(lab, undisturbed, disk,
     caplog.set_level("INFO")
     disk.mount("size=500k")
     with pytest.raises(
-        UserError, match=rf"no space left for results=.* or artifacts={disk.folder}; what was"
+        UserError, match=rf"no space left for results=.* or artifacts={disk.folder}; finish"
     ) as error:
         lab.run("method=svdllm", f"artifacts={disk.folder}")
     assert "\n" not in str(error.value)

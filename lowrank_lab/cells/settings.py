@@ -1,6 +1,6 @@
-"""Settings as one level, by their names on the command line: what may tell two cells of one method apart. No torch.
+"""Settings in which two cells of one method may differ, flat, by their names on the command line. No torch.
 
-They are made of plain data alone, so that records of any age can be described without the classes that they name.
+They come from plain data alone, so that old records can be described without the classes that they name.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 ANSWERS = ("metric", "grouping", "targets", "allocation", "refinement", "storage")
-# Parts that a name stands for, or that change no number.
+# Settings that a name already says, or that change no number.
 EXCLUDED = (
     "calibration.dataset.eval",
     "refinement.dataset.eval",
@@ -21,7 +21,7 @@ EXCLUDED = (
 def flattened(name: str, value: Any) -> dict[str, Any]:
     """The settings of a node ``name``, which is plain data.
 
-    A class stands under the name of its node, its settings below that. A corpus is known by its data set.
+    The value of a node is its class, its settings follow below it. The name of a data set says its corpus.
     """
     if not isinstance(value, dict):
         return {name: value}
@@ -35,7 +35,7 @@ def flattened(name: str, value: Any) -> dict[str, Any]:
 
 
 def lowrank_settings(cfg: dict[str, Any]) -> dict[str, Any]:
-    """Those of a low-rank method's answers. A refinement on the calibration text names no data set of its own."""
+    """The settings of a low-rank method. A refinement that reads the calibration text has no data set here."""
     refinement = cfg["refinement"]
     if refinement is not None and refinement.get("dataset") == cfg["calibration"]["dataset"]:
         refinement = {name: value for name, value in refinement.items() if name != "dataset"}
@@ -46,7 +46,7 @@ def lowrank_settings(cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def quantization_settings(cfg: dict[str, Any], name: str, seeded: bool) -> dict[str, Any]:
-    """The ``name`` of a quantization and what it does not say; the seed where it draws random numbers."""
+    """The ``name`` of a quantization and its settings that the name lacks; the seed if it draws random numbers."""
     node = cfg["quantization"]
     found = {"quantization": name, **({"seed": cfg["seed"]} if seeded else {})}
     found["quantization.sequential"] = node["sequential"]

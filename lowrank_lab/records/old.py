@@ -1,8 +1,8 @@
-"""Records that were written before a record described its cell (labels.py).
+"""Old records, which do not have the entries that labels.py writes today.
 
-The description is derived from their configuration as plain data. Nothing that they name is looked up or run: a
-record may come from somebody else. In what an old cell differs from its method is not known, except for its
-quantization, which no method has.
+This derives the entries from the record's configuration as plain data. It imports and runs nothing that a record
+names, because a record may come from another person. For an old cell it is not known which settings differ from
+its method, except for the quantization, which no method has.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WITH_SEED = ("QuaRot", "SpinQuant", "DuQuant")  # classes whose results depend o
 
 
 def with_labels(record: dict[str, Any]) -> dict[str, Any]:
-    """``record`` with the entries of ``labels.labels``; as it is where it has them.
+    """``record`` with the entries of ``labels.labels``; unchanged where it has them.
 
     Where parts of the configuration are missing, as in outdated schemas, the entries stay empty.
     """
@@ -41,7 +41,7 @@ def with_labels(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_compressions(cfg: dict[str, Any], quantization: str) -> dict[str, dict[str, Any]]:
-    """The settings of each compression; ``quantization`` is the name of that one."""
+    """The settings of each compression; ``quantization`` is the name of the quantization."""
     found = {} if cfg["allocation"] is None else {"lowrank": lowrank_settings(cfg)}
     if cfg["quantization"] is not None:
         seeded = any(_class(part) in WITH_SEED for part in cfg["quantization"].values())
@@ -50,7 +50,7 @@ def _of_compressions(cfg: dict[str, Any], quantization: str) -> dict[str, dict[s
 
 
 def _name(record: dict[str, Any]) -> str:
-    """The name of a record's quantization, which its label has between the ratio and the model."""
+    """The name of a record's quantization: in its label it is between the ratio and the model."""
     if not isinstance(record["config"], dict) or record["config"].get("quantization") is None:
         return "none"
     text = str(record["label"]).removeprefix(str(record["method"]))
