@@ -138,12 +138,12 @@ def test_padding_is_in_no_sample_of_inputs(checkpoints):
 
 
 def test_padded_batches_of_experts_say_that_they_cannot_be_told(checkpoints):
-    from lowrank_lab.models.rows import counted
+    from lowrank_lab.models.rows import without_padding
 
     rows = torch.tensor([[True, True, False]])
-    assert counted(torch.ones(1, 3, 4), rows).shape == (2, 4)
+    assert without_padding(torch.ones(1, 3, 4), rows).shape == (2, 4)
     with pytest.raises(ValueError, match="2 rows of a batch of 3"):
-        counted(torch.ones(2, 4), rows)
+        without_padding(torch.ones(2, 4), rows)
 
 
 # The loss

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lowrank_lab import progress
 from lowrank_lab.calibration.summaries import InputStatistics
 from lowrank_lab.models.families import Tower
-from lowrank_lab.models.rows import counted, rows_now
+from lowrank_lab.models.rows import current_rows, without_padding
 from lowrank_lab.models.tasks.base import Batch, Task
 from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM
 from lowrank_lab.models.walk import block_file, blocks_of, walk
@@ -38,7 +38,7 @@ class Accumulator:
 
     def add(self, inputs: Tensor) -> None:
         """Add a batch of inputs (..., width); padding does not count."""
-        x = counted(inputs.detach(), rows_now()).float()
+        x = without_padding(inputs.detach(), current_rows()).float()
         self.tokens += x.shape[0]
         # x xᵀ is symmetric: strips of its upper triangle are all that is computed.
         width = math.ceil(x.shape[1] / STRIPS)

@@ -16,7 +16,7 @@ from lowrank_lab.lowrank.ranks import rank_within
 from lowrank_lab.models.discovery import family_of
 from lowrank_lab.models.families import Tower, head_size, kv_cache_shape
 from lowrank_lab.models.load import load_config, skeleton
-from lowrank_lab.models.tiny import EVERY
+from lowrank_lab.models.tiny import ALL_CONFIGS
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.base import is_linear
 from lowrank_lab.modules.counts import count
@@ -105,7 +105,7 @@ def config_of(cell: Cell) -> Any:
     """The configuration of a cell's model, of one that is yet to be converted as well."""
     source = cell.source
     if source.kind == "tiny":  # made of this very configuration
-        return AutoConfig.for_model(source.location, **EVERY[source.location])
+        return AutoConfig.for_model(source.location, **ALL_CONFIGS[source.location])
     if source.kind != "gguf":
         return load_config(source.location, source.revision, cell.cfg.model.trust_remote_code)
     if (converted := cell.store.get("model", cell.keys.model)) is not None:

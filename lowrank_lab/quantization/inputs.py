@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lab.calibration.statistics import gather
-from lowrank_lab.models.rows import counted, rows_now
+from lowrank_lab.models.rows import current_rows, without_padding
 from lowrank_lab.modules.linears import steps_of
 from lowrank_lab.modules.steps import Round
 
@@ -40,7 +40,7 @@ class Sample:
 
     def add(self, x: Tensor) -> None:
         """The next batch of the text: (…, width); padding does not count."""
-        x = counted(x.detach(), rows_now())
+        x = without_padding(x.detach(), current_rows())
         here = self.wanted[(self.wanted >= self.seen) & (self.wanted < self.seen + len(x))] - self.seen
         self.found.append(x[here.to(x.device)].float())
         self.seen += len(x)
@@ -84,7 +84,7 @@ def look_at_inputs(
 
     def look(path: str, args: tuple[Tensor, ...]) -> None:
         samples[path].add(args[0])
-        largest = counted(args[0].detach(), rows_now()).abs().amax(0).float()
+        largest = without_padding(args[0].detach(), current_rows()).abs().amax(0).float()
         abs_max[path] = torch.maximum(abs_max.get(path, largest), largest)
 
     hooks = [
@@ -107,7 +107,7 @@ def fix_scales(block: nn.Module, paths: list[str], run: Callable[[], None]) -> N
     highest: dict[int, Tensor] = {}
 
     def note(step: nn.Module, args: tuple[Tensor, ...], _rounded: Tensor) -> Tensor:
-        x, key = counted(args[0].detach(), rows_now()), id(step)
+        x, key = without_padding(args[0].detach(), current_rows()), id(step)
         low, high = x.amin().float(), x.amax().float()
         lowest[key] = torch.minimum(lowest.get(key, low), low)
         highest[key] = torch.maximum(highest.get(key, high), high)
