@@ -29,7 +29,7 @@ from lowrank_lab.lowrank import spectra
 from lowrank_lab.lowrank.metric.identity import Identity
 from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.models.load import load_model
-from lowrank_lab.out_of_memory import ran_out
+from lowrank_lab.out_of_memory import is_out_of_memory
 from lowrank_lab.records import results
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import tables
@@ -297,9 +297,9 @@ ON_A_GPU = [
 
 
 def test_other_errors_of_a_gpu_are_not_out_of_memory():
-    assert not ran_out(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
-    assert not ran_out(RuntimeError("cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED"))
-    assert not ran_out(ValueError("CUDA error: out of memory"))
+    assert not is_out_of_memory(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
+    assert not is_out_of_memory(RuntimeError("cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED"))
+    assert not is_out_of_memory(ValueError("CUDA error: out of memory"))
 
 
 def out_of_memory(*_: Any, **__: Any) -> Any:

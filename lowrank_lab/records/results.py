@@ -179,7 +179,7 @@ class Results:
             if disk_full(error):
                 raise
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            if out_of_memory.ran_out(error):
+            if out_of_memory.is_out_of_memory(error):
                 reason = f"{reason}; {out_of_memory.ADVICE}"
             record.data.update(status="failed", reason=reason, traceback=traceback.format_exc())
             raise
