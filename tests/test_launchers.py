@@ -77,7 +77,7 @@ def test_workers_stop_with_their_launcher(lab):
     assert process.returncode == 143, said
     assert {cell.state for cell in asked(lab.results)} <= {"missing", "done"}
     for file in lab.root.glob("logs/*/worker-?.log"):
-        assert "stopped; all that was finished is kept" in file.read_text()
+        assert "stopped; finished results are kept" in file.read_text()
 
 
 class Words(Grid):

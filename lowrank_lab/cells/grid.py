@@ -169,7 +169,7 @@ def _one_line(error: Exception, config_dir: Path) -> str:
             )
         axis, _, part = key.partition("/")
         if part and (config_dir / axis / part).is_dir():
-            return f"{key}: {axis} has no option yet; choose one as well ({axis}=...; --help lists them)"
+            return f"{key}: choose an option of {axis} as well ({axis}=...; --help lists them)"
         axes = [folder.name for folder in config_dir.iterdir() if folder.is_dir()]
         text = (config_dir / "config.yaml").read_text(encoding="utf-8")
         settings = [line.split(":")[0] for line in text.splitlines() if line[:1].isalpha()]

@@ -170,11 +170,11 @@ def _within(path: str, modules: Collection[str]) -> bool:
 
 def _paths_in(model: Any, modules: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """``modules`` by their paths in ``model``, which may also be a bare one, without lm_head."""
-    here = {_path(model, path): dict(description) for path, description in modules.items()}
-    for description in here.values():
+    in_model = {_path(model, path): dict(description) for path, description in modules.items()}
+    for description in in_model.values():
         if "borrows" in description:
-            description["borrows"] = {name: _path(model, lent) for name, lent in description["borrows"].items()}
-    return here
+            description["borrows"] = {name: _path(model, shared) for name, shared in description["borrows"].items()}
+    return in_model
 
 
 def _path(model: Any, path: str) -> str:

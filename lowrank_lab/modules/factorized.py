@@ -96,7 +96,7 @@ class SharedLatent(CompressedLinear):
         self.users = users
         self._input: Tensor | None = None
         self._latent: Tensor | None = None
-        self._to_serve = 0
+        self._users_left = 0
 
     @classmethod
     def empty(cls, description: dict[str, Any], replaced: Any) -> SharedLatent:
@@ -116,13 +116,13 @@ class SharedLatent(CompressedLinear):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._to_serve == 0 or self._input is not x:
+        if self._users_left == 0 or self._input is not x:
             self._input, self._latent = x, self.linear(x)
-            self._to_serve = self.users
+            self._users_left = self.users
         latent = self._latent
         assert latent is not None
-        self._to_serve -= 1
-        if self._to_serve == 0:  # hold on to no activation longer than the block needs it
+        self._users_left -= 1
+        if self._users_left == 0:  # hold on to no activation longer than the block needs it
             self._input = self._latent = None
         return latent
 

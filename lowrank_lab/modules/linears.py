@@ -142,9 +142,9 @@ def shared_inputs(block: nn.Module, tower: Tower, members: Iterable[str]) -> lis
     members, groups = list(members), []
     latents: dict[str, list[str]] = {}
     for inputs in tower.inputs:
-        here = [member for member in inputs if member in members]
-        groups.append(list(dict.fromkeys(input_side(block, member) for member in here)))
-        for member in here:
+        present = [member for member in inputs if member in members]
+        groups.append(list(dict.fromkeys(input_side(block, member) for member in present)))
+        for member in present:
             if is_factored(block, member):
                 latents.setdefault(input_side(block, member), []).append(output_side(block, member))
     return [group for group in [*groups, *latents.values()] if group]

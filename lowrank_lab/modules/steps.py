@@ -98,8 +98,8 @@ class Hadamard(Step):
         return {"width": self.width, "stride": self.stride}
 
     def forward(self, x: Tensor) -> Tensor:
-        apart = x.unflatten(-1, (self.width // self.stride, self.stride))
-        return hadamard.transform(apart.mT).mT.flatten(-2)
+        strided = x.unflatten(-1, (self.width // self.stride, self.stride))
+        return hadamard.transform(strided.mT).mT.flatten(-2)
 
 
 class Round(Step):
@@ -114,8 +114,8 @@ class Round(Step):
         super().__init__()
         self.form = Format(**form)
         self.static = self.form.granularity == "tensor"
-        for name, there in (("scale", self.static), ("zero", self.static and self.form.has_zero)):
-            value = nn.Parameter(torch.ones(1, 1, dtype=torch.float32), requires_grad=False) if there else None
+        for name, exists in (("scale", self.static), ("zero", self.static and self.form.has_zero)):
+            value = nn.Parameter(torch.ones(1, 1, dtype=torch.float32), requires_grad=False) if exists else None
             self.register_parameter(name, value)
 
     def describe(self) -> dict[str, Any]:
@@ -134,14 +134,14 @@ class Round(Step):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()
-        lost = ~rows.isfinite().all(1, keepdim=True)  # stays so, for evaluators to find out where it began
-        rows = rows.masked_fill(lost, 0.0)
+        not_finite = ~rows.isfinite().all(1, keepdim=True)  # stays so, for evaluators to find out where it began
+        rows = rows.masked_fill(not_finite, 0.0)
         scale, zero = self.fixed() if self.static else grids(rows, self.form)
         if not self.static:
             scale = spread(scale, self.form, rows.shape[1])
             zero = None if zero is None else spread(zero, self.form, rows.shape[1])
         values = decode(encode(rows, self.form, scale, zero), self.form, scale, zero)
-        return values.masked_fill(lost, torch.nan).to(x.dtype).view(x.shape)
+        return values.masked_fill(not_finite, torch.nan).to(x.dtype).view(x.shape)
 
 
 def steps_in(model: nn.Module) -> dict[str, Step]:
