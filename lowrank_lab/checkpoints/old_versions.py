@@ -1,8 +1,7 @@
 """Descriptions of checkpoints of versions 1 to 3, as the present version writes them. No torch.
 
-They list what was done, not the modules: the sites with their ranks and one storage for all of them, the linears in
-few bits, and the steps in front of linears. Version 1 has no linears in few bits, version 2 no steps and no KV
-cache.
+They do not list modules, but the sites with their ranks and one storage for all of them, the linears in few bits,
+and the steps before linears. Version 1 has no linears in few bits, version 2 no steps and no KV cache.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ Modules = dict[str, dict[str, Any]]
 
 
 def converted(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The description ``data`` in version 4. Raises KeyError, TypeError or ValueError where it is not whole."""
+    """The description ``data`` in version 4. Raises KeyError, TypeError or ValueError for damaged data."""
     if data["storage"] not in STORAGES:
         raise ValueError(f"storage {data['storage']}")
     sites = [{**site, "cost": _cost(site)} for site in data["sites"]]
@@ -30,7 +29,7 @@ def converted(data: Mapping[str, Any]) -> dict[str, Any]:
     blocks = sites[0]["name"].removesuffix(f".{sites[0]['block']}.{'+'.join(sites[0]['members'])}") if sites else ""
     for paths, description in steps.items():
         modules.update(_steps([f"{blocks}.{path}" for path in paths.split(",")], description))
-    if final:  # only models whose last norm is the neighbour of the blocks have it
+    if final:  # only models whose last norm is next to the blocks have it
         modules[f"{blocks.rpartition('.')[0]}.norm"] = {"kind": "norm_with_steps", "steps": final}
     for path, form in quantized.items():
         modules[f"{blocks}.{path}"] = {"kind": "quantized", "format": form}
@@ -74,7 +73,7 @@ def _factors(site: Mapping[str, Any], storage: str) -> Modules:
 
 
 def _steps(paths: list[str], description: list[dict[str, Any]]) -> Modules:
-    """The linears at ``paths`` behind the same steps."""
+    """The modules of linears at ``paths`` with the same steps before them."""
     modules: Modules = {path: {"kind": "prepared", "steps": []} for path in paths}
     modules[paths[0]]["steps"] = description
     for path in paths[1:]:

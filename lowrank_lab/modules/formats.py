@@ -1,4 +1,4 @@
-"""How many bits a number is kept in: one description for weights, activations and the KV cache. No torch."""
+"""Number formats of few bits, for weights, activations and the KV cache. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A linear layer with pruned weights: the others are kept, and a bit for every place."""
+"""A linear layer with pruned weights: it stores the others, and one bit for every weight."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class SparseLinear(CompressedLinear):
 
 
 class MaskedLinear(CompressedLinear):
-    """``linear`` with its pruned weights zero, whatever a quantization makes of them.
+    """``linear`` with its pruned weights set to zero, also after a quantization of ``linear``.
 
     mask  as in SparseLinear
     kept  how many weights are not pruned
@@ -108,5 +108,5 @@ class MaskedLinear(CompressedLinear):
 
 
 def _empty_mask(like: Tensor) -> Tensor:
-    """The mask of a weight like this one, without values, on the meta device."""
+    """The mask for a weight of the shape of ``like``, without values, on the meta device."""
     return torch.empty(-(-like.numel() // 8), dtype=torch.uint8, device="meta")

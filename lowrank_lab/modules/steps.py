@@ -1,6 +1,6 @@
-"""What is done to the input of a linear before the multiplication: small modules x (…, width) → (…, width).
+"""Steps before a linear, which change its input: small modules x (…, width) → (…, width).
 
-``describe()`` is plain data with which a checkpoint makes the same step again, without its values.
+``describe()`` is plain data from which a checkpoint builds the same step without its values.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from lowrank_lab.modules.formats import Format
 
 
 class Step(Described):
-    """A subclass takes what its ``describe()`` gives as arguments. Its tensors are parameters."""
+    """The arguments of a subclass are the entries of its ``describe()``. Its tensors are parameters."""
 
     def counts(self) -> Counts:
-        """A step has no weights: its tensors count as bytes alone."""
+        """A step has no weights: its tensors count only as bytes."""
         return Counts(bytes=nbytes(*self.parameters()))
 
 
@@ -60,7 +60,7 @@ class Permute(Step):
 
 
 class Rotate(Step):
-    """x R with R block-diagonal, of blocks of ``size`` channels; of the last block only the beginning may be used.
+    """x R with R block-diagonal, of blocks of ``size`` channels; the last block may be used only in part.
 
     ``blocks`` is (⌈width / size⌉, size, size); with size = width it is one full matrix.
     """
@@ -134,7 +134,7 @@ class Round(Step):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()
-        not_finite = ~rows.isfinite().all(1, keepdim=True)  # stays so, for evaluators to find out where it began
+        not_finite = ~rows.isfinite().all(1, keepdim=True)  # stays so, as evaluators look for the first such layer
         rows = rows.masked_fill(not_finite, 0.0)
         scale, zero = self.fixed() if self.static else grids(rows, self.form)
         if not self.static:
