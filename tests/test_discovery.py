@@ -185,7 +185,7 @@ def test_rotations_and_scales_of_a_discovered_family_are_skipped_with_the_reason
     for quantization in ("quarot", "spinquant", "smoothquant", "awq"):
         record = lab.run("model.path=tiny:granite", "method=dense", f"quantization={quantization}")
         assert record["status"] == "skipped"
-        assert "it is no row of models/families.py" in record["reason"]
+        assert "it has no row in models/families.py" in record["reason"]
 
 
 def test_what_needs_no_row_quantizes_a_discovered_family(lab):

@@ -1,4 +1,4 @@
-"""One backward pass over the calibration tokens: what the loss says about the outputs of every linear.
+"""One backward pass over the calibration tokens: statistics of the output gradients of every linear.
 
 The loss is the summed negative log-likelihood of a sequence, each token predicted from those before it. With x
 the inputs and g = dL/dy the output gradients of a linear, the weight gradient of a sequence is Σ g xᵀ. The pass
@@ -74,7 +74,7 @@ def make_gradients(
     weight: bool = False,
     task: Task = CAUSAL_LM,
 ) -> None:
-    """Gather the output statistics of every compressible linear; one file a block.
+    """Compute the output statistics of every compressible linear; one file a block.
 
     ``model`` is in float32; ``sequences`` are batches of one, or token ids (samples, length). ``outer`` keeps the
     mean of g gᵀ as well, (out, out) a linear, and ``weight`` the mean over sequences of (dL/dW)², as large as the
