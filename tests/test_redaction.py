@@ -205,7 +205,7 @@ def test_nor_is_a_file_of_ones_own(lab, secrets, tmp_path, methods):
     lines = ["# @package _global_", "defaults: [svd]", "method: {name: mine, api_key: hunter22}"]
     words = (f"method={methods}", f"hydra.searchpath=[file://{tmp_path}/conf]")
     file.write_text("\n".join(lines))
-    with pytest.raises(UserError, match=r"^method\.api_key: a key or password has no place"):
+    with pytest.raises(UserError, match=r"^method\.api_key: a key or password must not be"):
         lab.cells(*words, multirun="," in methods)
     file.write_text("\n".join(lines).replace("hunter22", "'${oc.env:DEPLOY_SECRET}'"))
     assert lab.cells(*words, multirun="," in methods)
