@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def report(what: str, results: Results, out: Path, index: Path) -> list[Path]:
-    """Print and write what is asked for; returns the files. Raises UserError for an unknown name or no records."""
+    """Print and write a report; returns the files. Raises UserError for an unknown name or no records."""
     from lowrank_lab.errors import UserError
     from lowrank_lab.reporting import check, coverage, page, paper_figures, paper_tables, published
     from lowrank_lab.reporting.status import status
@@ -91,7 +91,7 @@ def report(what: str, results: Results, out: Path, index: Path) -> list[Path]:
 
 
 def everything(results: Results, out: Path) -> list[Path]:
-    """All tables and figures, and those of the papers whose recipes have run, be it in vain; returns the files."""
+    """All tables and figures, and those of the papers whose recipes have run or failed; returns the files."""
     from lowrank_lab.errors import UserError
     from lowrank_lab.reporting import coverage, figures, generation, paper_figures, paper_tables, published, tables
 

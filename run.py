@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lowrank_lab import progress, redaction
-from lowrank_lab.artifacts.locks import Busy
+from lowrank_lab.artifacts.locks import LockedByAnother
 from lowrank_lab.cells import config, grid
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.hydra_private import argument_parser
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 CONFIG_DIR = Path(__file__).resolve().parent / "conf"
 
 _cells: list[Cell] = []  # those of this command in the order of Hydra's jobs
-_postponed: list[Cell] = []  # cells of this process's grid that wait for another process
+_postponed: list[Cell] = []  # cells that wait for another process
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -43,8 +43,8 @@ def job(_cfg: DictConfig) -> None:
     postponed = False
     try:
         runner.run(cell, os.environ.get(grid.NAME), wait=not one_by_one)
-    except Busy as busy:
-        log.info("%s; this cell comes later", busy)
+    except LockedByAnother as error:
+        log.info("%s; this cell runs later", error)
         _postponed.append(cell)
         postponed = True
     except UserError as error:
@@ -63,11 +63,11 @@ def main() -> None:
     words = grid.spelled_out(sys.argv[1:])
     sys.argv[1:] = sorted(words, key=lambda word: "=" in word and not word.startswith("-"))
     arguments = argument_parser().parse_args()
-    asks_for_work = not (
+    is_run = not (
         arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
     )
     try:
-        if asks_for_work:
+        if is_run:
             _cells.extend(_plan(arguments))
             if not _cells:
                 return
@@ -78,12 +78,12 @@ def main() -> None:
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as interrupt:
-        print("stopped; all that was finished is kept, the same command goes on from there", file=sys.stderr)
+        print("stopped; finished results are kept, repeat the command to continue", file=sys.stderr)
         sys.exit(143 if interrupt.args else 130)
 
 
 def _run() -> None:
-    """Hydra's jobs, and then the cells that waited for other processes."""
+    """Run Hydra's jobs, and then the cells that waited for other processes."""
     status: int | str | None = None
     try:
         job()
@@ -100,7 +100,7 @@ def _stop(signal_number: int, _frame: FrameType | None) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> list[Cell]:
-    """Check all cells before any work and note the grid; none where every cell is finished already."""
+    """Check all cells before any work and write down the grid; returns none where every cell is finished."""
     redaction.refuse(arguments.overrides)
     overrides = list(arguments.overrides)
     if not arguments.multirun and any(word.startswith("hydra/launcher=") for word in overrides):
@@ -112,10 +112,10 @@ def _plan(arguments: argparse.Namespace) -> list[Cell]:
         from lowrank_lab.planning.dry_run import print_needs
 
         sys.exit(0 if print_needs(cells) else 1)
-    if grid.NAME not in os.environ:  # else a launcher has noted the grid that this process works on
+    if grid.NAME not in os.environ:  # else a launcher has written down the grid of this process
         for root in dict.fromkeys(cell.cfg.results for cell in cells):
-            here = [cell for cell in cells if cell.cfg.results == root]
-            os.environ[grid.NAME] = Results(root).note_grid(arguments.overrides, here)
+            of_root = [cell for cell in cells if cell.cfg.results == root]
+            os.environ[grid.NAME] = Results(root).write_grid(arguments.overrides, of_root)
     finished = {cell.key: (cell.label, record) for cell in cells if (record := runner.finished(cell)) is not None}
     count = sum(cell.key in finished for cell in cells)  # two cells may have one label
     print(f"{len(cells)} cells, {count} finished already", file=sys.stderr)
@@ -124,7 +124,9 @@ def _plan(arguments: argparse.Namespace) -> list[Cell]:
     for label, record in finished.values():
         print(f"{label}: {record['status']} ({runner.summary(record)})", file=sys.stderr)
     for cell in cells:
-        config.build(cell.cfg.tracker).again(finished[cell.key][1], Results(cell.cfg.results).path(cell.key))
+        config.build(cell.cfg.tracker).track_existing(
+            finished[cell.key][1], Results(cell.cfg.results).path(cell.key)
+        )
     print("nothing to do; python report.py makes the table", file=sys.stderr)
     return []
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lowrank_lab.launching.grids import Grid
 
 
-class _Elsewhere(basic_launcher.BasicLauncher):
+class _OtherProcesses(basic_launcher.BasicLauncher):
     """A launcher whose jobs are other processes: their results are in records, and nothing is returned.
 
     Each has the same command, launcher included, and runs its cells itself, as Hydra's basic launcher does.
@@ -49,21 +49,21 @@ class _Elsewhere(basic_launcher.BasicLauncher):
     def run(self, grid: Grid) -> None: ...
 
 
-class Slurm(_Elsewhere):
+class Slurm(_OtherProcesses):
     def run(self, grid: Grid) -> None:
         from lowrank_lab.launching.grids import slurm_jobs
 
         slurm_jobs(grid, self.settings)
 
 
-class SlurmArray(_Elsewhere):
+class SlurmArray(_OtherProcesses):
     def run(self, grid: Grid) -> None:
         from lowrank_lab.launching.grids import slurm_array
 
         slurm_array(grid, self.settings)
 
 
-class Local(_Elsewhere):
+class Local(_OtherProcesses):
     def run(self, grid: Grid) -> None:
         from lowrank_lab.launching.grids import local
 

@@ -1,4 +1,4 @@
-"""Checks of settings, with one wording. No torch."""
+"""Checks of settings, with the same messages everywhere. No torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def share(**settings: Any) -> None:
 
 
 def filled(optional: bool = False, **settings: Any) -> None:
-    """Raise ValueError for a setting that is no list with something in it (or None, where ``optional``)."""
+    """Raise ValueError for a setting that is no list, or an empty one (or None, where ``optional``)."""
     for name, value in settings.items():
         if not ((isinstance(value, list) and value) or (optional and value is None)):
             raise ValueError(f"{name}={value} is not valid; it must be a list that is not empty")

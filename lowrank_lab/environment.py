@@ -1,4 +1,4 @@
-"""What a record says of the machine and the software. No torch unless it is loaded already."""
+"""Facts about the machine and the software for records. Torch is used only if it is loaded already."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def hardware(device: Any) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What a timing depends on beside the work. No torch."""
+    """Facts about the machine that a timing depends on. No torch."""
     return {
         "cpu": _cpu_name(),
         "cores": cores(),
@@ -87,11 +87,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-_peaks_before: dict[str, int] = {}  # MiB: what ``memory_on_top`` found before it reset the peaks
+_peaks_before: dict[str, int] = {}  # MiB: the peaks before ``memory_on_top`` reset them
 
 
 def reset_peak_memory() -> None:
-    """Start a new measurement of peak memory. Linux only; elsewhere it is of the process's whole life."""
+    """Start a new measurement of peak memory. Only on Linux; elsewhere it covers the whole life of the process."""
     _peaks_before.clear()
     _reset_peaks()
 
@@ -105,10 +105,10 @@ def peak_memory() -> dict[str, int]:
 
 
 def memory_on_top(work: Callable[[], Any], device: Any) -> int | None:
-    """Bytes of memory that ``work()`` holds at its peak on top of what is held before it.
+    """The peak memory of ``work()`` in bytes, in addition to the memory in use before it.
 
-    On a GPU (``device`` is a torch.device) those that torch allocates there, else those of the process that are
-    resident; None where the system does not tell. Nests in ``reset_peak_memory``: the outer peak is not lost.
+    On a GPU (``device`` is a torch.device) it is the memory that torch allocates there, else the resident memory of
+    the process; None where the system does not report it. The peak since ``reset_peak_memory`` is not lost.
     """
     import torch
 
@@ -119,7 +119,7 @@ def memory_on_top(work: Callable[[], Any], device: Any) -> int | None:
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    with contextlib.suppress(OSError, AttributeError):  # glibc: give freed memory back, or it would be used unseen
+    with contextlib.suppress(OSError, AttributeError):  # glibc: return freed memory, or its reuse would not be seen
         ctypes.CDLL(None).malloc_trim(0)
     resettable = _reset_peaks()
     before = _status("VmRSS")
@@ -155,13 +155,13 @@ def _peak_resident() -> int:
 
 
 def memory_limit() -> int:
-    """Bytes of memory that this process may use: the machine's, or what its control group (SLURM's) leaves it."""
+    """Bytes of memory that this process may use: that of the machine, or the limit of its control group (SLURM)."""
     limit = _total_memory()
     with contextlib.suppress(OSError, ValueError):
         group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
         folder = Path("/sys/fs/cgroup") / group
-        for place in (folder, *folder.parents):  # the narrowest of all that it is in
-            file = place / "memory.max"
+        for parent in (folder, *folder.parents):  # the lowest limit of all groups that it is in
+            file = parent / "memory.max"
             if file.exists() and (text := file.read_text().strip()) != "max":
                 limit = min(limit, int(text))
     return limit
@@ -178,7 +178,7 @@ def cores() -> int | None:
 
 @cache
 def _gpu_names() -> tuple[str, ...]:
-    """The NVIDIA GPUs of this machine in their order; none where the driver is not there."""
+    """The names of the NVIDIA GPUs of this machine, in order; none without a driver."""
     ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
         done = subprocess.run(ask, capture_output=True, text=True, timeout=30, check=True)

@@ -1,4 +1,4 @@
-"""Modules imported at their first use, for files that planning a grid reads as well: torch takes seconds."""
+"""Modules that are imported at their first use, for files that a plan of a grid imports: torch takes seconds."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 
 class LazyModule:
-    """Stands for the module ``name`` in a file's global names, and imports it when an attribute is asked for.
+    """Replaces the module ``name`` in a file's global names, and imports it at the first access to an attribute.
 
-    The package lazy_loader puts a stand-in for torch into ``sys.modules`` instead. Whatever looks through the
-    imported modules then loads it (``inspect.getmodule`` does), and ``"torch" in sys.modules`` no longer says
-    whether torch is there. A type checker should see the real import:
+    The package lazy_loader puts such an object for torch into ``sys.modules`` instead. Code that iterates over the
+    imported modules then loads torch (``inspect.getmodule`` does), and ``"torch" in sys.modules`` no longer says
+    whether torch is loaded. A type checker should see the real import:
 
         if TYPE_CHECKING:
             import torch

@@ -1,4 +1,4 @@
-"""What running out of memory looks like, on a GPU or in the machine, and how what was held is let go. No torch."""
+"""Detect that memory ran out, on a GPU or in the machine, and free the memory after it. No torch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ ADVICE = (
     "out of memory: lower calibration.batch_size, calibration.seqlen or the batch size of the evaluation or "
     "training that needed it, or use device=cpu or a smaller dtype"
 )
-# Besides what accelerate knows: the runtime's own words, and those of the libraries behind eigh and cholesky.
+# Messages that accelerate does not know: of the CUDA runtime, and of the libraries behind eigh and cholesky.
 OUT_OF_MEMORY = ("CUDA error: out of memory", "CUSOLVER_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-def ran_out(error: BaseException | None) -> bool:
+def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error says that memory ran out."""
     if isinstance(error, MemoryError):
         return True
@@ -35,14 +35,14 @@ def unless_out_of_memory(work: Callable[[], T]) -> T | None:
     try:
         return work()
     except Exception as error:
-        if not ran_out(error):
+        if not is_out_of_memory(error):
             raise
-    _empty_caches()  # here the error, which held the tensors, is gone
+    _empty_caches()  # here the error, whose frames referred to the tensors, no longer exists
     return None
 
 
 def without_frames(error: Exception) -> Exception:
-    """``error`` without its traceback, whose frames hold models: a launcher keeps the errors of a grid's cells."""
+    """``error`` without its traceback, whose frames refer to models: a launcher keeps the errors of all cells."""
     link: BaseException | None = error
     while link is not None:
         link.__traceback__ = None

@@ -41,7 +41,7 @@ class ConsoleHandler(logging.Handler):
 
 
 def track(items: Iterable[T], name: str, unit: str, total: int | None = None) -> Iterator[T]:
-    """Iterate over ``items``, showing how far it is. Calls nest: an inner one is a bar below the outer.
+    """Iterate over ``items`` and show the progress. Calls nest: an inner one is a bar below the outer.
 
     ``total`` is only needed for iterables without a length.
     """
@@ -58,7 +58,7 @@ def track(items: Iterable[T], name: str, unit: str, total: int | None = None) ->
 
 @contextmanager
 def grid(cells: int) -> Iterator[None]:
-    """Around a grid: an outermost bar that ``cell_done`` moves, or a line for each cell."""
+    """Show the progress of a grid within it: an outermost bar that ``cell_done`` advances."""
     global _grid
     if not _on_terminal():
         yield
@@ -72,7 +72,7 @@ def grid(cells: int) -> Iterator[None]:
 
 
 def cell_done() -> None:
-    """One cell of the grid is finished, whatever came of it."""
+    """Advance the bar of the grid: a cell is done, failed or skipped."""
     if _grid is not None and _bars is not None:
         _bars.advance(_grid)
 
@@ -93,7 +93,7 @@ def _track_bar(items: Iterable[T], name: str, total: int) -> Iterator[T]:
 
 
 def _track_lines(items: Iterable[T], name: str, unit: str, total: int) -> Iterator[T]:
-    """A line now and then; an inner loop has none of its own at its end, the outer one's lines say enough."""
+    """Log a line from time to time; an inner loop logs none at its end, as the outer loop's lines are enough."""
     inner = _depth > 1
     start = last = time.monotonic()
     for number, item in enumerate(items, 1):

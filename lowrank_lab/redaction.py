@@ -1,8 +1,8 @@
-"""Keys, tokens and passwords are taken out of text where it leaves the process: records, logs, what is printed.
+"""Remove keys, tokens and passwords from all text that leaves the process: records, logs, printed output.
 
-A secret is the value of an environment variable with a telling name, a password of ~/.netrc, what looks like a key
-of the hub or of W&B, and the user part of an address; in settings also the value of one that is called a password
-or the like, and in logs and errors what is said to be one. No number of a record is one. No torch.
+A secret is the value of an environment variable whose name says so, a password of ~/.netrc, a string in the form of
+a key of the hub or of W&B, and the user part of an address. In settings it is also the value of a setting with such
+a name, and in logs and errors the text after such a name. Numbers of a record are never secrets. No torch.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any, TextIO
 from lowrank_lab.errors import UserError
 
 HIDDEN = "[redacted]"
-SHORTEST = 8  # characters of a secret
-# Whole parts of a name: TOKENIZER_TYPE and MAX_TOKENS are others', and eos_token is a word of a model.
+MIN_LENGTH = 8  # characters of a secret
+# Whole parts of a name: TOKENIZER_TYPE and MAX_TOKENS are no secrets, nor is eos_token, which is part of a model.
 OF_A_MODEL = r"(?:bos|eos|pad|unk|sep|cls|mask|stop)_token"
 NAME = re.compile(
     rf"(?!.*{OF_A_MODEL})(?!.*_(?:path|file|dir)$)(?:.*_)?"
@@ -28,14 +28,14 @@ NAME = re.compile(
     re.IGNORECASE,
 )
 # A number, a path, a word, or the name of the variable that has the secret.
-INNOCENT = re.compile(r"[-+.\d_]+(?:e[-+]?\d+)?|(?:~|\.\.?)?/.*|[A-Za-z]?[a-z]*|.*\$\{.*", re.DOTALL)
-# Old keys of W&B are 40 hexadecimal digits, as commits are: they are known by their variable, file or name alone.
-BARE = re.compile(
+NOT_SECRET = re.compile(r"[-+.\d_]+(?:e[-+]?\d+)?|(?:~|\.\.?)?/.*|[A-Za-z]?[a-z]*|.*\$\{.*", re.DOTALL)
+# Old keys of W&B are 40 hexadecimal digits, as commits are: only their variable, file or name identifies them.
+KEY_PATTERN = re.compile(
     r"\b(?:hf_|api_org_)(?!(?:[a-z]+|[A-Z]+)\b)[A-Za-z0-9]{30,}|\bwandb_v\d+_\w{16,}|\blocal-[0-9a-f]{40}\b"
     r"|(?<=://)[^/\s@'\"]+(?=@)"  # user:password@host
 )
-# In messages, where "unexpected token: '<|fim_1|>'" and "no secret: it is public" are none: letters and digits.
-SAID = re.compile(
+# In messages a secret has letters and digits, unlike "unexpected token: '<|fim_1|>'" and "no secret: it is public".
+IN_MESSAGES = re.compile(
     rf"(?<![\w/])(?!(?:\w+_)?{OF_A_MODEL})((?:(?:\w+_)?(?:"
     r"(?:api_?key|access_key|secret|passw(?:or)?d)['\"]?\s?[=:]|token(?:=|['\"]\s?:))|bearer\s)\s?['\"]?)"
     r"(?=[^\s'\",;&]*[0-9])(?=[^\s'\",;&]*[a-z])[^\s'\",;&<>|]{8,}",
@@ -44,29 +44,29 @@ SAID = re.compile(
 
 
 def redacted(value: Any) -> Any:
-    """Plain data (text, lists, dicts) with ``HIDDEN`` in the place of every known secret and every key."""
-    return _redacted(value, _known())
+    """Plain data (text, lists, dicts) with ``HIDDEN`` in place of every known secret and every key."""
+    return _redacted(value, _secrets_of_process())
 
 
-def _redacted(value: Any, known: list[str]) -> Any:
+def _redacted(value: Any, secrets: list[str]) -> Any:
     if isinstance(value, str):
-        for secret in known:
+        for secret in secrets:
             value = value.replace(secret, HIDDEN)
-        return BARE.sub(HIDDEN, value)
+        return KEY_PATTERN.sub(HIDDEN, value)
     if isinstance(value, Mapping):
-        return {_redacted(name, known): _redacted(entry, known) for name, entry in value.items()}
+        return {_redacted(name, secrets): _redacted(entry, secrets) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_redacted(entry, known) for entry in value]
+        return [_redacted(entry, secrets) for entry in value]
     return value
 
 
 def redacted_message(text: str) -> str:
-    """A log line, an error or a traceback, also without what is said to be a password or the like."""
-    return SAID.sub(lambda found: found[1] + HIDDEN, redacted(text))
+    """A log line, an error or a traceback, also without text that follows "password", "token" and so on."""
+    return IN_MESSAGES.sub(lambda found: found[1] + HIDDEN, redacted(text))
 
 
 def redacted_settings(settings: Any) -> Any:
-    """A configuration as plain data, also without the values of settings that are called a password or the like."""
+    """A configuration as plain data, also without the values of settings with a name such as "password"."""
     return redacted(_without_named(settings))
 
 
@@ -79,24 +79,24 @@ def _without_named(settings: Any) -> Any:
 
 
 def _is_named(name: Any, value: Any) -> bool:
-    """Whether ``value`` is a secret because of its name."""
+    """Whether ``name`` says that ``value`` is a secret."""
     return isinstance(value, str) and NAME.fullmatch(str(name)) is not None and _looks_secret(value)
 
 
 def _looks_secret(value: str) -> bool:
-    return len(value) >= SHORTEST and not INNOCENT.fullmatch(value)
+    return len(value) >= MIN_LENGTH and not NOT_SECRET.fullmatch(value)
 
 
-def _known() -> list[str]:
-    """The secrets that this process was given, longer ones first: one may be a part of another."""
+def _secrets_of_process() -> list[str]:
+    """The secrets in the environment of this process, longer ones first: one may be a part of another."""
     found = {value for name, value in os.environ.items() if _is_named(name, value)}
-    found.update(value for value in _passwords(os.environ.get("NETRC")) if len(value) >= SHORTEST)
+    found.update(value for value in _passwords(os.environ.get("NETRC")) if len(value) >= MIN_LENGTH)
     return sorted(found, key=len, reverse=True)
 
 
 @cache
 def _passwords(file: str | None) -> tuple[str, ...]:
-    """Those of a netrc file, the user's own where ``file`` is None."""
+    """The passwords in a netrc file, by default the user's."""
     try:
         hosts = netrc.netrc(file).hosts.values()
     except (OSError, netrc.NetrcParseError):
@@ -115,7 +115,7 @@ def refuse_in(settings: Mapping[str, Any]) -> None:
 
 
 def _texts(settings: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Every text within plain data, and the name that it has or that the list has which it is in."""
+    """Every text within plain data, with its name or that of its list."""
     if isinstance(settings, Mapping):
         for key, value in settings.items():
             yield from _texts(value, f"{name}.{key}".lstrip("."))
@@ -128,12 +128,12 @@ def _texts(settings: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 def _refuse(settings: Iterable[tuple[str, str]]) -> None:
     """Others can read a command line, and the configuration is kept in records and by W&B."""
-    known = _known()
+    secrets = _secrets_of_process()
     for name, value in settings:
-        of_its_own = re.split(r"[.@/+~]", name)[-1]
-        if _is_named(of_its_own, value) or _redacted([name, value], known) != [name, value]:
+        last_part = re.split(r"[.@/+~]", name)[-1]
+        if _is_named(last_part, value) or _redacted([name, value], secrets) != [name, value]:
             raise UserError(
-                f"{_redacted(name, known)}: a key or password has no place on a command line or in a "
+                f"{_redacted(name, secrets)}: a key or password must not be on a command line or in a "
                 "configuration, which others can read and logs keep; set it in the environment (HF_TOKEN, "
                 "WANDB_API_KEY), or log in"
             )
@@ -165,7 +165,7 @@ class Stream:
 
 
 def guard_streams() -> None:
-    """From now on nothing that this process prints holds a secret, nor do tracebacks that Python or Hydra print."""
+    """From now on remove secrets from all that this process prints, also from tracebacks of Python and Hydra."""
     for name, without_secrets in (("stdout", redacted), ("stderr", redacted_message)):
         if not isinstance(getattr(sys, name), Stream):
             setattr(sys, name, Stream(getattr(sys, name), without_secrets))

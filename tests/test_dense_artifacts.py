@@ -14,7 +14,7 @@ from torch import nn
 from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.spectra import compress
 from lowrank_lab.lowrank.storage.absorb import Absorb
-from lowrank_lab.models.changes import Watched
+from lowrank_lab.models.changes import Snapshot
 from lowrank_lab.models.walk import on_device
 from lowrank_lab.records.results import Record
 from lowrank_lab.running.context import Context
@@ -131,7 +131,7 @@ def test_moving_a_block_and_back_is_no_change(checkpoints):
     from lowrank_lab.models.load import load_model
 
     model: Any = load_model(str(checkpoints["llama"]), None, "bfloat16", False)
-    watched = Watched(model)
+    watched = Snapshot(model)
     with on_device(model.model.layers[0], CPU):
         model(torch.arange(4, 20)[None])
     assert not watched.changed(model)

@@ -24,12 +24,12 @@ from lowrank_lab.modules.factorized import FactorizedLinear
 from .conftest import REPOSITORY, Lab
 
 CPU = torch.device("cpu")
-OTHERS = sorted(tiny.OTHERS)
+OTHERS = sorted(tiny.DISCOVERED_CONFIGS)
 IDS = torch.randint(4, 260, (3, 24), generator=torch.Generator().manual_seed(3))
 
 
 def bare(family: str) -> Any:
-    return skeleton(AutoConfig.for_model(family, **tiny.EVERY[family]), False)
+    return skeleton(AutoConfig.for_model(family, **tiny.ALL_CONFIGS[family]), False)
 
 
 @torch.no_grad()
@@ -85,7 +85,11 @@ def test_mamba_has_no_attention():
 
 
 def test_of_blocks_that_differ_what_all_have_is_found():
-    sizes = {**tiny.OTHERS["mixtral"], "num_local_experts": 0, "layer_types": ["mamba", "attention", "mamba"]}
+    sizes = {
+        **tiny.DISCOVERED_CONFIGS["mixtral"],
+        "num_local_experts": 0,
+        "layer_types": ["mamba", "attention", "mamba"],
+    }
     config = AutoConfig.for_model("granitemoehybrid", **sizes, mamba_n_heads=12, mamba_d_head=8)
     tower = family_of(skeleton(config, False)).tower
     assert tower.inputs == (("shared_mlp.input_linear",), ("shared_mlp.output_linear",))
@@ -112,7 +116,7 @@ def test_a_model_that_does_something_between_its_blocks_is_not_walked():
             self.model.layers[0].register_forward_hook(lambda _module, _args, states: states * 2)
 
     model = Between(LlamaConfig(**tiny.CONFIGS["llama"])).eval()
-    with pytest.raises(UserError, match="Between does something between its blocks"):
+    with pytest.raises(UserError, match="Between computes something between its blocks"):
         next(walk(model, FAMILIES["llama"].tower, [IDS], CPU))
 
 
@@ -181,7 +185,7 @@ def test_rotations_and_scales_of_a_discovered_family_are_skipped_with_the_reason
     for quantization in ("quarot", "spinquant", "smoothquant", "awq"):
         record = lab.run("model.path=tiny:granite", "method=dense", f"quantization={quantization}")
         assert record["status"] == "skipped"
-        assert "it is no row of models/families.py" in record["reason"]
+        assert "it has no row in models/families.py" in record["reason"]
 
 
 def test_what_needs_no_row_quantizes_a_discovered_family(lab):

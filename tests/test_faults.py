@@ -29,7 +29,7 @@ from lowrank_lab.lowrank import spectra
 from lowrank_lab.lowrank.metric.identity import Identity
 from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.models.load import load_model
-from lowrank_lab.out_of_memory import ran_out
+from lowrank_lab.out_of_memory import is_out_of_memory
 from lowrank_lab.records import results
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import tables
@@ -78,7 +78,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> La
     lab = Lab(tmp_path_factory.mktemp("undisturbed") / "results", data_root)
     for method in ("svd", "svdllm"):
         lab.run(f"method={method}")
-    lab.results.note_grid(["method=svd,svdllm"], lab.cells("method=svd,svdllm", multirun=True))
+    lab.results.write_grid(["method=svd,svdllm"], lab.cells("method=svd,svdllm", multirun=True))
     return lab
 
 
@@ -125,7 +125,7 @@ def test_a_disk_that_is_full_while_artifacts_are_written(lab, undisturbed, disk,
     caplog.set_level("INFO")
     disk.mount("size=500k")
     with pytest.raises(
-        UserError, match=rf"no space left for results=.* or artifacts={disk.folder}; what was"
+        UserError, match=rf"no space left for results=.* or artifacts={disk.folder}; finish"
     ) as error:
         lab.run("method=svdllm", f"artifacts={disk.folder}")
     assert "\n" not in str(error.value)
@@ -133,7 +133,10 @@ def test_a_disk_that_is_full_while_artifacts_are_written(lab, undisturbed, disk,
     assert leftovers(lab.root) == leftovers(disk.folder) == []
     disk.mount("size=64m")
     record = lab.run("method=svdllm", f"artifacts={disk.folder}")
-    assert "model conversion: already there" in caplog.text and "decomposition: already there" not in caplog.text
+    assert (
+        "model conversion: reused from the store" in caplog.text
+        and "decomposition: reused from the store" not in caplog.text
+    )
     assert record["metrics"] == undisturbed.results.find(record["key"])["metrics"]
 
 
@@ -149,7 +152,7 @@ def test_a_disk_that_is_full_while_a_record_is_written(lab, undisturbed, disk, c
     disk.mount("size=64m")
     record = here.run("method=svd", where)
     for name in ("model conversion", "decomposition", "eval.ppl"):
-        assert f"{name}: already there" in caplog.text
+        assert f"{name}: reused from the store" in caplog.text
     assert record["metrics"] == undisturbed.results.find(record["key"])["metrics"]
 
 
@@ -231,7 +234,7 @@ def test_check_finds_a_byte_that_is_not_as_it_was_written(lab, run_report):
     assert len(lines) == 3 and lines[-1].endswith("2 damaged")
     for file in damaged:
         [line] = [line for line in lines if str(file.parent) in line]
-        assert f"{file.name} is not as it was written): delete it" in line
+        assert f"{file.name} has changed): delete it" in line
         shutil.rmtree(file.parent)
     lab.results.path(record["key"]).unlink()
     assert lab.run("method=svd", "save=true")["metrics"] == record["metrics"]
@@ -294,9 +297,9 @@ ON_A_GPU = [
 
 
 def test_other_errors_of_a_gpu_are_not_out_of_memory():
-    assert not ran_out(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
-    assert not ran_out(RuntimeError("cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED"))
-    assert not ran_out(ValueError("CUDA error: out of memory"))
+    assert not is_out_of_memory(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
+    assert not is_out_of_memory(RuntimeError("cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED"))
+    assert not is_out_of_memory(ValueError("CUDA error: out of memory"))
 
 
 def out_of_memory(*_: Any, **__: Any) -> Any:

@@ -39,7 +39,7 @@ def without_labels(cell: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_old_record_is_described_as_a_new_one(lab, command):
     [cell] = lab.cells(*command.split(), "ratio=0.6")
-    new, derived = labels(cell), old.described(without_labels(cell))
+    new, derived = labels(cell), old.with_labels(without_labels(cell))
     for entry in ("quantization", "counts", "settings"):
         assert derived[entry] == new[entry]
     assert list(derived["settings"]) == list(new["settings"])  # tables show them in this order
@@ -47,7 +47,7 @@ def test_an_old_record_is_described_as_a_new_one(lab, command):
 
 def test_a_new_record_is_read_as_it_is(lab):
     described = without_labels(lab.cells("method=svd")[0]) | {"settings": {"metric": "Mine"}}
-    assert old.described(described) is described
+    assert old.with_labels(described) is described
 
 
 @pytest.mark.parametrize("root", OLD, ids=lambda root: root.name)

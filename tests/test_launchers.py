@@ -77,7 +77,7 @@ def test_workers_stop_with_their_launcher(lab):
     assert process.returncode == 143, said
     assert {cell.state for cell in asked(lab.results)} <= {"missing", "done"}
     for file in lab.root.glob("logs/*/worker-?.log"):
-        assert "stopped; all that was finished is kept" in file.read_text()
+        assert "stopped; finished results are kept" in file.read_text()
 
 
 class Words(Grid):
@@ -156,7 +156,7 @@ def test_workers_divide_the_cores_unless_told_otherwise(tmp_path, monkeypatch, c
         (("-m", "hydra/launcher=slurm"), "error: this machine has no sbatch"),
         (
             ("-m", *LOCAL[:1], "eval=ppl,speed"),
-            "error: eval=speed is of the machine and the process that it runs in",
+            "error: eval=speed depends on the machine and the process that measures it",
         ),
     ],
 )
@@ -190,9 +190,9 @@ def test_what_slurm_says_of_jobs(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("PATH", commands(tmp_path / "bin", squeue=squeue, sacct=sacct))
     assert slurm.unfinished(["7_0", "7_1", "7_3"]) == {"7_1": "RUNNING", "7_3": "PENDING"}
-    assert slurm.ends(["7_0", "9", "11"]) == {"7_0": "CANCELLED", "9": "TIMEOUT"}
+    assert slurm.final_states(["7_0", "9", "11"]) == {"7_0": "CANCELLED", "9": "TIMEOUT"}
     assert (tmp_path / "asked").read_text().endswith("--jobs=11,7,9\n")
-    assert slurm.unfinished([]) == slurm.ends([]) == {}
+    assert slurm.unfinished([]) == slurm.final_states([]) == {}
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_no_answer_is_not_taken_for_an_end(tmp_path, monkeypatch, squeue, answer
 def test_where_squeue_does_not_answer_nothing_is_submitted_again(tmp_path, monkeypatch):
     broken = "echo Unable to contact slurm controller >&2; exit 1"
     monkeypatch.setenv("PATH", commands(tmp_path / "bin", squeue=broken, sbatch=f"touch {tmp_path}/submitted"))
-    jobs.note(Results(tmp_path), {"7": ["key"]}, "/logs")
+    jobs.save(Results(tmp_path), {"7": ["key"]}, "/logs")
     grid = Grid(Results(tmp_path), {"key": None}, {"key": []}, [], [], tmp_path, 0)
     for launch in (launching.slurm_jobs, launching.slurm_array):
         with pytest.raises(UserError, match="squeue does not answer, so jobs of an earlier command may still"):
@@ -220,9 +220,9 @@ def test_where_squeue_does_not_answer_nothing_is_submitted_again(tmp_path, monke
 
 def test_status_tells_who_works_on_a_cell_or_why_nobody_does(lab, tmp_path, monkeypatch):
     cells = lab.cells("method=svd", "ratio=0.9,0.8,0.7,0.6,0.5,0.4,0.3", multirun=True)
-    lab.results.note_grid(["a grid"], cells)
+    lab.results.write_grid(["a grid"], cells)
     keys = [cell.key for cell in cells]
-    jobs.note(lab.results, {f"7_{number}": [key] for number, key in enumerate(keys[1:])}, "/logs")
+    jobs.save(lab.results, {f"7_{number}": [key] for number, key in enumerate(keys[1:])}, "/logs")
     (lab.root / "jobs" / "1.json").write_text('{"jobs": ')  # of a disk that was full
     squeue, sacct = 'echo "7_1|PENDING"', 'echo "7_2|OUT_OF_MEMORY"; echo "7_3|CANCELLED by 0"'
     sacct += '; echo "7_4|NODE_FAIL"; echo "7_5|BOOT_FAIL"'
@@ -248,9 +248,9 @@ def test_status_tells_who_works_on_a_cell_or_why_nobody_does(lab, tmp_path, monk
 
 def test_a_cell_with_a_record_is_what_the_record_says_once_its_job_has_ended(lab, tmp_path, monkeypatch):
     [cell] = lab.cells("method=svd")
-    lab.results.note_grid(["a grid"], [cell])
+    lab.results.write_grid(["a grid"], [cell])
     lab.results.write({**lab.run("method=svd", "ratio=0.8"), "status": "failed", "reason": "broken"})
-    jobs.note(lab.results, {"7": [cell.key]}, "/logs")
+    jobs.save(lab.results, {"7": [cell.key]}, "/logs")
     for squeue, state in (("true", "failed"), ('echo "7|RUNNING"', "queued")):
         path = commands(tmp_path / "bin", squeue=squeue, sacct='echo "7|CANCELLED"')
         with monkeypatch.context() as patch:

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from lowrank_lab.artifacts import locks
-from lowrank_lab.artifacts.locks import Busy, held, holder
+from lowrank_lab.artifacts.locks import LockedByAnother, locked, owner
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.records.results import Results
 from lowrank_lab.running import runner
@@ -28,8 +28,8 @@ pytestmark = pytest.mark.own_artifacts
 HOLDER = """
 import sys, time
 from pathlib import Path
-from lowrank_lab.artifacts.locks import held
-with held(Path(sys.argv[1]), "it"):
+from lowrank_lab.artifacts.locks import locked
+with locked(Path(sys.argv[1]), "it"):
     print("held", flush=True)
     time.sleep(300)
 """
@@ -68,14 +68,17 @@ def artifacts(root: Path) -> set[str]:
 
 def test_who_does_not_want_to_wait_is_told_who_has_it(tmp_path):
     lock = tmp_path / "it.lock"
-    assert holder(lock) is None
+    assert owner(lock) is None
     with another_process_holds(lock) as process:
-        assert holder(lock) == f"process {process.pid} on {os.uname().nodename}"
-        with pytest.raises(Busy, match=f"it: process {process.pid} on .* is at it"), held(lock, "it", wait=False):
+        assert owner(lock) == f"process {process.pid} on {os.uname().nodename}"
+        with (
+            pytest.raises(LockedByAnother, match=f"it: locked by process {process.pid} on .*"),
+            locked(lock, "it", wait=False),
+        ):
             pass
-    assert holder(lock) is None  # dead
-    with held(lock, "it", wait=False):  # and replaced at once
-        assert holder(lock) == f"process {os.getpid()} on {os.uname().nodename}"
+    assert owner(lock) is None  # dead
+    with locked(lock, "it", wait=False):  # and replaced at once
+        assert owner(lock) == f"process {os.getpid()} on {os.uname().nodename}"
     assert not lock.exists()
 
 
@@ -86,7 +89,7 @@ def test_who_waits_gets_it_when_the_holder_dies(tmp_path, monkeypatch):
         subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {process.pid}"])
         signal.signal(signal.SIGCHLD, lambda *_: process.poll())  # else it stays a zombie, which has a process id
         start = time.monotonic()
-        with held(lock, "it"):
+        with locked(lock, "it"):
             assert 0.5 < time.monotonic() - start < 0.9 * locks.LEASE
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
@@ -96,40 +99,43 @@ def test_a_holder_on_another_machine_counts_while_it_renews_its_lock(tmp_path, m
     monkeypatch.setattr(locks, "LEASE", 1.0)
     monkeypatch.setattr(locks, "POLL", 0.02)
     lock = tmp_path / "it.lock"
-    with held(lock, "it"):
+    with locked(lock, "it"):
         marker = lock.read_text()
     elsewhere = marker.replace(f"host={os.uname().nodename}", "host=n7").replace(f"pid={os.getpid()}", "pid=1")
     assert elsewhere != marker
     lock.write_text(elsewhere)
     os.utime(lock, (0, 4e9))  # in the future
-    assert holder(lock) == "process 1 on n7"
+    assert owner(lock) == "process 1 on n7"
     os.utime(lock, (0, time.time() - 10))
-    assert holder(lock) is None
-    with pytest.raises(Busy), held(lock, "it", wait=False):
+    assert owner(lock) is None
+    with pytest.raises(LockedByAnother), locked(lock, "it", wait=False):
         pass
     start = time.monotonic()
-    with held(lock, "it"):
+    with locked(lock, "it"):
         assert time.monotonic() - start >= 0.9
 
 
 def test_a_holder_on_another_machine_that_lets_go_while_it_is_looked_for_is_none(tmp_path, monkeypatch):
     lock = tmp_path / "it.lock"
-    with held(lock, "it"):
+    with locked(lock, "it"):
         marker = lock.read_text()
     lock.write_text(marker.replace(f"host={os.uname().nodename}", "host=n7"))
-    assert holder(lock) is not None
+    assert owner(lock) is not None
 
     def meanwhile() -> float:
         lock.unlink()
         return 0.0
 
     monkeypatch.setattr(locks, "time", SimpleNamespace(time=meanwhile))
-    assert holder(lock) is None
+    assert owner(lock) is None
 
 
 def test_a_cell_that_another_process_computes_is_not_computed_again(lab):
     key, cell = keyed(lab)
-    with another_process_holds(lab.results.lock(key)), pytest.raises(Busy, match=r"svdllm ratio=0\.8 tiny-llama"):
+    with (
+        another_process_holds(lab.results.lock(key)),
+        pytest.raises(LockedByAnother, match=r"svdllm ratio=0\.8 tiny-llama"),
+    ):
         runner.run(cell, wait=False)
     assert lab.results.records() == []
     assert runner.run(cell, wait=False)["status"] == "done"
@@ -139,10 +145,13 @@ def test_an_artifact_that_another_process_makes_is_not_made_again(lab):
     """The cell gives up without a record, and what it had made by then counts as its own."""
     key, cell = keyed(lab)
     lock = cell.store.path("statistics", cell.keys.statistics).parent / f".{cell.keys.statistics}.lease"
-    with another_process_holds(lock), pytest.raises(Busy, match=f"statistics {cell.keys.statistics}: process"):
+    with (
+        another_process_holds(lock),
+        pytest.raises(LockedByAnother, match=f"statistics {cell.keys.statistics}: locked by process"),
+    ):
         runner.run(cell, wait=False)
     assert lab.results.records() == []
-    assert lab.results.begun(key).exists()
+    assert lab.results.attempt_file(key).exists()
     runner.run(cell, wait=False)
     assert set(made(lab.results)) == artifacts(lab.root)
     assert list((lab.root / "running").iterdir()) == []
@@ -158,7 +167,7 @@ def test_what_was_postponed_goes_on_as_it_becomes_free_and_past_failures(lab, mo
         if cell is broken:
             raise RuntimeError("broken")
         if not wait:
-            raise Busy("not yet")
+            raise LockedByAnother("not yet")
 
     monkeypatch.setattr(runner, "run", run)
     assert not runner.run_postponed([fine, broken], None)

@@ -36,8 +36,8 @@ class ScaledLinear(CompressedLinear):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     @classmethod
-    def empty(cls, described: dict[str, Any], replaced: Any) -> ScaledLinear:
-        (out, inp), rank = dense_weight(replaced).shape, described["rank"]
+    def empty(cls, description: dict[str, Any], replaced: Any) -> ScaledLinear:
+        (out, inp), rank = dense_weight(replaced).shape, description["rank"]
         shapes = {(out, rank): torch.bfloat16, (rank,): torch.float32, (rank, inp): torch.bfloat16}
         parts = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes.items()]
         return cls(*parts, bias_of(replaced))

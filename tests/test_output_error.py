@@ -70,7 +70,7 @@ class Setting:
             cell=SimpleNamespace(
                 compressions={"lowrank": SimpleNamespace(answers=SimpleNamespace(refinement=None))}
             ),
-            once=lambda _name, _make: self.spectra,
+            cached=lambda _name, _make: self.spectra,
             record=SimpleNamespace(data={"compressions": {"lowrank": {"plan": ranks}}}),
             model=self.compressed(ranks, storage),
             **{name: getattr(self, name) for name in ("tower", "sites")},

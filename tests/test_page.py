@@ -37,8 +37,8 @@ def results(tmp_path_factory, data_root) -> Results:
     ]
     asked = [cell for ratio in (0.95, 0.9, 0.85, 0.8) for cell in lab.cells("method=asvd", f"ratio={ratio}")]
     cells = [*lab.cells("method=svd", "ratio=0.95,0.8", multirun=True), *lab.cells("method=dense"), *asked]
-    lab.results.note_grid(["experiment=asvd_table1"], cells)
-    lab.results.note_grid(["experiment=asvd_figure5"], lab.cells("method=dense"))
+    lab.results.write_grid(["experiment=asvd_table1"], cells)
+    lab.results.write_grid(["experiment=asvd_figure5"], lab.cells("method=dense"))
     failed, skipped, outdated, _ = asked
     ran = done[1]
     for cell, facts in (

@@ -70,7 +70,7 @@ def test_settings_are_ones_by_their_names(secrets):
     assert redacted_settings(settings) == expected
 
 
-INNOCENT = [
+NOT_SECRET = [
     "method.name=svd",
     "++eval.generation.eos_token=im_end12345",
     "pad_token=eot_id_128009",
@@ -83,7 +83,7 @@ INNOCENT = [
 ]
 
 
-@pytest.mark.parametrize("word", INNOCENT)
+@pytest.mark.parametrize("word", NOT_SECRET)
 def test_settings_that_are_none(secrets, word):
     refuse([word])
     name, _, value = word.partition("=")
@@ -193,7 +193,7 @@ def test_the_command_stops_before_anything_is_written(lab, secrets):
     done = lab.cli(f"method.name={HUB}", check=False)
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
-    assert line.startswith("error: method.name: a key or password has no place on a command line")
+    assert line.startswith("error: method.name: a key or password must not be on a command line")
     assert not lab.root.exists()
 
 
@@ -205,7 +205,7 @@ def test_nor_is_a_file_of_ones_own(lab, secrets, tmp_path, methods):
     lines = ["# @package _global_", "defaults: [svd]", "method: {name: mine, api_key: hunter22}"]
     words = (f"method={methods}", f"hydra.searchpath=[file://{tmp_path}/conf]")
     file.write_text("\n".join(lines))
-    with pytest.raises(UserError, match=r"^method\.api_key: a key or password has no place"):
+    with pytest.raises(UserError, match=r"^method\.api_key: a key or password must not be"):
         lab.cells(*words, multirun="," in methods)
     file.write_text("\n".join(lines).replace("hunter22", "'${oc.env:DEPLOY_SECRET}'"))
     assert lab.cells(*words, multirun="," in methods)

@@ -290,6 +290,7 @@ def test_quantized_cells_are_compared_by_the_bits_they_keep(lab):
 def test_a_grid_is_named_without_the_folders_of_its_command(lab):
     [cell] = lab.cells("method=svd")
     assert (
-        lab.results.note_grid(["method=svd", "results=/home/me/results", "data_root=/data"], [cell]) == "method=svd"
+        lab.results.write_grid(["method=svd", "results=/home/me/results", "data_root=/data"], [cell])
+        == "method=svd"
     )
-    assert lab.results.note_grid(["results=/home/me/results"], [cell]) == "defaults"
+    assert lab.results.write_grid(["results=/home/me/results"], [cell]) == "defaults"

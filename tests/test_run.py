@@ -107,7 +107,7 @@ def test_a_full_disk_is_one_line(lab, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(spectra, "save_file", full)
-        with pytest.raises(UserError, match=r"no space left for results=.* what was finished is kept"):
+        with pytest.raises(UserError, match=r"no space left for results=.* finished results are kept"):
             lab.run("method=svd")
     assert list((lab.root / "artifacts" / "spectra").glob("[!.]*")) == []
     [conversion] = (lab.root / "artifacts" / "model").glob("*/artifact.json")
@@ -273,9 +273,7 @@ def test_a_grid_that_is_killed_goes_on_where_it_was(grid_lab, tmp_path, data_roo
 def test_ctrl_c_and_sigterm_stop_cleanly(tmp_path, data_root, how, status):
     returned, stderr, _ = stopped_after_two_records(Lab(tmp_path / "results", data_root), how)
     assert returned == status
-    assert stderr.splitlines()[-1] == (
-        "stopped; all that was finished is kept, the same command goes on from there"
-    )
+    assert stderr.splitlines()[-1] == ("stopped; finished results are kept, repeat the command to continue")
     assert "Traceback" not in stderr
     assert list((tmp_path / "results").rglob("*.tmp-*")) == []
 

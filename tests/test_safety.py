@@ -141,7 +141,7 @@ def test_a_manifest_does_not_lead_out_of_its_folder(tmp_path, name, caplog):
     manifest["files"][name] = manifest["files"]["data"]
     (made.path / MANIFEST).write_text(json.dumps(manifest))
     assert store.get("kind", "key") is None
-    assert f"its manifest names {name}, which is elsewhere" in caplog.text
+    assert f"its manifest names {name}, which is outside of its folder" in caplog.text
 
 
 TARGETS = [

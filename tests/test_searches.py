@@ -77,7 +77,7 @@ class Small:
             device=CPU,
             sites=self.sites,
             tower=self.tower,
-            once=lambda _name, _make: self.spectra,
+            cached=lambda _name, _make: self.spectra,
             ratio=ratio,
             model=model,
             offload=None,

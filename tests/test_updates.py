@@ -69,7 +69,7 @@ def make_bench(
     facts = {"tower": tower, "device": CPU, "calibration_ids": ids, "sites": sites}
     once = lambda _name, _make: spectra_of
     walked = lambda model, samples=None: walk(model, tower, ids[:samples].split(2), CPU)
-    return SimpleNamespace(**facts, cell=cell, once=once, model=model, take_model=dense, dense=dense, walk=walked)
+    return SimpleNamespace(**facts, cell=cell, cached=once, model=model, take_model=dense, dense=dense, walk=walked)
 
 
 def ranks_of(context: Any, ratio: float = 0.6) -> dict[str, int | None]:

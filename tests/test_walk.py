@@ -18,7 +18,7 @@ from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.models.load import load_model
 from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM, of_tokens
 from lowrank_lab.models.walk import _embed, block_file, blocks_of, walk
-from lowrank_lab.quantization.inputs import ROWS, gather_inputs, look_at_inputs
+from lowrank_lab.quantization.inputs import ROWS, gather_inputs, sample_inputs
 from tests.sites import sites_in
 
 CPU = torch.device("cpu")
@@ -127,7 +127,7 @@ def test_padding_is_in_no_sample_of_inputs(checkpoints):
         _, block, run = next(walk(model, tower, batches, CPU))
         again = lambda run=run: run(advance=False)
         gathered = gather_inputs(block, paths, again, tokens, True, CPU)
-        found.append((gathered, look_at_inputs(block, paths, again, tokens, tokens)))
+        found.append((gathered, sample_inputs(block, paths, again, tokens, tokens)))
     (inputs, looked), (expected_inputs, expected_looked) = found
     close = {"rtol": 1e-4, "atol": 1e-6}
     for path in paths:
@@ -138,12 +138,12 @@ def test_padding_is_in_no_sample_of_inputs(checkpoints):
 
 
 def test_padded_batches_of_experts_say_that_they_cannot_be_told(checkpoints):
-    from lowrank_lab.models.rows import counted
+    from lowrank_lab.models.rows import without_padding
 
     rows = torch.tensor([[True, True, False]])
-    assert counted(torch.ones(1, 3, 4), rows).shape == (2, 4)
+    assert without_padding(torch.ones(1, 3, 4), rows).shape == (2, 4)
     with pytest.raises(ValueError, match="2 rows of a batch of 3"):
-        counted(torch.ones(2, 4), rows)
+        without_padding(torch.ones(2, 4), rows)
 
 
 # The loss

@@ -1,1 +1,1 @@
-"""What is made once and kept: the store, and the locks of those who share it. No torch."""
+"""Artifacts: the store that keeps what is computed, and the locks of the processes that share it. No torch."""

@@ -1,8 +1,8 @@
-"""Who works on what: one holder at a time, on one machine or on many that share a folder. No torch.
+"""Locks: one process at a time, on one machine or on many that share a folder. No torch.
 
-A lock is filelock's lease: a file that names its holder, who renews it while it lives. A holder that died on this
-machine is replaced at once, one on another machine when it has not renewed the lock for ``LEASE`` seconds of the
-waiting process's own monotonic clock, so that no two clocks need to agree.
+A lock is filelock's lease: a file that names its owner, a process that renews it while it lives. A dead owner on
+this machine is replaced at once. One on another machine is replaced when it has not renewed the lock for ``LEASE``
+seconds of the waiting process's own monotonic clock, so that no two clocks need to agree.
 """
 
 from __future__ import annotations
@@ -20,58 +20,58 @@ from filelock import SoftFileLease, Timeout
 log = logging.getLogger(__name__)
 
 LEASE = 60.0  # seconds; every process that shares a folder must have the same
-LONG = 5  # leases
-POLL = 0.5  # seconds between two looks at a lock that is waited for
+LEASES_OF_DEAD = 5  # after so many without a renewal, an owner on another machine counts as dead
+POLL = 0.5  # seconds between two attempts to take a lock
 
 
-class Busy(Exception):
-    """Somebody else works on what is asked for, and the caller did not want to wait."""
+class LockedByAnother(Exception):
+    """Another process holds the lock, and the caller did not want to wait."""
 
 
 @contextmanager
-def held(file: Path, what: str, wait: bool = True) -> Iterator[None]:
-    """Hold the lock ``file`` for the body, waiting for whoever has it; ``what`` tells a reader what it is for.
+def locked(file: Path, what: str, wait: bool = True) -> Iterator[None]:
+    """Hold the lock ``file`` for the body; wait while another process holds it. ``what`` names it in messages.
 
-    Raises Busy at once where another process has it and ``wait`` is False.
+    Raises LockedByAnother at once where another process holds it and ``wait`` is False.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    lock = SoftFileLease(file, lease_duration=LEASE)
+    lease = SoftFileLease(file, lease_duration=LEASE)
     try:
-        lock.acquire(blocking=False)
+        lease.acquire(blocking=False)
     except Timeout:
         if not wait:
-            raise Busy(f"{what}: {_somebody(file)} is at it") from None
-        log.info("%s: waiting for %s, which is at it", what, _somebody(file))
-        lock.acquire(poll_interval=POLL)
+            raise LockedByAnother(f"{what}: locked by {_owner_in_words(file)}") from None
+        log.info("%s: waiting for %s, which has locked it", what, _owner_in_words(file))
+        lease.acquire(poll_interval=POLL)
     try:
         yield
     finally:
-        lock.release()
+        lease.release()
 
 
-def holder(file: Path) -> str | None:
-    """Who has the lock ``file``, as "process 123 on n1"; None where nobody does, or a process that is gone.
+def owner(file: Path) -> str | None:
+    """Which live process holds the lock ``file``, as "process 123 on n1"; None where none does.
 
-    One on another machine is taken for gone when it has long not renewed the lock by this machine's clock: good
-    enough to tell a person, while to take the lock over ``held`` trusts no clock but its own. Here another process
-    that now has a dead holder's number is taken for it: filelock compares when they started, for ``held``, but has
+    An owner on another machine counts as dead when by this machine's clock it has not renewed the lock for a long
+    time: good enough for a message, while ``locked`` trusts no other machine's clock to replace an owner. A process
+    that now has the number of a dead owner is taken for it: ``locked`` compares when they started, but filelock has
     no public way to ask.
     """
-    owner = SoftFileLease(file, lease_duration=LEASE).owner
-    if owner is None:
+    found = SoftFileLease(file, lease_duration=LEASE).owner
+    if found is None:
         return None
-    if owner.hostname == socket.gethostname():
-        gone = not _is_alive(owner.pid)
+    if found.hostname == socket.gethostname():
+        dead = not _is_alive(found.pid)
     else:
         try:
-            gone = time.time() - file.stat().st_mtime > LONG * LEASE
-        except FileNotFoundError:  # it has just let go
-            gone = True
-    return None if gone else f"process {owner.pid} on {owner.hostname}"
+            dead = time.time() - file.stat().st_mtime > LEASES_OF_DEAD * LEASE
+        except FileNotFoundError:  # its owner has just released it
+            dead = True
+    return None if dead else f"process {found.pid} on {found.hostname}"
 
 
-def _somebody(file: Path) -> str:
-    return holder(file) or "another process"  # which has just let go
+def _owner_in_words(file: Path) -> str:
+    return owner(file) or "another process"  # which has just released it
 
 
 def _is_alive(pid: int) -> bool:
@@ -80,5 +80,5 @@ def _is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True  # somebody else's
+        return True  # of another user
     return True

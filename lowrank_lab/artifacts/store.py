@@ -1,8 +1,8 @@
 """Content-addressed artifacts: a key names a folder, and a folder that exists is complete.
 
-An artifact is made in a temporary folder beside its final place and renamed when it is finished, so a
-process killed at any moment leaves nothing that could be read by mistake. A lock per key lets one process
-make it while others wait and then read it, or do something else. This module imports no torch.
+A process writes an artifact into a temporary folder next to its final place and renames that when it is complete,
+so a process killed at any moment leaves nothing that could be read by mistake. A lock per key lets one process
+compute it while others wait and then read it, or do something else. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowrank_lab.artifacts.locks import held
+from lowrank_lab.artifacts.locks import locked
 from lowrank_lab.environment import versions
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "artifact.json"
-SPENT = ".seconds"  # in the folder of an unfinished resumable artifact: what earlier runs spent on it
+ELAPSED = ".seconds"  # in the folder of an unfinished resumable artifact: how long earlier runs worked on it
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished artifact: its folder, whether it was there already, and the seconds it took to make."""
+    """A complete artifact: its folder, whether it existed before, and the seconds that computing it took."""
 
     kind: str
     key: str
@@ -43,7 +43,7 @@ class Artifact:
 class Store:
     """Artifacts below ``root``, one folder each: ``<root>/<kind>/<key>/``.
 
-    With ``waits`` False, what another process is making is not waited for: ``get_or_make`` raises Busy.
+    With ``waits`` False, ``get_or_make`` raises LockedByAnother where another process computes the artifact.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -54,47 +54,46 @@ class Store:
         return self.root / kind / key
 
     def get(self, kind: str, key: str) -> Artifact | None:
-        """The artifact if it is finished and its files are as they were written, else None.
+        """The artifact if it is complete and its files are unchanged, else None.
 
-        Contents are checked against their SHA-256 where a file's time has changed since it was written.
+        A file whose modification time has changed is checked against its SHA-256.
         """
         path = self.path(kind, key)
         if not path.exists():
             return None
         manifest, wrong = examine(path)
         if manifest is None:
-            log.warning("the artifact %s is damaged (%s); it is made again", path, wrong)
+            log.warning("the artifact %s is damaged (%s); it is computed again", path, wrong)
             return None
         return Artifact(kind, key, path, reused=True, seconds=manifest["seconds"])
 
     def get_or_make(self, kind: str, key: str, make: Callable[[Path], None], resumable: bool = False) -> Artifact:
         """Return the artifact ``key``, calling ``make(folder)`` to fill a new folder if it is not there.
 
-        Only one process at a time makes a key; the others wait for it. If ``make`` raises, nothing is left
-        behind; with ``resumable`` the next ``make`` is given the same folder again, with what this one wrote
-        (each file whole or absent, which is up to ``make``), and seconds are those of all runs but killed ones. The
-        manifest keeps the library versions the artifact
-        was made with.
+        Only one process at a time computes a key; the others wait for it. If ``make`` raises, its folder is
+        deleted. With ``resumable`` the folder stays, and the next ``make`` gets it with the files that this one
+        wrote (``make`` must write each file whole or not at all); the seconds are the sum over all runs that were
+        not killed. The manifest lists the library versions that computed the artifact.
         """
-        if found := self.get(kind, key):
-            return found
+        if existing := self.get(kind, key):
+            return existing
         final = self.path(kind, key)
-        with held(final.parent / f".{key}.lease", f"{kind} {key}", self.waits):
-            if found := self.get(kind, key):
-                return found
-            # We hold the lock: what a killed process left for this key, or half deleted, is rubbish.
+        with locked(final.parent / f".{key}.lease", f"{kind} {key}", self.waits):
+            if existing := self.get(kind, key):
+                return existing
+            # We hold the lock, so a killed process left these files, or deleted only half of them.
             for leftover in [final, *final.parent.glob(f".{key}.tmp-*")]:
                 shutil.rmtree(leftover, ignore_errors=True)
             work = final.parent / (f".{key}.partial" if resumable else f".{key}.tmp-{uuid.uuid4().hex[:8]}")
             work.mkdir(exist_ok=resumable)
             (work / MANIFEST).unlink(missing_ok=True)  # a run that was stopped between writing it and renaming
             try:
-                start = time.perf_counter() - _spent(work)
+                start = time.perf_counter() - _seconds_of_earlier_runs(work)
                 make(work)
                 seconds = time.perf_counter() - start
-                for leftover in (work / SPENT, *work.glob(".*.tmp-*")):  # of runs that were stopped
+                for leftover in (work / ELAPSED, *work.glob(".*.tmp-*")):  # of runs that were stopped
                     leftover.unlink(missing_ok=True)
-                files = {str(f.relative_to(work)): _facts(f) for f in work.rglob("*") if f.is_file()}
+                files = {str(f.relative_to(work)): _file_facts(f) for f in work.rglob("*") if f.is_file()}
                 manifest = {
                     "kind": kind,
                     "key": key,
@@ -105,11 +104,11 @@ class Store:
                 (work / MANIFEST).write_text(json.dumps(manifest, indent=1))
                 os.replace(work, final)
             except BaseException as error:
-                # A process that was halted for long has lost its lock: somebody else has been faster, or has
-                # cleared our folder away and is at it now.
+                # A process that was halted for long has lost its lock: another one has been faster, or has deleted
+                # our folder and computes the artifact now.
                 lost = isinstance(error, Exception) and (not work.exists() or self.get(kind, key) is not None)
                 if resumable and not lost:
-                    write_json(work / SPENT, time.perf_counter() - start)
+                    write_json(work / ELAPSED, time.perf_counter() - start)
                 else:
                     shutil.rmtree(work, ignore_errors=True)
                 if not lost:
@@ -119,34 +118,34 @@ class Store:
         return self.get_or_make(kind, key, make, resumable)
 
     def file_hash(self, file: str | Path) -> str:
-        """SHA-256 of a file, remembered by its path, size and modification time (models are large)."""
+        """SHA-256 of a file, cached by its path, size and modification time (models are large)."""
         file = Path(file).resolve()
         stat = file.stat()
         identity = {"file": str(file), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        memo = self.root / "hashes" / f"{fingerprint(str(file))}.json"
+        cached = self.root / "hashes" / f"{fingerprint(str(file))}.json"
         try:
-            known = json.loads(memo.read_text(encoding="utf-8"))
-            if {k: known[k] for k in identity} == identity:
-                return known["sha256"]
+            entry = json.loads(cached.read_text(encoding="utf-8"))
+            if {k: entry[k] for k in identity} == identity:
+                return entry["sha256"]
         except (OSError, ValueError, KeyError):
-            pass  # no memo yet, or one that cannot be read: hash the file again
+            pass  # no cached hash yet, or one that cannot be read: hash the file again
         sha256 = _sha256(file)
-        write_json(memo, {**identity, "sha256": sha256})
+        write_json(cached, {**identity, "sha256": sha256})
         return sha256
 
 
 def examine(folder: Path, thorough: bool = False) -> tuple[dict[str, Any] | None, str]:
-    """The manifest of an artifact whose files are as they were written; else None, and what is wrong with it.
+    """The manifest of an artifact whose files are unchanged; else None, and what is wrong with it.
 
-    A file's content is compared with its SHA-256 where its time has changed since; ``thorough`` compares all.
+    A file whose modification time has changed is checked against its SHA-256; ``thorough`` checks all.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, facts in manifest["files"].items():
             if Path(name).is_absolute() or ".." in Path(name).parts:
-                return None, f"its manifest names {name}, which is elsewhere"
-            if not _as_written(folder / name, facts, thorough):
-                return None, f"{name} is not as it was written"
+                return None, f"its manifest names {name}, which is outside of its folder"
+            if not _is_unchanged(folder / name, facts, thorough):
+                return None, f"{name} has changed"
         float(manifest["seconds"])
     except FileNotFoundError as error:
         return None, f"{Path(error.filename).name} is missing"
@@ -156,26 +155,26 @@ def examine(folder: Path, thorough: bool = False) -> tuple[dict[str, Any] | None
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether an error says that a disk or a quota is full. safetensors and torch tell so in their texts alone."""
+    """Whether an error says that a disk or a quota is full. safetensors and torch say it in the message alone."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     texts = (f"os error {errno.ENOSPC}", f"os error {errno.EDQUOT}", "PytorchStreamWriter failed writing")
     return any(text in str(error) for text in texts)
 
 
-def _spent(work: Path) -> float:
+def _seconds_of_earlier_runs(work: Path) -> float:
     try:
-        return float(json.loads((work / SPENT).read_text(encoding="utf-8")))
+        return float(json.loads((work / ELAPSED).read_text(encoding="utf-8")))
     except (OSError, ValueError):
-        return 0.0  # the first run, or one that was killed: its time is not known
+        return 0.0  # this is the first run, or the last one was killed, whose time is not known
 
 
-def _facts(file: Path) -> dict[str, Any]:
+def _file_facts(file: Path) -> dict[str, Any]:
     stat = file.stat()
     return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": _sha256(file)}
 
 
-def _as_written(file: Path, facts: dict[str, Any], thorough: bool) -> bool:
+def _is_unchanged(file: Path, facts: dict[str, Any], thorough: bool) -> bool:
     stat = file.stat()
     if stat.st_size != facts["size"]:
         return False
@@ -197,7 +196,7 @@ def fingerprint(value: Any) -> str:
 
 
 def write_json(file: str | Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one, never a half."""
+    """Write JSON so that a reader sees the old file or the whole new one, never a part of it."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     work = file.parent / f".{file.name}.tmp-{uuid.uuid4().hex[:8]}"

@@ -1,7 +1,7 @@
 """Text corpora: the embedded Wikipedia articles, and data sets from the hub or from a local mirror of it.
 
-A corpus answers two questions: what identifies the content of a split (cheaply, without torch, for keys), and
-what are its documents. Conventions of the papers (split, join string) are data in ``conf/dataset/``.
+A corpus has two methods: a hash of the content of a split (cheap, without torch, for keys), and its documents.
+Conventions of the papers (split, join string) are data in ``conf/dataset/``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Part:
 
 class Corpus(Protocol):
     def content(self, split: str, data_root: str | None, store: Store) -> str:
-        """A hash of what the split holds. Raises UserError where the data is not there."""
+        """A hash of the content of a split. Raises UserError where the data is missing."""
         ...
 
     def documents(self, split: str, data_root: str | None) -> Iterator[str]: ...
@@ -75,7 +75,7 @@ class EmbeddedWikipedia:
                 number += 1
 
     @classmethod
-    @cache  # the package has hundreds of files, and is asked for by every cell
+    @cache  # the package has hundreds of files, and every cell calls this
     def _file(cls) -> Path:
         try:
             files = importlib.metadata.files(cls.PACKAGE) or []
@@ -127,7 +127,7 @@ class HubCorpus:
                     f"data_root={data_root}: no file {file}; put the split there, choose another dataset= or "
                     "calibration=, or leave data_root out to use the hub"
                 )
-            next(self.documents(split, data_root), None)  # a file of another kind is told now, not after hours
+            next(self.documents(split, data_root), None)  # find a file of another kind now, not after hours
             return fingerprint({"file": store.file_hash(file), "field": self.field or self.templates})
         if self.files is not None and split not in self.files:
             raise UserError(f"{self.hub} has no split '{split}' here; choose {' or '.join(self.files)}")
@@ -165,14 +165,14 @@ class HubCorpus:
         return template.format(**texts)
 
     def _mirror_file(self, split: str, data_root: str) -> Path:
-        """Raises UserError for names that lead out of ``data_root``."""
+        """Raises UserError for a name that leads to a file outside of ``data_root``."""
         name = Path(self.mirror, f"{split}.jsonl")
         if name.is_absolute() or ".." in name.parts or "\0" in str(name):
             raise UserError(f"{name}: not a file below data_root={data_root}; give plain names")
         return Path(data_root).expanduser() / name
 
     def _commit(self) -> str:
-        """The commit the hub (or without a network the local cache) has for this data set."""
+        """The commit of this data set, from the hub or without a network from the local cache."""
         try:
             return hub_commit("dataset", self.hub, self.revision)
         except Exception as error:  # no network, a timeout, a proxy: the client raises many kinds

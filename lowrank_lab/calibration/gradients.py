@@ -1,4 +1,4 @@
-"""One backward pass over the calibration tokens: what the loss says about the outputs of every linear.
+"""One backward pass over the calibration tokens: statistics of the output gradients of every linear.
 
 The loss is the summed negative log-likelihood of a sequence, each token predicted from those before it. With x
 the inputs and g = dL/dy the output gradients of a linear, the weight gradient of a sequence is Σ g xᵀ. The pass
@@ -22,7 +22,7 @@ from lowrank_lab import progress
 from lowrank_lab.calibration.statistics import tokens_metadata, tokens_of
 from lowrank_lab.calibration.summaries import OutputStatistics
 from lowrank_lab.models.families import Tower
-from lowrank_lab.models.rows import counted, counting, rows_now
+from lowrank_lab.models.rows import batch_rows, current_rows, without_padding
 from lowrank_lab.models.tasks.base import Batch, Task
 from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM
 from lowrank_lab.models.walk import as_batch, block_file, blocks_of
@@ -74,7 +74,7 @@ def make_gradients(
     weight: bool = False,
     task: Task = CAUSAL_LM,
 ) -> None:
-    """Gather the output statistics of every compressible linear; one file a block.
+    """Compute the output statistics of every compressible linear; one file a block.
 
     ``model`` is in float32; ``sequences`` are batches of one, or token ids (samples, length). ``outer`` keeps the
     mean of g gᵀ as well, (out, out) a linear, and ``weight`` the mean over sequences of (dL/dW)², as large as the
@@ -99,7 +99,7 @@ def make_gradients(
         sequences = sequences.split(1) if isinstance(sequences, Tensor) else sequences
         for sequence in progress.track(sequences, "gradients", "sequence"):
             batch = {name: tensor.to(device) for name, tensor in as_batch(sequence).items()}
-            with counting(task.rows(batch)):
+            with batch_rows(task.rows(batch)):
                 task.loss(model, batch, "sum").backward()
     finally:
         for hook in hooks:
@@ -137,6 +137,6 @@ def load_weight_fisher(folder: Path, index: int, linear: str, device: torch.devi
 
 
 def _watch(accumulator: Accumulator, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-    rows = rows_now()  # here, as a hook of the backward pass may run in another thread
-    inputs = counted(args[0].detach(), rows)
-    output.register_hook(lambda gradient: accumulator.add(inputs, counted(gradient, rows)))
+    rows = current_rows()  # here, as a hook of the backward pass may run in another thread
+    inputs = without_padding(args[0].detach(), rows)
+    output.register_hook(lambda gradient: accumulator.add(inputs, without_padding(gradient, rows)))

@@ -1,8 +1,8 @@
-"""One pass over the calibration tokens, block by block, that gathers every input statistic.
+"""One pass over the calibration tokens, block by block, that computes all input statistics.
 
-The mean of x xᵀ, the mean of |x| and the maximum of |x| come from the same pass whatever metric asked for it:
-beside the forward the last two cost nothing, and no later metric needs a second pass. Linears that share an
-input (q, k and v; gate and up) share one statistic.
+The mean of x xᵀ, the mean of |x| and the maximum of |x| come from one pass, for every metric: the last two cost
+almost nothing compared to the forward, and no other metric needs a second pass. Linears that share an input (q, k
+and v; gate and up) share one statistic.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lowrank_lab import progress
 from lowrank_lab.calibration.summaries import InputStatistics
 from lowrank_lab.models.families import Tower
-from lowrank_lab.models.rows import counted, rows_now
+from lowrank_lab.models.rows import current_rows, without_padding
 from lowrank_lab.models.tasks.base import Batch, Task
 from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM
 from lowrank_lab.models.walk import block_file, blocks_of, walk
@@ -38,7 +38,7 @@ class Accumulator:
 
     def add(self, inputs: Tensor) -> None:
         """Add a batch of inputs (..., width); padding does not count."""
-        x = counted(inputs.detach(), rows_now()).float()
+        x = without_padding(inputs.detach(), current_rows()).float()
         self.tokens += x.shape[0]
         # x xᵀ is symmetric: strips of its upper triangle are all that is computed.
         width = math.ceil(x.shape[1] / STRIPS)
@@ -75,7 +75,7 @@ def make_statistics(
     offload: Path | None = None,
     task: Task = CAUSAL_LM,
 ) -> None:
-    """Gather the statistics of every input of every block; each block's file is written as it is done.
+    """Compute the statistics of every input of every block; each block's file is written when it is complete.
 
     With ``offload`` the hidden states are kept in files in that folder.
 
@@ -87,7 +87,7 @@ def make_statistics(
         accumulators = gather(block, [group[0] for group in tower.inputs], run, device)
         tokens = {name: accumulator.tokens for name, accumulator in accumulators.items()}
         tensors = {}
-        for name in list(accumulators):  # the sums of one input go before the next one's mean is made
+        for name in list(accumulators):  # free the sums of one input before the mean of the next one is computed
             means = accumulators.pop(name).tensors()
             tensors.update({f"{name}.{key}": tensor for key, tensor in means.items()})
         for name, tensor in tensors.items():
@@ -99,7 +99,7 @@ def make_statistics(
 def gather(
     block: nn.Module, linears: Iterable[str], run: Callable[[], None], device: torch.device
 ) -> dict[str, Accumulator]:
-    """By name, the sums over the inputs of some dense ``linears`` of ``block`` while ``run()`` passes data on."""
+    """By name, the sums over the inputs of some dense ``linears`` of ``block`` during ``run()``."""
     accumulators: dict[str, Accumulator] = {}
     hooks = []
     for name in linears:
@@ -125,9 +125,9 @@ def load_statistics(folder: Path, index: int, group: tuple[str, ...], device: to
 
 
 def tokens_metadata(tokens: Mapping[str, int]) -> dict[str, str]:
-    """The ``metadata`` of a block's file: ``tokens``, the number of tokens that its linears were given.
+    """The ``metadata`` of a block's file: ``tokens``, the number of input tokens of its linears.
 
-    Where they were given different numbers, as experts are, ``tokens.<linear>`` for each.
+    Where linears have different numbers, as experts do, it has ``tokens.<linear>`` for each.
     """
     if len(set(tokens.values())) == 1:
         return {"tokens": str(next(iter(tokens.values())))}
@@ -135,7 +135,7 @@ def tokens_metadata(tokens: Mapping[str, int]) -> dict[str, str]:
 
 
 def tokens_of(metadata: Mapping[str, str], linear: str) -> int:
-    """How many tokens a linear was given, from the ``tokens_metadata`` of its block."""
+    """The number of input tokens of a linear, from the ``tokens_metadata`` of its block."""
     return int(metadata.get(f"tokens.{linear}") or metadata["tokens"])
 
 

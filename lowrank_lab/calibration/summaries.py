@@ -1,4 +1,4 @@
-"""What the passes over the calibration data find of one linear. No torch at import."""
+"""Statistics of one linear over the calibration data. No torch at import."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class InputStatistics:
     """Statistics of the inputs x of a linear over all calibration tokens, float64.
 
-    tokens         how many inputs were seen
+    tokens         the number of inputs
     second_moment  (in, in)  mean of x xᵀ
     abs_mean       (in,)     mean of |x|
     abs_max        (in,)     maximum of |x|
@@ -29,10 +29,10 @@ class InputStatistics:
 class OutputStatistics:
     """Statistics of the output gradients g = dL/dy of a linear over all calibration tokens, float64.
 
-    tokens      how many outputs were seen
+    tokens      the number of outputs
     square      (out,)      mean of g² over tokens
     row_fisher  (out,)      mean over sequences of Σ_j (dL/dW_ij)², the Fisher information of each row of W
-    outer       (out, out)  mean of g gᵀ over tokens; only where the metric asks for it
+    outer       (out, out)  mean of g gᵀ over tokens; only where the metric needs it
     """
 
     tokens: int

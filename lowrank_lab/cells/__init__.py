@@ -1,1 +1,1 @@
-"""What is asked for: configurations, cells and their keys, grids. No torch."""
+"""What a user asks for: configurations, cells and their keys, grids. No torch."""

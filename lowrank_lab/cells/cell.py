@@ -1,4 +1,4 @@
-"""One cell of a grid, as far as it is known without torch: what it needs, found and checked."""
+"""One cell of a grid: its configuration, checked, with its model and data found. No torch."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ LONGEST_NAME = 150  # bytes of a checkpoint's folder: file systems allow 255
 class Cell:
     """A validated configuration with its model and data found.
 
-    ``saved`` says how the model was compressed, where it is a checkpoint of ``save=true``.
-    ``compressions`` are what is done to the model, by name, in this order; nothing for the dense model.
-    ``evaluators`` are those that measure something on such a model; ``left_out`` are the names of the others.
+    ``saved`` describes how the model was compressed, where it is a checkpoint of ``save=true``.
+    ``compressions`` change the model in this order, by name; empty for the dense model.
+    ``evaluators`` are those that can measure such a model; ``left_out`` has the names of the others.
     ``calibration_data`` is the content hash of the calibration text (None where nothing reads it),
-    ``training_data`` that of each text that a compression reads itself, ``evaluation_data`` that of the text of
-    each evaluator that reads one. ``parts`` is what each evaluator measures separately, with what that depends on.
+    ``training_data`` that of each other text that a compression reads, ``evaluation_data`` that of the text of each
+    evaluator that reads one. ``parts`` has what each evaluator measures separately, with all that it depends on.
     """
 
     cfg: DictConfig
@@ -49,25 +49,25 @@ class Cell:
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> Cell:
-        """Check the configuration and find its model and data. Raises UserError for what a user can mend.
+        """Check the configuration and find its model and data. Raises UserError for what a user can correct.
 
-        Interpolations in ``cfg`` are resolved in place: else each is parsed again whenever it is read.
+        Interpolations in ``cfg`` are resolved in place: otherwise each is parsed again at every access.
         """
         OmegaConf.resolve(cfg)
-        cfg = config.with_asked_evaluators(config.with_save(cfg))
-        compressions, asked = config.validated(cfg)
+        cfg = config.with_chosen_evaluators(config.with_save(cfg))
+        compressions, chosen = config.validated(cfg)
         store = Store(cfg.artifacts)
         source = resolve(cfg.model.path, cfg.model.revision, store)
         saved = _saved(cfg.model.path, source)
         if saved is not None:
-            cfg = _as_saved(cfg, saved)
+            cfg = _for_checkpoint(cfg, saved)
             for name in [name for name, one in compressions.items() if not one.on_checkpoints]:
                 compressions.pop(name).switch_off(cfg)
         texts = _texts_of(compressions, cfg)
         content = lambda dataset, which: _content(dataset, which, cfg.data_root, store)
         calibrates = any(one.needs_calibration for one in compressions.values())
         kind = kind_of(compressions, saved)
-        evaluators = {name: one for name, one in asked.items() if one.models is None or kind in one.models}
+        evaluators = {name: one for name, one in chosen.items() if one.models is None or kind in one.models}
         cell = cls(
             cfg,
             store,
@@ -77,7 +77,7 @@ class Cell:
             calibration_data=content(cfg.calibration.dataset, "calibration") if calibrates else None,
             training_data={name: content(node.dataset, "calibration") for name, node in texts.items()},
             evaluators=evaluators,
-            left_out=tuple(name for name in asked if name not in evaluators),
+            left_out=tuple(name for name in chosen if name not in evaluators),
             evaluation_data={
                 name: content(text_of(cfg, name), "eval") if one.reads_text else None
                 for name, one in evaluators.items()
@@ -89,7 +89,7 @@ class Cell:
             if compression.online and cfg.save.merge:
                 raise UserError(f"save.merge=true: dense weights cannot hold {compression.name}; use save=true")
         if saved is not None and saved.online and cfg.save.merge:
-            raise UserError(f"save.merge=true: {cfg.model.path} does more than dense weights can hold")
+            raise UserError(f"save.merge=true: dense weights cannot hold all that {cfg.model.path} computes")
         return cell
 
     @cached_property
@@ -113,7 +113,7 @@ class Cell:
 
     @property
     def ratio(self) -> float:
-        """The ratio asked for; 1 where none was, a checkpoint's what was asked of it."""
+        """The ratio of the configuration, of a checkpoint its own; 1 where no compression has a ratio."""
         if self.saved is not None:
             return self.saved.ratio
         ratios = (one.ratio(self.cfg) for one in self.compressions.values())
@@ -121,12 +121,12 @@ class Cell:
 
     @property
     def texts(self) -> dict[str, DictConfig]:
-        """The nodes of the texts that compressions read, by name, but for the calibration text."""
+        """The nodes of the texts that compressions read, by name, without the calibration text."""
         return _texts_of(self.compressions, self.cfg)
 
     @cached_property
     def site_rules(self) -> tuple[Any, Any, Any]:
-        """The answers that say which linears are compressed together: grouping, targets, storage."""
+        """The settings that determine which linears are compressed together: grouping, targets, storage."""
         for compression in self.compressions.values():
             if compression.site_rules is not None:
                 return compression.site_rules
@@ -138,10 +138,10 @@ class Cell:
         return text_of(self.cfg, evaluator)
 
     @property
-    def why_left_out(self) -> str:
-        """One line about the evaluators that measure nothing on this cell's model."""
-        words = [one.kind_in_words for one in self.compressions.values()]
-        model = words[0] if words else "the dense model"
+    def left_out_message(self) -> str:
+        """One line about the evaluators that cannot measure this cell's model."""
+        kinds = [one.kind_in_words for one in self.compressions.values()]
+        model = kinds[0] if kinds else "the dense model"
         if self.saved is not None:
             model = "a model that is compressed already, whose dense original is not known"
         return f"eval={','.join(self.left_out)} measures nothing on {model}"
@@ -150,22 +150,22 @@ class Cell:
     def label(self) -> str:
         name = self.cfg.method.name
         what = f"{name} ratio={self.ratio:g}" if self.is_factored else name
-        what += self.described.removeprefix(redacted(name))
+        what += self.method_in_words.removeprefix(redacted(name))
         return f"{what} {self.source.name} {self.cfg.dataset.name}"
 
     @property
-    def described(self) -> str:
-        """The method and the other compressions, as a checkpoint tells them."""
+    def method_in_words(self) -> str:
+        """The method and the other compressions, as a checkpoint names them."""
         names = (one.name for one in self.compressions.values())
         return " ".join([redacted(self.cfg.method.name), *(name for name in names if name)])
 
     @property
-    def asks_for_checkpoint(self) -> bool:
+    def wants_checkpoint(self) -> bool:
         return bool(self.cfg.save.checkpoint or self.cfg.save.merge)
 
     @property
     def checkpoints(self) -> dict[str, str]:
-        """The checkpoints asked for, by their names in the record: ``checkpoint`` is compressed,
+        """The checkpoints to save, by their names in the record: ``checkpoint`` is compressed,
         ``merged_checkpoint`` the same as dense weights.
 
         Each is a folder in <results>/checkpoints. The dense model has none; a checkpoint can only be merged.
@@ -177,16 +177,16 @@ class Cell:
             name += f"-{one.name}" if one.name else ""
         short = redacted(name).encode()[:LONGEST_NAME].decode(errors="ignore")
         readable = re.sub(r"[^\w.-]+", "_", f"{short}-{self.keys.compressed[:8]}")
-        asked = {}
+        folders = {}
         if self.cfg.save.checkpoint and self.compressions:
-            asked["checkpoint"] = readable
+            folders["checkpoint"] = readable
         if self.cfg.save.merge and (self.compressions or self.saved is not None):
-            asked["merged_checkpoint"] = f"{readable}-merged"
-        return asked
+            folders["merged_checkpoint"] = f"{readable}-merged"
+        return folders
 
 
 def kind_of(compressions: dict[str, Compression], saved: Saved | None) -> str:
-    """See ``Cell.kind``; where several compressions change the model, the first says what it is."""
+    """See ``Cell.kind``; where several compressions change the model, the kind is that of the first."""
     if saved is not None:
         return "checkpoint"
     return next((one.kind for one in compressions.values()), "dense")
@@ -214,8 +214,8 @@ def _saved(path: str, source: ModelSource) -> Saved | None:
         raise UserError(f"model.path={path}: {error}") from None
 
 
-def _as_saved(cfg: DictConfig, saved: Saved) -> DictConfig:
-    """The configuration of a compressed checkpoint, under the name and ratio of what was done to it."""
+def _for_checkpoint(cfg: DictConfig, saved: Saved) -> DictConfig:
+    """The configuration of a compressed checkpoint, with the method and the ratio that it had."""
     cfg = cfg.copy()
     cfg.method.name, cfg.ratio = saved.method, saved.ratio
     return cfg

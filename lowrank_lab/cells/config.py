@@ -10,7 +10,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lowrank_lab.cells.moved import first_place
+from lowrank_lab.cells.moved import original_target
 from lowrank_lab.checks import is_count, is_number
 from lowrank_lab.errors import UserError
 
@@ -29,43 +29,43 @@ def plain(node: Any) -> Any:
 
 
 def for_key(node: Any, without: tuple[str, ...] = ()) -> Any:
-    """A config node as the data a key is made of: plain, whole numbers as floats (1 and 1.0 are one value).
+    """A config node as plain data for a key, with whole numbers as floats (1 and 1.0 are equal).
 
-    ``without`` names entries of the node itself that change its speed but no number.
+    ``without`` names entries of the node that change its speed but no number.
     """
     node = plain(node)
     if isinstance(node, dict):
         kept = {name: for_key(value) for name, value in node.items() if name not in without}
-        return {**kept, "_target_": first_place(kept["_target_"])} if "_target_" in kept else kept
+        return {**kept, "_target_": original_target(kept["_target_"])} if "_target_" in kept else kept
     if isinstance(node, list):
         return [for_key(value) for value in node]
     return float(node) if is_number(node) else node
 
 
 def with_save(cfg: DictConfig) -> DictConfig:
-    """``cfg`` with ``save: true`` spelled out as ``save.checkpoint: true``; an experiment's YAML may say either."""
+    """``cfg`` with ``save: true`` written as ``save.checkpoint: true``; an experiment's YAML may have either."""
     if isinstance(cfg.save, bool):
         cfg = cfg.copy()
         cfg.save = {"checkpoint": cfg.save, "merge": False}
     return cfg
 
 
-def with_asked_evaluators(cfg: DictConfig) -> DictConfig:
-    """``cfg`` without what an experiment sets of evaluators that ``eval=`` on the command line has left out."""
+def with_chosen_evaluators(cfg: DictConfig) -> DictConfig:
+    """``cfg`` without an experiment's settings of evaluators that ``eval=`` on the command line does not choose."""
     if not OmegaConf.is_dict(cfg.get("eval")):
         return cfg
-    unasked = [name for name, node in cfg.eval.items() if OmegaConf.is_dict(node) and "_target_" not in node]
-    if unasked:
+    not_chosen = [name for name, node in cfg.eval.items() if OmegaConf.is_dict(node) and "_target_" not in node]
+    if not_chosen:
         cfg = cfg.copy()
-        for name in unasked:
+        for name in not_chosen:
             del cfg.eval[name]
     return cfg
 
 
 def validated(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Check values that YAML cannot; returns the cell's compressions and its evaluators, by name.
+    """Check the values of ``cfg``; returns the cell's compressions and its evaluators, by name.
 
-    Raises UserError with one line that says what would be right.
+    Raises UserError with one line that says which values are valid.
     """
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
@@ -75,14 +75,14 @@ def validated(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     _check_values(cfg)
     _check_texts(cfg)
     _build_checked("tracker", cfg.tracker)
-    compressions = built(cfg.compressions)
+    compressions = build_all(cfg.compressions)
     for compression in compressions.values():
         compression.check_settings(cfg)
     return compressions, {str(name): _build_checked(f"eval.{name}", node) for name, node in cfg.eval.items()}
 
 
-def built(nodes: DictConfig) -> dict[str, Any]:
-    """What ``nodes`` describe, by name, but for those that describe nothing. Raises UserError for a bad value."""
+def build_all(nodes: DictConfig) -> dict[str, Any]:
+    """The objects that ``nodes`` describe, by name, without None. Raises UserError for a wrong value."""
     found = {str(name): _build_checked(str(name), node) for name, node in nodes.items() if node is not None}
     return {name: one for name, one in found.items() if one is not None}
 
@@ -97,11 +97,11 @@ def _check_values(cfg: DictConfig) -> None:
     _check("dry_run", cfg.dry_run, isinstance(cfg.dry_run, bool), "true or false")
     _check("save", cfg.save, OmegaConf.is_dict(cfg.save), "true or false")
     for name in ("checkpoint", "merge"):
-        good = isinstance(cfg.save.get(name), bool)
-        _check("save" if name == "checkpoint" else f"save.{name}", cfg.save.get(name), good, "true or false")
+        valid = isinstance(cfg.save.get(name), bool)
+        _check("save" if name == "checkpoint" else f"save.{name}", cfg.save.get(name), valid, "true or false")
     for name in ("results", "artifacts"):
-        good = isinstance(cfg[name], str) and cfg[name].strip() != "" and "\0" not in cfg[name]
-        _check(name, cfg[name], good, "a folder")
+        valid = isinstance(cfg[name], str) and cfg[name].strip() != "" and "\0" not in cfg[name]
+        _check(name, cfg[name], valid, "a folder")
         _check_writable(name, Path(cfg[name]))
     _check("model.path", cfg.model.path, isinstance(cfg.model.path, str), "a hub name, a folder or package:NAME")
     _check("data_root", cfg.data_root, isinstance(cfg.data_root, str | None), "a folder, or null for the hub")
@@ -121,43 +121,43 @@ def _check_texts(cfg: DictConfig) -> None:
 
 
 def _build_checked(name: str, node: DictConfig) -> Any:
-    """What ``node`` describes. Raises UserError, with its name on the command line, for a value that it refuses."""
+    """The object that ``node`` describes. Raises UserError, named as on the command line, for a wrong value."""
     try:
         return build(node)
-    except Exception as error:  # instantiate wraps whatever the class raised for a bad value
+    except Exception as error:  # instantiate wraps the error that the class raised
         if found := re.search(r"full_key: compressions\.lowrank\.(\w+)", str(error)):
-            name = found[1]  # an answer of a method is a node of its own
+            name = found[1]  # on the command line each part of a method is a node
         raise UserError(f"{name}: {error.__cause__ or error}".splitlines()[0]) from None
 
 
 def _check_writable(name: str, folder: Path) -> None:
-    """Raises UserError where nothing can be written below ``folder``, which need not be there yet."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{name}={folder}: {there} cannot be written to; choose another folder with {name}=...")
+    """Raises UserError where nothing can be written below ``folder``, which need not exist yet."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{name}={folder}: {existing} cannot be written to; choose another folder with {name}=...")
 
 
 def check_windows(name: str, sampling: DictConfig) -> None:
-    """Raise UserError for settings of ``name`` that describe no windows of a text."""
+    """Raise UserError for settings of ``name`` that are not valid for windows of a text."""
     for setting, smallest in (("samples", 1), ("seqlen", 2), ("seed", 0)):
-        good = is_count(sampling[setting], smallest)
-        _check(f"{name}.{setting}", sampling[setting], good, f"a whole number from {smallest}")
+        valid = is_count(sampling[setting], smallest)
+        _check(f"{name}.{setting}", sampling[setting], valid, f"a whole number from {smallest}")
     _one_of(f"{name}.sampling", sampling.sampling, ("random", "disjoint"))
     _one_of(f"{name}.bos", sampling.bos, ("text", "window"))
     _check(f"{name}.dataset", sampling.dataset, sampling.dataset is not None, "a data set")
 
 
 def check_part(name: str, dataset: DictConfig, part: str) -> None:
-    """Raise UserError where the data set ``name`` has no such part, or takes no number of documents from it."""
+    """Raise UserError where the data set ``name`` has no such part, or its number of documents is not valid."""
     if dataset[part] is None:
         raise UserError(f"{name}={dataset.name} is not valid; this data set has no {part} part, choose another")
     limit = dataset[part].max_documents
-    good = limit is None or is_count(limit, 1)
-    _check(f"{name}.{part}.max_documents", limit, good, "null or a whole number from 1")
+    valid = limit is None or is_count(limit, 1)
+    _check(f"{name}.{part}.max_documents", limit, valid, "null or a whole number from 1")
 
 
-def _check(name: str, value: Any, good: bool, wanted: str) -> None:
-    if not good:
+def _check(name: str, value: Any, valid: bool, wanted: str) -> None:
+    if not valid:
         raise UserError(f"{name}={value} is not valid; it must be {wanted}")
 
 

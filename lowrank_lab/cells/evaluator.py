@@ -1,4 +1,4 @@
-"""The interface of evaluators. No torch: cells ask for keys long before anything is measured."""
+"""The interface of evaluators. No torch: cells need the keys of evaluators before anything is measured."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from lowrank_lab.cells.config import for_key
 class Evaluator:
     """Measures the model of a ``context``, a running.context.Context.
 
-    What it returns is an artifact, found by the model, the settings and the text.
+    Its result is an artifact, whose key depends on the model, the settings and the text.
 
     A measurement is a dict with ``metric`` (the name of the number), ``value`` (a float; None where the model's
-    logits are not finite, and ``not_finite`` names the first such layer; None where there is no number, for the
-    ``reason`` given), ``protocol`` (how it was measured) and whatever else reports show.
+    logits are not finite, with the first such place in ``not_finite``, or where there is no number, with a
+    ``reason``), ``protocol`` (how it was measured) and other entries for reports.
 
     version             raise it when the evaluator gives another number for the same model
-    component           the name of that version in versions.py, for those that are there
+    component           the name of that version in versions.py, if it is there
     reads_text          whether it reads a text: that of its ``dataset`` node, else that of the cell
     add_special_tokens  whether the text's tokens begin with the tokenizer's special ones
-    of_this_machine     whether its number, and so its key, is of the machine and the process that ask for it
+    of_this_machine     whether its number, and so its key, depends on the machine and the process that measure it
     no_influence        settings that change its speed but no number
-    models              the kinds of model on which it measures anything (``Cell.kind``), None for all
+    models              the kinds of model that it can measure (``Cell.kind``), None for all; cells of other kinds
+                        leave it out
     """
 
     version: int
@@ -37,29 +38,31 @@ class Evaluator:
     models: tuple[str, ...] | None = None
 
     def settings(self, node: DictConfig) -> Any:
-        """What of its config ``node`` every number depends on."""
+        """The settings of its config ``node`` that every number depends on."""
         return for_key(node, without=(*self.no_influence, "dataset"))
 
     def parts(self, cfg: DictConfig, store: Store) -> dict[str, Any]:
-        """What is measured separately, by name, each with what its number depends on besides ``settings``.
+        """The parts that are measured and kept separately, by name.
 
-        Raises UserError where something that a part reads is not there.
+        The value is what the part's number depends on in addition to ``settings``.
+
+        Raises UserError where data that a part reads is missing.
         """
         return {"": None}
 
     def combination(self) -> Any:
-        """What ``combine`` depends on besides the measured parts. It enters the record's key and no artifact's."""
+        """What ``combine`` depends on in addition to the parts. Only the key of the record has it."""
         return None
 
     def lengths(self) -> dict[str, int]:
-        """By the name of the setting, how many positions of the model it asks for."""
+        """By the name of the setting, how many positions of the model it needs."""
         seqlen = getattr(self, "seqlen", None)
         return {} if seqlen is None else {"seqlen": seqlen}
 
     def check(self, context: Any) -> None:
-        """Look, before the model is read, whether this suits it.
+        """Check, before the weights are read, whether this can measure the model.
 
-        Raises SkippedCell, or UserError for a setting that no model of this kind could meet.
+        Raises SkippedCell, or UserError for a setting that is wrong for every model of this kind.
         """
 
     def __call__(self, context: Any, part: str) -> dict[str, Any]:
@@ -67,5 +70,5 @@ class Evaluator:
         raise NotImplementedError
 
     def combine(self, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """One measurement from those of all parts."""
+        """The measurement from those of all parts."""
         return measured[""]

@@ -1,4 +1,4 @@
-"""The cells that a command line asks for, all composed and checked before the first one runs. No torch."""
+"""The cells of a command line, all composed and checked before the first one runs. No torch."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.hydra_private import combinations
 from lowrank_lab.errors import UserError
 
-NAME = "LOWRANK_LAB_GRID"  # in the environment of a grid's processes: what the grid is called in their records
+NAME = "LOWRANK_LAB_GRID"  # variable with the name of a grid, for its processes and their records
 
 
 def plan(config_dir: Path, config_name: str, overrides: list[str], multirun: bool) -> list[Cell]:
     """One validated cell for each combination of the swept values (one without ``multirun``).
 
-    Raises UserError with one line for anything a user can mend: an unknown option or key, a value out of
-    range, a model or data that is not there.
+    Raises UserError with one line for anything a user can correct: an unknown option or key, a value out of
+    range, a model or data that does not exist.
     """
     overrides = spelled_out(overrides)
     try:
@@ -51,9 +51,9 @@ def plan(config_dir: Path, config_name: str, overrides: list[str], multirun: boo
 def spelled_out(words: list[str]) -> list[str]:
     """A command line with ``save=true`` as ``save.checkpoint=true``, and ``eval=a,b`` as ``eval=[a,b]``.
 
-    Hydra cannot have both ``save=true`` and ``save.merge=true``: the first would replace the node that the second
-    is in, and as a group its options may not be called true and false. And it would take ``eval=a,b`` for a grid,
-    where all that is measured on a model belongs into one job.
+    Hydra cannot have both ``save=true`` and ``save.merge=true``: the first would replace the node of the second,
+    and options of a group cannot have the names true and false. And Hydra would read ``eval=a,b`` as a grid, while
+    all evaluations of a model belong to one job.
     """
     return [_spelled_out(word) for word in words]
 
@@ -68,7 +68,7 @@ def _spelled_out(word: str) -> str:
 
 
 def _without_sweeps(overrides: list[str]) -> list[str]:
-    """Enough to read the sweeper's settings: the first value of every axis."""
+    """The overrides with the first value of every axis, which is enough to read the sweeper's settings."""
     parsed = OverridesParser.create().parse_overrides(overrides)
     first = []
     for override in parsed:
@@ -88,9 +88,9 @@ def cell_of(cfg: DictConfig) -> Cell:
 def _composed(config_name: str, jobs: list[list[str]], base: DictConfig) -> Iterator[DictConfig]:
     """The configuration of each job, a list of words; ``base`` is that of one of them, Hydra's part included.
 
-    Hydra needs a tenth of a second to put the chosen options together, so it does that once for each choice of
-    them; values, which make up most of a large grid, are then set in copies. Where a word is neither, its place
-    among the others counts, and Hydra composes them all.
+    Hydra needs a tenth of a second to compose the chosen options, so it does this once for each combination of
+    options; values, which are most of a large grid, are then set in copies. A word that is neither option nor
+    value depends on its position among the others: then Hydra composes all of them.
     """
     chosen: dict[tuple[str, ...], DictConfig] = {}
     plain: dict[tuple[str, ...], Any] = {}
@@ -122,7 +122,7 @@ def _composed(config_name: str, jobs: list[list[str]], base: DictConfig) -> Iter
 
 
 def _sets_value(override: Override, cfg: DictConfig) -> bool:
-    """Whether an override sets an entry of the cell, and is no option of any group that went into ``cfg``."""
+    """Whether an override sets an entry of the cell, and is not an option of any group in ``cfg``."""
     key, value = override.key_or_group, override.value()
     if override.type is not OverrideType.CHANGE or override.package is not None or override.is_hydra_override():
         return False
@@ -134,7 +134,7 @@ def _sets_value(override: Override, cfg: DictConfig) -> bool:
 
 
 def _chooses_option(override: Override, cfg: DictConfig) -> bool:
-    """Whether an override chooses an option of a group, or is of Hydra's part: no entry of the cell."""
+    """Whether an override chooses an option of a group, or belongs to Hydra's part: not to the cell's entries."""
     if override.is_hydra_override():
         return True
     is_choice = override.key_or_group in cfg.hydra.runtime.choices and not isinstance(override.value(), dict)
@@ -149,7 +149,7 @@ def _without_hydra(cfg: DictConfig) -> Any:
 
 
 def _one_line(error: Exception, config_dir: Path) -> str:
-    """Hydra's explanation as one line, with the options or the nearest key where that is the question."""
+    """Hydra's error as one line, with the valid options or the nearest key where the name is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0]
     if "Could not load '" in first:
@@ -169,9 +169,7 @@ def _one_line(error: Exception, config_dir: Path) -> str:
             )
         axis, _, part = key.partition("/")
         if part and (config_dir / axis / part).is_dir():
-            return (
-                f"{key}: nothing to set it in; choose an option of {axis} as well ({axis}=...; --help lists them)"
-            )
+            return f"{key}: choose an option of {axis} as well ({axis}=...; --help lists them)"
         axes = [folder.name for folder in config_dir.iterdir() if folder.is_dir()]
         text = (config_dir / "config.yaml").read_text(encoding="utf-8")
         settings = [line.split(":")[0] for line in text.splitlines() if line[:1].isalpha()]

@@ -1,4 +1,4 @@
-"""The parts of Hydra that are not public. A new version of Hydra may break this file, and no other."""
+"""All uses of Hydra's private parts. A new version of Hydra may break this file, and no other."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def combinations(overrides: list[Override]) -> list[list[str]]:
 
 
 def composed(config_dir: Path, config_name: str, overrides: list[str]) -> DictConfig:
-    """A configuration as ``hydra.compose`` makes it, also within a job of Hydra, which has its own one loaded."""
+    """The result of ``hydra.compose``, which cannot run within a job of Hydra; this can."""
     version.setbase("1.3")
     loader = ConfigLoaderImpl(create_config_search_path(str(config_dir)))
     cfg = loader.load_configuration(config_name, overrides, RunMode.RUN, from_shell=False)

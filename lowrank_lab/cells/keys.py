@@ -1,9 +1,9 @@
-"""The keys of what a cell makes: artifacts of the dense model and of texts, the compressed weights, the record.
+"""The keys of a cell's results: artifacts of the dense model and of texts, the compressed weights, the record.
 
 Each key hashes what changes the artifact's numbers (content of model and data, protocol, component versions,
 dtype, seed) and nothing else: no path, no device, no tracker. Where a setting has no influence (calibration
-on plain SVD, ratio on the dense model) it is left out, so that equal cells are recognised as equal. The keys of
-what a compression makes on its way are its own (lowrank/keys.py).
+on plain SVD, ratio on the dense model) it is left out, so that equal cells have equal keys. A compression defines
+the keys of its intermediate results itself (lowrank/keys.py).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Keys:
 
     @cached_property
     def record(self) -> str:
-        """Identifies the record: what was measured on which model, and the name it is reported under.
+        """Identifies the record: the measurements, the model, and the names in reports.
 
-        The artifacts know no names: a method composed by hand reuses all of the one it equals.
+        Keys of artifacts contain no names: a method composed by hand reuses all artifacts of an equal named one.
         """
         cell = self.cell
         texts = {cell.text_of(name).name for name, evaluator in cell.evaluators.items() if evaluator.reads_text}
@@ -96,8 +96,8 @@ class Keys:
         return fingerprint({**content, "version": versions.GRADIENTS})
 
     @property
-    def targeted(self) -> Any:
-        """Which linears are targeted: their role, and the blocks where these are not all."""
+    def targets_for_key(self) -> Any:
+        """The linears to compress, as plain data: their role, and the blocks where these are not all."""
         targets = self.cell.cfg.targets
         return [targets.linears, config.plain(targets.blocks)] if targets.get("blocks") else targets.linears
 
@@ -109,8 +109,8 @@ class Keys:
             key = compression.key(self.cell, key)
         return key
 
-    def before(self, compression: str) -> str:
-        """Identifies the weights that this compression is given."""
+    def weights_before(self, compression: str) -> str:
+        """Identifies the weights before this compression."""
         key = self.dense
         for name, other in self.cell.compressions.items():
             if name == compression:

@@ -1,11 +1,11 @@
-"""Classes that have moved since cells first named them in keys and records.
+"""Classes that have moved to another module.
 
-A key must not change because a file moves, so keys name a class by its first place.
+A key must not change because a file moves, so keys name a class by its original module.
 """
 
 from __future__ import annotations
 
-FIRST_PLACES = {  # by the present place of a package or class, the place under which keys know it
+ORIGINAL_TARGETS = {  # by the present name of a package or class, its name in keys
     "lowrank_lab.cells.targets.": "lowrank_lab.lowrank.sites.",
     "lowrank_lab.lowrank.metric.": "lowrank_lab.metric.",
     "lowrank_lab.lowrank.allocation.": "lowrank_lab.allocation.",
@@ -15,9 +15,9 @@ FIRST_PLACES = {  # by the present place of a package or class, the place under 
 }
 
 
-def first_place(target: str) -> str:
-    """The ``_target_`` under which keys know a class."""
-    for present, first in FIRST_PLACES.items():
+def original_target(target: str) -> str:
+    """The name of a class in keys, from its present ``_target_``."""
+    for present, original in ORIGINAL_TARGETS.items():
         if target.startswith(present):
-            return first + target.removeprefix(present)
+            return original + target.removeprefix(present)
     return target

@@ -1,7 +1,7 @@
-"""Answer 2 of a method, and what it applies to: the sites of a model. No torch.
+"""The grouping and targets of a method: they choose the sites of a model. No torch.
 
 ``grouping`` says which linears are factored together, ``targets`` which are compressed at all and what ``ratio``
-counts. Both name *roles*, which the architecture's row in models/families.py spells out.
+counts. Both name *roles*, for which models/families.py lists the linears of each architecture.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Targets:
         self.blocks = blocks
 
     def blocks_of(self, count: int) -> set[int]:
-        """Which of ``count`` blocks. Raises UserError for one that there is not."""
+        """The indices of the blocks among ``count``. Raises UserError for one that does not exist."""
         if self.blocks is None:
             return set(range(count))
         for index in self.blocks:
@@ -79,7 +79,7 @@ def sites_of(
     """All sites by their full names, in the order of the model.
 
     ``shapes`` has by block the (out, in) of every compressible linear; ``storage`` says what ranks cost.
-    Raises SkippedCell where the architecture lacks a role that is asked for, UserError where it lacks a block.
+    Raises SkippedCell where the architecture lacks a role that is named, UserError where it lacks a block.
     """
     wanted = tower.linears if targets.linears == "all" else _role(tower, targets.linears)
     joint = [_role(tower, role) for role in grouping.joint]
@@ -104,7 +104,7 @@ def sites_of(
 
 
 def _groups(tower: Tower, joint: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """The linears of a block in their order; those of a joint role stand together at the place of the first."""
+    """The linears of a block in their order; those of a joint role are one group at the position of the first."""
     groups: list[tuple[str, ...]] = []
     for name in tower.linears:
         group = next((members for members in joint if name in members), (name,))

@@ -1,6 +1,6 @@
-"""Versions of the components that make numbers. They enter the keys of artifacts and records.
+"""Versions of the components that compute numbers. Keys of artifacts and records contain them.
 
-Raise one when a change to the component changes what it computes: old artifacts are then no longer found.
+Raise one when a change of the component changes its results: old artifacts are then not used any more.
 Refactoring, speed and logging do not count. Library versions are written into every record instead.
 """
 
@@ -44,7 +44,7 @@ def current() -> dict[str, int]:
 
 
 def used(components: Iterable[str]) -> dict[str, int]:
-    """Those that have a part in a record whose compressions and evaluators name these ``components``.
+    """The versions that matter for a record whose compressions and evaluators name these ``components``.
 
     A report leaves out records of other versions.
     """

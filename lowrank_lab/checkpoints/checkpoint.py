@@ -1,8 +1,9 @@
 """Checkpoints of compressed models, which transformers loads like those of any other quantization method.
 
-config.json describes every module that stands in the place of one of the model's own, under ``quantization_config``
-(description.py). Before the weights are read, these are put into the model empty, and ``from_pretrained`` fills
-them by their names. Importing this module registers the method; ``import lowrank_lab`` sees to it.
+config.json describes every module that replaces one of the model's original modules, under ``quantization_config``
+(description.py). Before ``from_pretrained`` reads the weights, this adds these modules to the model without values,
+and ``from_pretrained`` fills them by their names. The import of this module registers the method with transformers;
+``import lowrank_lab`` does it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class LowRankConfig(QuantizationConfigMixin):
 class LowRankQuantizer(HfQuantizer):
     """Puts empty modules into a model before ``from_pretrained`` reads its weights.
 
-    Tensors take the dtype that is asked for, as in any model, but those with a dtype of their own keep it.
+    Tensors get the requested dtype, as in any model, except those whose format has a fixed dtype.
     """
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -79,7 +80,7 @@ class LowRankQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        kinds = {described["kind"] for described in self.quantization_config.saved.modules.values()}
+        kinds = {description["kind"] for description in self.quantization_config.saved.modules.values()}
         return not self.quantization_config.saved.is_quantized and all(
             Replacement.of_kind(kind).trainable for kind in kinds
         )
@@ -92,7 +93,7 @@ def describe(model: nn.Module, sites: Sites, ranks: Ranks, method: str, ratio: f
             path = f"{name.removesuffix(site.key)}{member}"
             check_kinds(model.get_submodule(path), path)
     modules, cache = describe_modules(model), cache_of(model)
-    kinds = [Replacement.of_kind(described["kind"]) for described in modules.values()]
+    kinds = [Replacement.of_kind(description["kind"]) for description in modules.values()]
     online = cache is not None or any(kind.online for kind in kinds)
     return Saved(
         method,
@@ -107,12 +108,12 @@ def describe(model: nn.Module, sites: Sites, ranks: Ranks, method: str, ratio: f
 
 
 def save(folder: Path, model: Any, tokenizer: Any, use_cache: bool, saved: Saved | None) -> None:
-    """Write ``model`` and all that belongs to it: safetensors, config.json, generation config, tokenizer.
+    """Write ``model`` as a folder: safetensors, config.json, generation config, tokenizer.
 
-    ``saved`` says how it was compressed (None: it is dense), ``use_cache`` what its config said before it was
-    loaded here. Tied tensors are stored once.
+    ``saved`` describes how it was compressed (None: it is dense), ``use_cache`` is the value in its original
+    config. Tied tensors are stored once.
     """
-    # The older names of some architectures' tensors are for their dense models; factors keep those of the modules.
+    # transformers has old names for tensors of some dense models; tensors of factors have the names of modules.
     model.save_pretrained(folder, save_original_format=saved is None)
     tokenizer.save_pretrained(folder)
     file = folder / "config.json"
@@ -124,12 +125,12 @@ def save(folder: Path, model: Any, tokenizer: Any, use_cache: bool, saved: Saved
 
 
 def merge(model: Any, saved: Saved) -> Any:
-    """Put dense linears in the place of all factors of ``model``, in its dtype; the product is made in float32.
+    """Replace all factors of ``model`` by dense linears, in its dtype; their products are computed in float32.
 
-    Raises UserError for a model that does more in its forward than multiply.
+    Raises UserError for a model whose forward does more than multiply by weights.
     """
     if saved.online:
-        raise UserError("dense weights cannot hold what this model does to inputs of linears, or keys and values")
+        raise UserError("dense weights cannot hold the changes of inputs, keys or values in this model")
     with torch.device("meta"):
         skeleton = type(model)(model.config)  # it knows whether a linear is a Linear or a Conv1D
     dtype = model.get_input_embeddings().weight.dtype
@@ -147,7 +148,7 @@ def merge(model: Any, saved: Saved) -> Any:
 
 
 def _dense_weights(model: Any, saved: Saved) -> Iterator[tuple[str, Tensor]]:
-    """By path the weight (out, in), float32, of every compressed linear; of factors one product a site."""
+    """By path the weight (out, in), float32, of every compressed linear; factors are multiplied once a site."""
     outermost = [_path(model, path) for path in saved.modules if not _within(path, saved.modules)]
     for name, site in saved.sites.items():
         prefix = _path(model, name).removesuffix(site.key)
@@ -169,14 +170,14 @@ def _within(path: str, modules: Collection[str]) -> bool:
 
 
 def _paths_in(model: Any, modules: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """``modules`` by their paths in ``model``, which may also be a bare one, without lm_head."""
-    here = {_path(model, path): dict(described) for path, described in modules.items()}
-    for described in here.values():
-        if "borrows" in described:
-            described["borrows"] = {name: _path(model, lent) for name, lent in described["borrows"].items()}
-    return here
+    """``modules`` by their paths in ``model``, which may also be a model without lm_head."""
+    in_model = {_path(model, path): dict(description) for path, description in modules.items()}
+    for description in in_model.values():
+        if "borrows" in description:
+            description["borrows"] = {name: _path(model, shared) for name, shared in description["borrows"].items()}
+    return in_model
 
 
 def _path(model: Any, path: str) -> str:
-    """Where a module of a model with lm_head is in ``model``, which may also be a bare one."""
+    """The path in ``model``, which may be without lm_head, of a module of the model with lm_head."""
     return path.removeprefix(f"{model.base_model_prefix}.") if model.base_model is model else path

@@ -1,4 +1,4 @@
-"""What a compressed checkpoint says of itself, under ``quantization_config`` in its config.json. No torch."""
+"""The description of a compressed checkpoint, under ``quantization_config`` in its config.json. No torch."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ READABLE = (*old_versions.READABLE, VERSION)
 class Saved:
     """How a model was compressed: enough to rebuild its modules, and to count its sizes.
 
-    method, ratio   the method's name and the ratio that was asked of it
-    sites, ranks    by full name, as everywhere; a rank of None is a site that stayed dense
-    modules         by full path what stands in the place of a module of the model, those within it too: its
-                    ``kind``, what it describes, and in ``borrows`` the paths of what other modules list for it
-    is_quantized    whether anything is in few bits, or done to inputs of linears: it is not quantized again
-    online          whether anything is done in the forward beside multiplying, which dense weights cannot hold
-    kv_cache        the format of keys and values; None: they are as they are
+    method, ratio   the method's name and the requested ratio
+    sites, ranks    by full name; a rank of None is a site that stayed dense
+    modules         by full path each module that replaces one of the model's original modules, also within others:
+                    its ``kind``, its description, and in ``borrows`` the paths of modules that others list for it
+    is_quantized    whether it has weights of few bits or steps before linears: it is not quantized again
+    online          whether its forward does more than multiply by weights, which dense weights cannot hold
+    kv_cache        the format of keys and values; None: they are not rounded
     """
 
     method: str
@@ -53,7 +53,7 @@ class Saved:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Saved:
-        """What ``to_dict`` gave. Raises UserError for another version and for what is not whole."""
+        """The inverse of ``to_dict``. Raises UserError for an unknown version and for damaged data."""
         if data.get("version") not in READABLE:
             raise UserError(
                 f"a lowrank_lab checkpoint of version {data.get('version')} cannot be read: "
@@ -62,9 +62,9 @@ class Saved:
         try:
             content = data if data["version"] == VERSION else old_versions.converted(data)
             named = [_site_from_dict(entry) for entry in content["sites"]]
-            modules = {str(path): dict(described) for path, described in content["modules"].items()}
-            for described in modules.values():
-                str(described["kind"])
+            modules = {str(path): dict(description) for path, description in content["modules"].items()}
+            for description in modules.values():
+                str(description["kind"])
             return cls(
                 str(content["method"]),
                 float(content["ratio"]),
@@ -103,7 +103,7 @@ def _site_to_dict(name: str, site: Site, rank: int | None) -> dict[str, Any]:
 
 
 def _site_from_dict(entry: Mapping[str, Any]) -> tuple[str, Site, int | None]:
-    """The name, the site and its rank. What its other ranks would cost is not known of a checkpoint."""
+    """The name, the site and its rank. A checkpoint does not say what other ranks would cost."""
     rank = None if entry["rank"] is None else int(entry["rank"])
     outs = tuple(int(out) for out in entry["outs"])
     place = (int(entry["block"]), tuple(entry["members"]), outs, int(entry["inp"]), int(entry["dense"]))

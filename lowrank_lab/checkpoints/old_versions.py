@@ -1,8 +1,7 @@
 """Descriptions of checkpoints of versions 1 to 3, as the present version writes them. No torch.
 
-They list what was done, not the modules: the sites with their ranks and one storage for all of them, the linears in
-few bits, and the steps in front of linears. Version 1 has no linears in few bits, version 2 no steps and no KV
-cache.
+They do not list modules, but the sites with their ranks and one storage for all of them, the linears in few bits,
+and the steps before linears. Version 1 has no linears in few bits, version 2 no steps and no KV cache.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ Modules = dict[str, dict[str, Any]]
 
 
 def converted(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The description ``data`` in version 4. Raises KeyError, TypeError or ValueError where it is not whole."""
+    """The description ``data`` in version 4. Raises KeyError, TypeError or ValueError for damaged data."""
     if data["storage"] not in STORAGES:
         raise ValueError(f"storage {data['storage']}")
     sites = [{**site, "cost": _cost(site)} for site in data["sites"]]
@@ -28,9 +27,9 @@ def converted(data: Mapping[str, Any]) -> dict[str, Any]:
         if site["rank"] is not None:
             modules.update(_factors(site, data["storage"]))
     blocks = sites[0]["name"].removesuffix(f".{sites[0]['block']}.{'+'.join(sites[0]['members'])}") if sites else ""
-    for paths, described in steps.items():
-        modules.update(_steps([f"{blocks}.{path}" for path in paths.split(",")], described))
-    if final:  # only models whose last norm is the neighbour of the blocks have it
+    for paths, description in steps.items():
+        modules.update(_steps([f"{blocks}.{path}" for path in paths.split(",")], description))
+    if final:  # only models whose last norm is next to the blocks have it
         modules[f"{blocks.rpartition('.')[0]}.norm"] = {"kind": "norm_with_steps", "steps": final}
     for path, form in quantized.items():
         modules[f"{blocks}.{path}"] = {"kind": "quantized", "format": form}
@@ -73,10 +72,10 @@ def _factors(site: Mapping[str, Any], storage: str) -> Modules:
     return modules
 
 
-def _steps(paths: list[str], described: list[dict[str, Any]]) -> Modules:
-    """The linears at ``paths`` behind the same steps."""
+def _steps(paths: list[str], description: list[dict[str, Any]]) -> Modules:
+    """The modules of linears at ``paths`` with the same steps before them."""
     modules: Modules = {path: {"kind": "prepared", "steps": []} for path in paths}
-    modules[paths[0]]["steps"] = described
+    modules[paths[0]]["steps"] = description
     for path in paths[1:]:
         modules[path]["borrows"] = {"prepare": f"{paths[0]}.prepare"}
     if len(paths) > 1:

@@ -20,7 +20,7 @@ else:
 
 def spectra(context: Context) -> Path:
     """The artifact of all spectra, with the calibration passes that the metric asks for."""
-    return context.once("spectra", lambda: _spectra(context))
+    return context.cached("spectra", lambda: _spectra(context))
 
 
 def _spectra(context: Context) -> Path:
@@ -33,7 +33,7 @@ def _spectra(context: Context) -> Path:
             where = (folder, model, context.tower, context.sites)
             decomposition.make_spectra(*where, metric, statistics, gradients, context.device)
 
-    return context.made("decomposition", "spectra", LowRankKeys(context.cell).spectra, make)
+    return context.cached_artifact("decomposition", "spectra", LowRankKeys(context.cell).spectra, make)
 
 
 def output_gradients(context: Context) -> Path:
@@ -44,4 +44,4 @@ def output_gradients(context: Context) -> Path:
 
 def tails(context: Context) -> dict[str, np.ndarray]:
     """By site, its squared error at every rank 0 … min(out, in), float64, in the metric's units."""
-    return context.once("tails", lambda: decomposition.load_tails(spectra(context), context.sites))
+    return context.cached("tails", lambda: decomposition.load_tails(spectra(context), context.sites))

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from lowrank_lab.cells import config
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.compression import Compression, Plan
-from lowrank_lab.cells.settings import of_answers
+from lowrank_lab.cells.settings import lowrank_settings
 from lowrank_lab.checks import is_count
 from lowrank_lab.errors import UserError
 from lowrank_lab.lazy_module import LazyModule
@@ -50,7 +50,7 @@ class LowRank(Compression):
         return self.answers.needs_calibration
 
     def settings(self, cfg: dict[str, Any]) -> dict[str, Any]:
-        return of_answers(cfg)
+        return lowrank_settings(cfg)
 
     def check_settings(self, cfg: DictConfig) -> None:
         for name in ("metric", "grouping", "targets", "storage"):
@@ -114,7 +114,7 @@ class LowRank(Compression):
         self.answers.refinement.prepare(context)
         refine = partial(self.answers.refinement, context, ranks)
         key = LowRankKeys(context.cell).factors
-        folder = context.made("refinement", "factors", key, refine, resumable=True)
+        folder = context.cached_artifact("refinement", "factors", key, refine, resumable=True)
         what = (context.model, context.tower, context.sites, ranks)
         with context.record.stage("factorization"):
             factors.install_factors(*what, folder, self.answers.storage, context.device)

@@ -41,7 +41,7 @@ class LowRankKeys:
         return fingerprint(
             {
                 **self.cell.keys.dense_weights,
-                "sites": [config.for_key(cfg.grouping), self.cell.keys.targeted],
+                "sites": [config.for_key(cfg.grouping), self.cell.keys.targets_for_key],
                 "metric": config.for_key(cfg.metric),
                 "statistics": self.statistics,
                 "gradients": self.gradients,

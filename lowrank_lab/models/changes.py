@@ -1,4 +1,4 @@
-"""Whether a model is still as it was loaded: artifacts of the dense model must not be made of another one."""
+"""Whether a model has changed since it was loaded: artifacts of the dense model need the unchanged one."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SAMPLE = 16  # values of each tensor that are looked at
+SAMPLE = 16  # values of each tensor that are compared
 
 
-class Watched:
-    """What is noted of a ``model``, so that a change of it shows.
+class Snapshot:
+    """The state of a ``model`` at one moment, to find later changes.
 
-    That is the types of its modules, which tensors its parameters and buffers are, where they lie, how often they
-    were written into, and some of their values, as a write into ``parameter.data`` leaves no other trace. A model
-    that was only moved to another device counts as changed too: what is in doubt is loaded anew.
+    It has the types of the modules, the identity, address and version of each parameter and buffer, and some of
+    their values, because a write into ``parameter.data`` changes nothing else. A model that was only moved to
+    another device counts as changed too: in doubt it is loaded again.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.noted = _noted(model)
+        self.state = _state_of(model)
 
     def changed(self, model: nn.Module) -> bool:
-        return self.noted != _noted(model)
+        return self.state != _state_of(model)
 
 
-def _noted(model: nn.Module) -> list[Any]:
+def _state_of(model: nn.Module) -> list[Any]:
     return [*_types(model), *(_of_tensor(name, tensor) for name, tensor in _tensors(model))]
 
 

@@ -1,9 +1,9 @@
-"""Families that are no row: what is in their blocks, seen in a forward of a few tokens.
+"""Discovery of families without a row in families.py: a forward of a few tokens shows the linears of their blocks.
 
-The model is built without weights and run on fake tensors, which have shapes but no values, so this takes neither
-memory nor a checkpoint. Linears that are given the same tensor share a statistic; names and shapes tell queries,
-keys and values, gate and up. What is no linear, such as fused experts, stays dense. What rotations need is not
-discovered: that takes a row of families.py.
+The model is built without weights and run on fake tensors, which have shapes but no values, so this needs neither
+memory nor a checkpoint. Linears with the same input tensor share a statistic; names and shapes identify queries,
+keys and values, gate and up. Other weights, such as fused experts, stay dense. Rotations need more, which is not
+discovered but needs a row in families.py.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _known: dict[tuple[type, str], Family] = {}
 
 
 def family_of(model: Any) -> Family:
-    """The row of a transformers model's ``model_type``, or what is discovered of its class and configuration.
+    """The row of a transformers model's ``model_type``, or the family discovered from its class and configuration.
 
-    ``model`` may be a skeleton, compressed, or a bare one without lm_head. Raises UserError for one that has no
-    list of like blocks with linears.
+    ``model`` may be without weights, compressed, or without lm_head. Raises UserError for one that has no list of
+    blocks with linears.
     """
     row = FAMILIES.get(model.config.model_type)
     return row if row is not None else discovered(type(model), model.config)
@@ -65,7 +65,7 @@ def discovered(model_class: Any, model_config: Any) -> Family:
 def _tower(model_class: Any, model_config: Any) -> Tower:
     config = copy.deepcopy(model_config)
     config._attn_implementation = "eager"
-    # from_pretrained asks for a family while the default device is meta; fake tensors are on the CPU.
+    # from_pretrained calls this while the default device is meta; fake tensors must be on the CPU.
     with FakeTensorMode(), torch.device("cpu"), _default_dtype(torch.bfloat16), torch.no_grad():
         model = model_class(config).eval()
         blocks = _blocks(model)
@@ -82,7 +82,7 @@ def _tower(model_class: Any, model_config: Any) -> Tower:
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Grouped products of experts are known in bfloat16 alone on fake tensors."""
+    """Within it ``dtype`` is the default: for fake tensors, grouped products of experts exist in bfloat16 alone."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -92,7 +92,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _blocks(model: Any) -> str:
-    """The path of the list of blocks: the one with most weights of those that are not inside another."""
+    """The path of the list of blocks: among the lists that are not inside another, the one with most weights."""
     lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     outer = {
         path: module
@@ -116,11 +116,11 @@ def _linears(module: nn.Module) -> dict[str, nn.Module]:
 
 
 class _Calls:
-    """What a forward showed.
+    """The calls of linears in a forward.
 
-    linears  by block, each linear that was called, in their order, with the tensors it was given
+    linears  by block, the linears in the order of their calls, each with its input tensors
     shapes   (out, in) of every linear
-    tuples   whether blocks give tuples
+    tuples   whether blocks return tuples
     """
 
     def __init__(self, count: int) -> None:
@@ -132,17 +132,17 @@ class _Calls:
 def _calls(model: nn.Module, blocks: Any) -> _Calls:
     calls, hooks = _Calls(len(blocks)), []
 
-    def given(index: int, name: str) -> Any:
+    def record_input(index: int, name: str) -> Any:
         return lambda _module, args: calls.linears[index].setdefault(name, []).append(args[0])
 
-    def gave(_module: nn.Module, _args: Any, output: Any) -> None:
+    def record_output(_module: nn.Module, _args: Any, output: Any) -> None:
         calls.tuples = isinstance(output, tuple)
 
     for index, block in enumerate(blocks):
-        hooks.append(block.register_forward_hook(gave))
+        hooks.append(block.register_forward_hook(record_output))
         for name, linear in _linears(block).items():
             calls.shapes[name] = _shape(linear)
-            hooks.append(linear.register_forward_pre_hook(given(index, name)))
+            hooks.append(linear.register_forward_pre_hook(record_input(index, name)))
     CAUSAL_LM.forward(model, of_tokens(torch.zeros(1, TOKENS, dtype=torch.long)))
     for hook in hooks:
         hook.remove()
@@ -155,7 +155,7 @@ def _shape(linear: Any) -> tuple[int, int]:
 
 
 def _groups(of_block: dict[str, list[Tensor]]) -> list[tuple[str, ...]]:
-    """The linears of a block in the order of their calls, those that were given the same tensors together."""
+    """The linears of a block in the order of their calls; those with the same inputs are one group."""
     groups: dict[tuple[int, ...], list[str]] = {}
     for name, tensors in of_block.items():
         if name.rpartition(".")[2] not in ROUTERS:
@@ -164,7 +164,7 @@ def _groups(of_block: dict[str, list[Tensor]]) -> list[tuple[str, ...]]:
 
 
 def _in_all(of_blocks: list[list[tuple[str, ...]]]) -> list[tuple[str, ...]]:
-    """The groups of those linears that every block has, as the first block groups them."""
+    """The groups of the first block, with only those linears that every block has."""
     count = Counter(name for groups in of_blocks for group in groups for name in group)
     first = [tuple(name for name in group if count[name] == len(of_blocks)) for group in of_blocks[0]]
     return [group for group in first if group]
@@ -173,7 +173,7 @@ def _in_all(of_blocks: list[list[tuple[str, ...]]]) -> list[tuple[str, ...]]:
 def _roles(
     inputs: tuple[tuple[str, ...], ...], shapes: dict[str, tuple[int, int]]
 ) -> tuple[dict[str, tuple[str, ...]], Attention | None]:
-    """The roles that names and shapes tell, in the order of calls, and the attention."""
+    """The roles, from names and shapes, in the order of calls, and the attention."""
     linears = [name for group in inputs for name in group]
     of_attention = [name for name in linears if IN_ATTENTION.search(name)]
     of_mlp = [name for name in linears if name not in of_attention and IN_MLP.search(name)]
@@ -193,7 +193,7 @@ def _roles(
 
 
 def _attention(linears: list[str]) -> Attention | None:
-    """From the linears of the attention in the order of calls; None where they are not the usual ones."""
+    """The attention, from its linears in the order of calls; None for an unusual set of linears."""
     leaf = lambda name: name.rpartition(".")[2]
     found = [[name for name in linears if kind.search(leaf(name))] for kind in (QUERY, KEY, VALUE)]
     if len(linears) == 4 and all(len(names) == 1 for names in found):
@@ -208,7 +208,10 @@ def _attention(linears: list[str]) -> Attention | None:
 def _gate_up(
     inputs: tuple[tuple[str, ...], ...], of_mlp: list[str], shapes: dict[str, tuple[int, int]]
 ) -> tuple[str, ...] | None:
-    """Two linears of one input and shape, or one with twice as many outputs as the last of the MLP has inputs."""
+    """The gate and up projections: two linears with the same input and shape, or one fused linear.
+
+    A fused one has twice as many outputs as the last linear of the MLP has inputs.
+    """
     for group in inputs:
         together = tuple(name for name in group if name in of_mlp)
         if len(together) == 2 and shapes[together[0]] == shapes[together[1]]:

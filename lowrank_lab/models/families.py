@@ -1,7 +1,7 @@
 """Architectures as data: which modules are the blocks, and which linears inside one may be compressed.
 
-A family that is no row of ``FAMILIES`` is discovered (discovery.py); rows are for what that cannot find: what
-rotations and scales need. This module imports no torch.
+A family without a row in ``FAMILIES`` is discovered (discovery.py). A row also says what discovery cannot find and
+rotations and scales need. No torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Folding:
-    """What rotations and scales of activations need to know, so that they can be folded into weights.
+    """What must be known to fold rotations and scales of activations into weights.
 
     ``norm`` is the kind of all norms (``rms_plus_one`` multiplies by 1 + weight); ``norms`` has for each group of
     the tower's ``inputs`` the one that feeds it, within the block (None: another linear does); ``final_norm`` is
@@ -48,14 +48,14 @@ class Folding:
 
 @dataclass(frozen=True)
 class Tower:
-    """A stack of like blocks: the decoder of a language model, or later the encoder of its images.
+    """A stack of blocks of one kind: the decoder of a language model, or later an image encoder.
 
     ``blocks`` is the path of the list of transformer blocks. ``inputs`` lists the compressible linears of a
-    block, grouped by the input they share: linears of one group see the same activations, so they share one input
-    statistic. Embeddings and lm_head are never listed: they are left alone, tied or not. ``roles`` names sets of
-    these linears that methods speak of; a fused linear is its own role. ``attention`` is None where there is none
-    (Mamba), ``folding`` where it is not known. ``tuples`` says whether a block gives its hidden states as the first
-    of a tuple. ``stays_dense`` lists other weights of the blocks, for the record.
+    block, grouped by the input they share: linears of one group have the same inputs, so they share one input
+    statistic. Embeddings and lm_head are never listed and never compressed, tied or not. ``roles`` names sets of
+    these linears for methods; a fused linear is a role by itself. ``attention`` is None where there is none
+    (Mamba), ``folding`` where it is not known. ``tuples`` says whether a block returns its hidden states as the
+    first item of a tuple. ``stays_dense`` lists other weights of the blocks, for the record.
     """
 
     blocks: str
@@ -95,11 +95,11 @@ class Family:
 
 
 def folding_of(tower: Tower, what: str = "this transform") -> Folding:
-    """What can be folded into the weights of ``tower``. Raises SkippedCell where it is not known."""
+    """The folding of ``tower``. Raises SkippedCell where it is not known."""
     if tower.folding is None:
         raise SkippedCell(
-            f"{what} folds changes into norms and linears, and which go together is not known for this "
-            "architecture: it is no row of models/families.py"
+            f"{what} folds changes into norms and linears, but which of them are connected is not known for this "
+            "architecture: it has no row in models/families.py"
         )
     return tower.folding
 
@@ -136,7 +136,7 @@ LLAMA = Tower(
     folding=LLAMA_FOLDING,
 )
 
-# Norms stand also after attention and MLP, before their outputs are added to the residual stream.
+# There are also norms after attention and MLP, before their outputs are added to the residual stream.
 GEMMA = replace(
     LLAMA,
     folding=replace(

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from lowrank_lab.models.discovery import family_of
 from lowrank_lab.models.families import FAMILIES, Tower, kv_cache_shape
 from lowrank_lab.models.load import skeleton
-from lowrank_lab.models.tiny import EVERY
+from lowrank_lab.models.tiny import ALL_CONFIGS
 
 TEXT = """# Families
 
@@ -35,12 +35,12 @@ This page is written by `python -m lowrank_lab.models.families_page`; a test hol
 
 
 def page() -> str:
-    rows = [_row(family) for family in sorted(EVERY, key=lambda family: (family not in FAMILIES, family))]
+    rows = [_row(family) for family in sorted(ALL_CONFIGS, key=lambda family: (family not in FAMILIES, family))]
     return TEXT.format(table=pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True))
 
 
 def _row(family: str) -> dict[str, Any]:
-    model = skeleton(AutoConfig.for_model(family, **EVERY[family]), False)
+    model = skeleton(AutoConfig.for_model(family, **ALL_CONFIGS[family]), False)
     tower = family_of(model).tower
     return {
         "model_type": f"`{family}`",

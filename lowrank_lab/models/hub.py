@@ -1,7 +1,8 @@
-"""Which commit of the hub a name stands for. No torch.
+"""The commit of the hub that a name refers to. No torch.
 
-It is asked once a name and without retries. Where the hub cannot be reached, or what answers is a proxy or a hub
-that is down, the process stays offline from then on: what is in the local cache works, and nothing else waits.
+The process sends one request for each name, without retries. Where the hub cannot be reached, or where the answer
+comes from a proxy or a hub that is down, the process stays offline from then on: the local cache works, and no
+other request waits.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ from pathlib import Path
 from typing import Literal
 
 TIMEOUT = 10.0  # seconds
-IN_EVERY = {"model": "config.json", "dataset": "README.md"}  # a file that the cache has of each
+CACHED_FILE = {
+    "model": "config.json",
+    "dataset": "README.md",
+}  # a file of each kind of repository that the cache has
 
 
 @cache
 def hub_commit(kind: Literal["model", "dataset"], name: str, revision: str | None) -> str:
-    """The commit of a model or data set: from the hub, or from the local cache where the hub does not tell.
+    """The commit of a model or data set: from the hub, or from the local cache where the hub does not answer.
 
-    Raises what the hub's client raises where neither knows it: many kinds of errors.
+    Raises the errors of the hub's client, of many kinds, where neither knows it.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
 
@@ -31,20 +35,20 @@ def hub_commit(kind: Literal["model", "dataset"], name: str, revision: str | Non
     except Exception as error:
         if not _is_answer(error):
             _stay_offline()
-        cached = try_to_load_from_cache(name, IN_EVERY[kind], repo_type=kind, revision=revision)
+        cached = try_to_load_from_cache(name, CACHED_FILE[kind], repo_type=kind, revision=revision)
         if isinstance(cached, str):
             return Path(cached).parent.name  # the cache keeps each file below snapshots/<commit>/
         raise
 
 
 def _is_answer(error: Exception) -> bool:
-    """Whether it is the hub that says so, and not a proxy, nor a hub that is down."""
+    """Whether the error is an answer of the hub, and not of a proxy or a hub that is down."""
     from huggingface_hub.errors import HfHubHTTPError
 
     if not isinstance(error, HfHubHTTPError):
         return isinstance(error, ValueError)
     status, headers = error.response.status_code, error.response.headers
-    if status == 403:  # as many proxies say it; the hub gives a number or a code with it
+    if status == 403:  # many proxies answer so; the hub adds a request id or a code
         return "x-error-code" in headers or "x-request-id" in headers
     return status != 407 and status < 500
 

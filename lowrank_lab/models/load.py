@@ -17,7 +17,7 @@ from lowrank_lab.errors import UserError
 from lowrank_lab.models import tiny
 from lowrank_lab.models.source import ModelSource
 
-# Loading takes its place in our own progress; these bars would only break up log files.
+# Our own progress shows the loading; these bars would only fill log files.
 transformers.utils.logging.disable_progress_bar()
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,7 +30,7 @@ def convert(source: ModelSource, folder: Path) -> None:
         return
     file = Path(source.location)
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    where["trust_remote_code"] = False  # a GGUF needs none, whatever lies beside it
+    where["trust_remote_code"] = False  # a GGUF needs none, whatever else is in its folder
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     # The weights are dequantized now, but the model still calls itself quantized and would refuse to save.
     model.hf_quantizer = None
@@ -40,11 +40,11 @@ def convert(source: ModelSource, folder: Path) -> None:
 
 
 def load_config(location: str, revision: str | None, trust_remote_code: bool, **where: Any) -> Any:
-    """The config.json of a model as transformers knows it; ``where`` is passed on to it.
+    """The transformers configuration of a model; ``where`` holds more arguments for transformers.
 
     Raises UserError for one that needs its own code.
     """
-    with _no_code_unasked(location):
+    with _refuse_remote_code(location):
         return AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code, **where)
 
 
@@ -57,9 +57,9 @@ def skeleton(model_config: Any, trust_remote_code: bool) -> Any:
 def load_model(location: str, revision: str | None, dtype: str, trust_remote_code: bool) -> nn.Module:
     """A causal language model in evaluation mode, on the CPU, in ``dtype``, its key-value cache off.
 
-    Raises UserError for one whose weights or files would run code that was not asked for.
+    Raises UserError for one whose weights or files would run code that the user has not allowed.
     """
-    with _no_code_unasked(location):
+    with _refuse_remote_code(location):
         # transformers reads .bin files, which are pickles, with torch's weights_only.
         model = AutoModelForCausalLM.from_pretrained(
             location, revision=revision, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
@@ -70,12 +70,12 @@ def load_model(location: str, revision: str | None, dtype: str, trust_remote_cod
 
 def load_tokenizer(location: str, revision: str | None, trust_remote_code: bool) -> Any:
     """The tokenizer of a model. Raises UserError for one that needs its own code."""
-    with _no_code_unasked(location):
+    with _refuse_remote_code(location):
         return AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
 
 
 @contextmanager
-def _no_code_unasked(location: str) -> Iterator[None]:
+def _refuse_remote_code(location: str) -> Iterator[None]:
     """Raises UserError where transformers or torch refuse to run code that comes with a model."""
     try:
         yield

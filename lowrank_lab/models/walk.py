@@ -1,7 +1,7 @@
-"""Walk a model block by block: one block on the device at a time, hidden states carried forward.
+"""Walk through a model block by block, with one block at a time on the device.
 
-Memory does not grow with depth: beside the weights, a walk holds one block, the hidden states of all
-sequences (in files, if asked), and whatever the caller keeps of the current block.
+Memory does not grow with depth: in addition to the weights, a walk holds one block, the hidden states of all
+sequences (in files with ``offload``), and what the caller keeps of the current block.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from lowrank_lab import progress
 from lowrank_lab.errors import UserError
 from lowrank_lab.models.families import Tower
-from lowrank_lab.models.rows import counting
+from lowrank_lab.models.rows import batch_rows
 from lowrank_lab.models.tasks.base import Batch, Task
 from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM, of_tokens
 
 
 @dataclass(frozen=True)
 class BlockCall:
-    """What the model passes to one block beside the hidden states: masks, position embeddings and so on.
+    """The arguments of a block other than the hidden states: masks, position embeddings and so on.
 
     It differs between the blocks of one model, as Gemma alternates sliding and full attention masks, and between
     batches with padding.
@@ -51,11 +51,11 @@ def block_file(index: int) -> str:
 
 @dataclass(frozen=True)
 class Batches:
-    """What is passed through the blocks: the hidden states of every batch, and all that goes with them.
+    """The data that a walk passes through the blocks: the hidden states of every batch, and the other arguments.
 
-    hidden  by batch, what enters the next block
+    hidden  by batch, the input of the next block
     calls   by batch and block; equal ones are one object
-    rows    by batch, the positions that count (batch, length) bool; None: all
+    rows    by batch, the positions (batch, length), bool, that are not padding; None: all
     """
 
     hidden: list[Tensor]
@@ -72,17 +72,17 @@ def walk(
     offload: Path | None = None,
     task: Task = CAUSAL_LM,
 ) -> Iterator[tuple[int, nn.Module, Callable[..., None]]]:
-    """Carry ``batches`` through the blocks of ``model``. A batch may be token ids (batch, length) alone.
+    """Pass ``batches`` through the blocks of ``model``. A batch may be token ids (batch, length) alone.
 
-    Yields ``(index, block, run)`` for each block in turn, with the block on ``device``. The caller must call
-    ``run()`` exactly once: it passes every batch through the block and so moves the hidden states one on. Before
-    that, ``run(advance=False)`` passes them through it for what hooks see, and leaves them where they are. A list
-    given as ``hidden`` holds at each stop the states that enter the block, one tensor a batch. With ``offload``
-    they are kept in files in that folder instead of memory.
+    Yields ``(index, block, run)`` for one block after the other, with the block on ``device``. The caller must call
+    ``run()`` exactly once: it runs the block on every batch and replaces the hidden states by the outputs. Before
+    that, ``run(advance=False)`` runs the block for hooks alone, and keeps the hidden states. A list given as
+    ``hidden`` has at each block the states that enter it, one tensor a batch. With ``offload`` they are kept in
+    files in that folder instead of memory.
 
     The caller may change a block: replace its modules, assign to a parameter's ``data``, write into a parameter;
-    but not write into its ``data``, which leaves no trace. Raises UserError for a model that does something between
-    its blocks.
+    but not write into its ``data``, which cannot be noticed. Raises UserError for a model that computes something
+    between its blocks.
     """
     hidden = [] if hidden is None else hidden
     keep = partial(offloaded, folder=offload) if offload is not None else lambda states: states
@@ -106,31 +106,35 @@ def hidden_states(output: Any) -> Tensor:
 
 @contextmanager
 def on_device(block: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within it, ``block`` is on ``device``. What was not changed there comes back without being copied.
+    """Within it, ``block`` is on ``device``. Weights that did not change there are not copied back.
 
-    So weights that are mapped from a file stay so: a copy would be in memory for good.
+    So weights that are mapped from a file stay mapped: a copy would stay in memory.
     """
-    home = next(block.parameters()).device
-    at_home = [(parameter, parameter.data) for parameter in block.parameters()]
+    original_device = next(block.parameters()).device
+    original = [(parameter, parameter.data) for parameter in block.parameters()]
     block.to(device)
-    there = [(parameter.data, parameter._version) for parameter, _ in at_home]
+    on_new_device = [(parameter.data, parameter._version) for parameter, _ in original]
     try:
         yield
     finally:
-        for (parameter, data), (moved, version) in zip(at_home, there, strict=True):
+        for (parameter, data), (moved, version) in zip(original, on_new_device, strict=True):
             if parameter.data_ptr() == moved.data_ptr() and parameter._version == version:
                 parameter.data = data
-        block.to(home)
+        block.to(original_device)
 
 
 def offloaded(states: Tensor, folder: Path) -> Tensor:
-    """The same states, mapped from a file in ``folder`` that has no name: it goes with the tensor, also where the
-    process is killed."""
+    """The same states, mapped from a file in ``folder`` without a name.
+
+    The system deletes it with the tensor, also when the process is killed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=folder, prefix=".hidden-states-") as file:
         file.write(states.contiguous().view(torch.uint8).numpy().data)
         file.flush()
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # so that who writes into it changes no file
+        mapped = mmap.mmap(
+            file.fileno(), 0, access=mmap.ACCESS_COPY
+        )  # a write into the tensor does not change the file
     return torch.frombuffer(mapped, dtype=states.dtype).view(states.shape)
 
 
@@ -139,13 +143,13 @@ def entering_at(model: nn.Module, tower: Tower, index: int, states: Tensor) -> I
     """Within it, the model's forward skips the blocks before ``index`` and enters that one with ``states``.
 
     ``states`` are the hidden states (batch, length, width) that block ``index`` is given for the same token ids.
-    Embedding, masks, the last norm and lm_head are the model's own, whatever the architecture.
+    Embedding, masks, the last norm and lm_head run as in the model's forward, for every architecture.
     """
     skipped = blocks_of(model, tower)[:index]
-    given = (states,) if tower.tuples else states
+    output = (states,) if tower.tuples else states
     try:
         for block in skipped:
-            block.forward = lambda *_args, **_kwargs: given
+            block.forward = lambda *_args, **_kwargs: output
         yield
     finally:
         for block in skipped:
@@ -160,32 +164,34 @@ def _embed(
     keep: Callable[[Tensor], Tensor],
     task: Task,
 ) -> Batches:
-    """The inputs of the first block for every batch, and what each block is called with.
+    """The inputs of the first block for every batch, and the other arguments of each block.
 
-    The model's own forward runs with blocks that only take notes and pass the hidden states through, so the
-    masks and position embeddings are the model's own, whatever the architecture.
+    The model's forward runs with blocks that only store their arguments and return the hidden states. So masks and
+    position embeddings are those of the model, for every architecture.
     """
     blocks = blocks_of(model, tower)
-    home = next(model.parameters()).device
-    noted: list[tuple[Tensor, BlockCall]] = []
+    device = next(model.parameters()).device
+    seen_calls: list[tuple[Tensor, BlockCall]] = []
 
     def note(*args: Any, **kwargs: Any) -> Any:
         states = args[0] if args else kwargs.pop("hidden_states")
-        noted.append((states, BlockCall(args[1:], kwargs)))
+        seen_calls.append((states, BlockCall(args[1:], kwargs)))
         return (states,) if tower.tuples else states
 
     found, shared = Batches([], [], []), _Shared()
     try:
         for block in blocks:
             block.forward = note
-        for given in batches:
-            batch = {name: tensor.to(home) for name, tensor in as_batch(given).items()}
-            noted.clear()
+        for batch_or_ids in batches:
+            batch = {name: tensor.to(device) for name, tensor in as_batch(batch_or_ids).items()}
+            seen_calls.clear()
             task.forward(model, batch)
-            if len(noted) != len(blocks) or any(states is not noted[0][0] for states, _ in noted):
-                raise UserError(f"{type(model).__name__} does something between its blocks, which no walk would do")
-            found.hidden.append(keep(noted[0][0]))
-            found.calls.append(shared.calls([call for _, call in noted]))
+            if len(seen_calls) != len(blocks) or any(states is not seen_calls[0][0] for states, _ in seen_calls):
+                raise UserError(
+                    f"{type(model).__name__} computes something between its blocks; a walk would skip it"
+                )
+            found.hidden.append(keep(seen_calls[0][0]))
+            found.calls.append(shared.calls([call for _, call in seen_calls]))
             found.rows.append(task.rows(batch))
     finally:
         for block in blocks:
@@ -194,7 +200,7 @@ def _embed(
 
 
 class _Shared:
-    """Finds what is equal to an earlier one, so that batches of one size without padding share their masks."""
+    """Replaces arguments by equal earlier ones, so that batches of one size without padding share their masks."""
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
@@ -249,17 +255,17 @@ def _advance(
     keep: Callable[[Tensor], Tensor],
     advance: bool = True,
 ) -> None:
-    """Pass every batch of hidden states through ``block``, and replace it by the outcome if ``advance``."""
-    on_device: tuple[BlockCall, BlockCall] | None = None  # the last one, as it is kept, and on the device
+    """Run ``block`` on every batch of hidden states, and replace these by the outputs if ``advance``."""
+    on_device: tuple[BlockCall, BlockCall] | None = None  # the last one, as stored and on the device
     for i, states in enumerate(progress.track(passed.hidden, "sequences", "batch")):
         call = passed.calls[i][index]
         if on_device is None or on_device[0] is not call:
             on_device = call, BlockCall(_to(call.args, device), _to(call.kwargs, device))
         moved = on_device[1]
-        with counting(passed.rows[i]):
-            after = hidden_states(block(states.to(device), *moved.args, **moved.kwargs))
+        with batch_rows(passed.rows[i]):
+            output = hidden_states(block(states.to(device), *moved.args, **moved.kwargs))
         if advance:
-            passed.hidden[i] = keep(after.to(states.device))
+            passed.hidden[i] = keep(output.to(states.device))
 
 
 def _to(value: Any, device: torch.device) -> Any:

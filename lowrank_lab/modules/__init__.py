@@ -1,1 +1,1 @@
-"""What stands in a model in the place of a dense linear, and the number formats in it."""
+"""Modules that replace dense linears in a model, and their number formats."""

@@ -1,10 +1,10 @@
-"""Attention to rounded keys and values: what it is with a cache in few bits.
+"""Attention to rounded keys and values, as with a key-value cache in few bits.
 
-transformers looks a model's attention up by name, with a mask to go with it. Registered here is one more name for
-each way to compute attention, which rounds keys and values and then does the same. Every token and head is rounded
-by itself, so that it is the same whether that is done once, when a token enters the cache, or each time that it is
-read, as here; the forward of a whole text, which uses no cache, sees what decoding would. The format is kept on the
-attention modules: models in one process may differ.
+transformers finds a model's attention and its mask by name. This module registers one more name for each
+implementation of attention, which rounds keys and values and then does the same. Every token and head is rounded
+separately. So the result is the same whether that happens once, when a token enters the cache, or at each read, as
+here; and the forward of a whole text, which uses no cache, gives the same as decoding. Each attention module has
+its format, so models in one process may differ.
 """
 
 from __future__ import annotations
@@ -23,34 +23,36 @@ from lowrank_lab.models.families import head_size, kv_cache_shape
 from lowrank_lab.modules.cache_format import CacheFormat
 from lowrank_lab.modules.steps import Hadamard, Round
 
-NAMES = {"sdpa": "lowrank_lab_sdpa", "eager": "lowrank_lab_eager"}  # by the name of what each does after rounding
+NAMES = {"sdpa": "lowrank_lab_sdpa", "eager": "lowrank_lab_eager"}  # by transformers' name of each implementation
 
 
 def round_cache(model: Any, cache: CacheFormat) -> None:
     """Have ``model``, also a bare one without lm_head, attend to keys and values rounded as ``cache`` says.
 
-    Raises SkippedCell where its attention is none of those that are known here.
+    Raises SkippedCell where its attention is none of ``NAMES``.
     """
     if kv_cache_shape(model.config) is None:
         raise SkippedCell(f"{type(model).__name__} caches no keys and values")
-    own = model.config._attn_implementation
-    if own not in NAMES:
-        raise SkippedCell(f"keys and values cannot be rounded in attention '{own}', only in sdpa and eager")
-    _register(own)
-    model.set_attn_implementation(NAMES[own])
-    if model.config._attn_implementation != NAMES[own]:
+    implementation = model.config._attn_implementation
+    if implementation not in NAMES:
+        raise SkippedCell(
+            f"keys and values cannot be rounded in attention '{implementation}', only in sdpa and eager"
+        )
+    _register(implementation)
+    model.set_attn_implementation(NAMES[implementation])
+    if model.config._attn_implementation != NAMES[implementation]:
         raise SkippedCell(f"{type(model).__name__} does not let its attention be replaced")
     for attention in _attentions(model):
         attention.kv_cache = RoundedCache(CacheFormat(**asdict(cache)), head_size(model.config))
 
 
 def cache_of(model: Any) -> CacheFormat | None:
-    """What ``round_cache`` was given for ``model``; None where its keys and values are as they are."""
+    """The format that ``round_cache`` has set for ``model``; None where its keys and values are not rounded."""
     return next((module.cache for module in model.modules() if isinstance(module, RoundedCache)), None)
 
 
 class RoundedCache(nn.Module):
-    """What is done to queries, keys and values (batch, heads, length, head size) before they meet."""
+    """Rounds keys and values (batch, heads, length, head size), perhaps after a rotation of queries and keys."""
 
     def __init__(self, cache: CacheFormat, head_size: int) -> None:
         super().__init__()
@@ -75,14 +77,14 @@ def _attentions(model: Any) -> Iterator[nn.Module]:
 
 
 def _attend(
-    own: str, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any
+    implementation: str, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention ``own`` after rounding."""
-    return _own(own, module)(module, *module.kv_cache(query, key, value), mask, **rest)
+    """transformers' attention ``implementation`` after rounding."""
+    return _original_attention(implementation, module)(module, *module.kv_cache(query, key, value), mask, **rest)
 
 
-def _own(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """transformers' function; that of ``eager`` is where the architecture is defined."""
+def _original_attention(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The function of transformers; that of ``eager`` is in the module of the architecture."""
     if name == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -90,10 +92,10 @@ def _own(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | N
     return ALL_ATTENTION_FUNCTIONS[name]
 
 
-def _register(own: str) -> None:
-    # Not when this module is imported: transformers may be in the middle of its own import (lowrank_lab itself).
+def _register(implementation: str) -> None:
+    # Not when this module is imported: lowrank_lab imports it while transformers is still being imported.
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    AttentionInterface.register(NAMES[own], partial(_attend, own))
-    AttentionMaskInterface.register(NAMES[own], ALL_MASK_ATTENTION_FUNCTIONS[own])
+    AttentionInterface.register(NAMES[implementation], partial(_attend, implementation))
+    AttentionMaskInterface.register(NAMES[implementation], ALL_MASK_ATTENTION_FUNCTIONS[implementation])

@@ -1,7 +1,7 @@
-"""What stands in a model in the place of one of its own modules, and what such a module says of itself.
+"""The interface of modules that replace original modules of a model.
 
-Checkpoints, sizes and speeds know no class by name: they ask a module for its ``kind``, its counts and its
-description. So a new way to store a linear is one class, wherever it is defined.
+Checkpoints, sizes and speeds name no class: they use the ``kind``, the counts and the description of a module. So a
+new way to store a linear is one class, in this package or in another.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ T = TypeVar("T", bound="Described")
 
 @dataclass(frozen=True)
 class Counts:
-    """What a linear layer costs, its bias apart.
+    """The costs of a linear layer, without its bias.
 
     parameters  how many weights it has, whatever their bits
-    bytes       of all its tensors, with scales and all that is done to its input
+    bytes       of all its tensors, with scales and the tensors of steps before it
     macs        multiply-accumulates a token
-    weights     the tensors that hold the weights: what a token has to read
+    weights     the tensors of its weights: what a forward of one token reads
     """
 
     parameters: int = 0
@@ -44,7 +44,7 @@ class Counts:
 
     @classmethod
     def of_weights(cls, *weights: Tensor) -> Counts:
-        """Those of one or more matrices, each of which a token is multiplied with once."""
+        """The counts of one or more matrices, each used once for a token."""
         count = sum(weight.numel() for weight in weights)
         return cls(count, nbytes(*weights), count, weights)
 
@@ -52,7 +52,7 @@ class Counts:
 class Described(nn.Module):
     """A module that checkpoints name by its ``kind``, and rebuild from ``describe()`` without its values.
 
-    A subclass with a ``kind`` of its own is known from then on. Raises TypeError where another class has that kind.
+    A subclass that defines ``kind`` is registered. Raises TypeError where another class has that kind.
     """
 
     kind: ClassVar[str]
@@ -67,7 +67,7 @@ class Described(nn.Module):
         known = cls.kinds.setdefault(cls.kind, cls)
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise TypeError(f"{cls.__qualname__}: the kind '{cls.kind}' is {known.__qualname__}'s already")
-        cls.kinds[cls.kind] = cls  # the same class again: its module was loaded anew
+        cls.kinds[cls.kind] = cls  # the same class again, as its module was reloaded
 
     @classmethod
     def of_kind(cls: type[T], kind: Any) -> type[T]:
@@ -85,15 +85,15 @@ class Described(nn.Module):
 
 
 class Replacement(Described):
-    """A module that stands in the place of one of the model's own.
+    """A module that replaces one of the model's original modules.
 
-    All its tensors are parameters: these are what is saved, counted and moved between devices. Its bias, if it has
-    one, is the parameter ``bias``.
+    All its tensors are parameters, which are saved, counted and moved between devices. Its bias, if it has one, is
+    the parameter ``bias``.
 
     online     whether its forward does more than multiply, which dense weights cannot hold
-    quantized  whether a model with it is not to be quantized again
-    trainable  whether its own parameters can be trained
-    shareable  names of modules within it that several modules may use, of which one lists it
+    quantized  whether a model with it must not be quantized again
+    trainable  whether its parameters can be trained
+    shareable  names of submodules that several modules may use; only one of them lists it
     """
 
     online: ClassVar[bool] = False
@@ -102,15 +102,15 @@ class Replacement(Described):
     shareable: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def empty(cls, described: dict[str, Any], replaced: Any) -> Replacement:
-        """One without values for a checkpoint to fill, in the place of ``replaced``, which is on the meta device.
+    def empty(cls, description: dict[str, Any], replaced: Any) -> Replacement:
+        """An instance without values for a checkpoint to fill, instead of ``replaced`` (on the meta device).
 
-        Modules within it that have a kind are put into it afterwards, each from its own description.
+        Modules within it that have a kind are added afterwards, each from its own description.
         """
         raise NotImplementedError
 
     def borrow(self, name: str, module: nn.Module) -> None:
-        """Use ``module`` as ``name``, but leave it to another module to list it.
+        """Use ``module`` as ``name`` without listing it as a submodule; another module lists it.
 
         So it is saved, counted and moved between devices once.
         """
@@ -118,16 +118,16 @@ class Replacement(Described):
         self.__dict__[name] = module
 
     def borrowed(self) -> dict[str, nn.Module]:
-        """By name what it uses, and another module lists."""
+        """By name, the modules that it uses and another module lists."""
         return {name: self.__dict__[name] for name in self.shareable if name in self.__dict__}
 
 
 class CompressedLinear(Replacement):
     """A linear layer that is not one dense weight: factors, few bits, zeros left out, …
 
-    A subclass made of other linears names the one that reads its input and the one that gives its output; these
-    may be compressed themselves. One that has its tensors itself leaves both None. One
-    that stands for a factor has ``in_features``, as a Linear has.
+    A subclass that consists of other linears names the one that reads its input and the one that gives its output;
+    these may be compressed too. A subclass with its own tensors leaves both None. One that replaces a factor has
+    ``in_features``, as a Linear has.
     """
 
     input_part: ClassVar[str | None] = None
@@ -135,7 +135,7 @@ class CompressedLinear(Replacement):
 
     @property
     def rank(self) -> int | None:
-        """Of its weight, where it is kept as factors; else None."""
+        """The rank of its factors; None where it has none."""
         return None
 
     def dense_weight(self) -> Tensor:
@@ -143,19 +143,19 @@ class CompressedLinear(Replacement):
         raise NotImplementedError
 
     def counts(self) -> Counts:
-        """Its own; a part that another module lists is counted there."""
+        """Its counts, without parts that another module lists."""
         raise NotImplementedError
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """The factors (out, k) and (k, in) whose product it multiplies with, as stored; None where it has none."""
+        """The factors (out, k) and (k, in) of its weight as stored; None where it has none."""
         return None
 
     def to_plain(self, dtype: torch.dtype) -> nn.Module:
-        """The same in plain linears of ``dtype``, for a quantization to round. Raises SkippedCell by default."""
+        """The same layer made of plain linears of ``dtype``, for quantization. Raises SkippedCell by default."""
         raise SkippedCell(f"linears of kind '{self.kind}' cannot be quantized")
 
     def parts(self) -> dict[str, nn.Module]:
-        """By name the linears that it is made of and lists, the one that reads its input first."""
+        """By name the linears that it consists of and lists, the one that reads its input first."""
         names = dict.fromkeys(name for name in (self.input_part, self.output_part) if name is not None)
         return {name: self._modules[name] for name in names if self._modules.get(name) is not None}  # type: ignore[misc]
 
@@ -180,7 +180,7 @@ def dense_weight(linear: nn.Module) -> Tensor:
 
 
 def bias_of(linear: nn.Module) -> Tensor | None:
-    """The bias (out,) of a linear layer, wherever within it that is."""
+    """The bias (out,) of a linear layer, also where a part of it has the bias."""
     return getattr(innermost(linear, "output_part"), "bias", None)
 
 
@@ -202,7 +202,7 @@ def innermost(linear: Any, side: str) -> Any:
 
 
 def plain_parts(linear: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """The path and the module of each linear that makes up the one at ``path``, in parts no more."""
+    """The path and the module of each innermost linear of the one at ``path``."""
     parts = linear.parts() if isinstance(linear, CompressedLinear) else {}
     if not parts:
         yield path, linear

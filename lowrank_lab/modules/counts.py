@@ -1,4 +1,4 @@
-"""What a whole model, or a part of one, costs: asked of its modules."""
+"""The parameters, bytes and multiply-accumulates of a model or a part of it: the sums over its modules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lowrank_lab.modules.steps import Step
 
 
 def count(module: nn.Module) -> Counts:
-    """Of all linear layers in ``module``, lm_head too, and of what is done to their inputs."""
+    """The counts of all linear layers in ``module``, lm_head too, and of the steps before them."""
     if isinstance(module, (CompressedLinear, Step)):
         return module.counts()
     if is_linear(module):
@@ -20,7 +20,7 @@ def count(module: nn.Module) -> Counts:
 
 
 def parameters(model: nn.Module) -> int:
-    """Those of the whole model, tied ones once; scales and the like of few bits are bytes, but no parameters."""
+    """The parameters of the whole model, tied ones once; scales of few bits count as bytes alone."""
     counted = list(_counted(model))
     inside = {
         id(parameter)
@@ -33,9 +33,9 @@ def parameters(model: nn.Module) -> int:
 
 
 def bytes_of_parts(model: nn.Module, linears: list[nn.Module]) -> int:
-    """The bytes of ``linears`` of ``model``, and of what is done to the inputs of any linear."""
-    theirs = {id(module) for linear in linears for module in linear.modules()}
-    steps = [module for module in model.modules() if isinstance(module, Step) and id(module) not in theirs]
+    """The bytes of ``linears`` of ``model``, and of the steps before any linear."""
+    inside = {id(module) for linear in linears for module in linear.modules()}
+    steps = [module for module in model.modules() if isinstance(module, Step) and id(module) not in inside]
     return sum(count(linear).bytes for linear in linears) + sum(nbytes(*step.parameters()) for step in steps)
 
 

@@ -1,7 +1,7 @@
-"""A site kept as two thin factors, and the replacement of its dense linears by them.
+"""Linears as products of two thin factors, and the replacement of dense linears by them.
 
-A site of one linear becomes one ``FactorizedLinear``. A site of several (q, k and v, say) becomes one for each
-member; all share one right factor, which is stored once and computed once for them all.
+A site of one linear becomes one ``FactorizedLinear``. A site of several (q, k and v, for example) becomes one for
+each member; all share one right factor, which is stored once and computed once for all.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class FactorizedLinear(CompressedLinear):
     """y = left(right(x)): a linear of shape (out, in) at rank k, with k · (out + in) weights.
 
     ``right`` (k, in) maps the input to k latent values, ``left`` (out, k) maps these to the output and has the
-    bias, if there is one. With ``borrows`` the right factor belongs to another member of the site: it is used here,
-    but listed only there, so that it is stored, counted and moved between devices once.
+    bias, if there is one. With ``borrows`` the right factor belongs to another member of the site, which lists it:
+    so it is stored, counted and moved between devices once.
     """
 
     kind = "factorized"
@@ -48,8 +48,8 @@ class FactorizedLinear(CompressedLinear):
         self.left = left
 
     @classmethod
-    def empty(cls, described: dict[str, Any], replaced: Any) -> FactorizedLinear:
-        like, rank = dense_weight(replaced), described["rank"]
+    def empty(cls, description: dict[str, Any], replaced: Any) -> FactorizedLinear:
+        like, rank = dense_weight(replaced), description["rank"]
         out, inp = like.shape
         bias = bias_of(replaced)
         return cls(plain_linear(like.new_empty(out, rank), bias), plain_linear(like.new_empty(rank, inp), None))
@@ -81,9 +81,9 @@ class FactorizedLinear(CompressedLinear):
 
 
 class SharedLatent(CompressedLinear):
-    """The right factor of a site of several linears: computed by the first that asks, then handed to the others.
+    """The right factor of a site of several linears: the first call computes it, the others get the same result.
 
-    What prepares the input of several linears is shared in the same way.
+    Steps before several linears are shared in the same way.
     """
 
     kind = "shared"
@@ -96,11 +96,11 @@ class SharedLatent(CompressedLinear):
         self.users = users
         self._input: Tensor | None = None
         self._latent: Tensor | None = None
-        self._to_serve = 0
+        self._users_left = 0
 
     @classmethod
-    def empty(cls, described: dict[str, Any], replaced: Any) -> SharedLatent:
-        return cls(replaced, described["users"])
+    def empty(cls, description: dict[str, Any], replaced: Any) -> SharedLatent:
+        return cls(replaced, description["users"])
 
     def describe(self) -> dict[str, Any]:
         return {"users": self.users}
@@ -116,19 +116,19 @@ class SharedLatent(CompressedLinear):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._to_serve == 0 or self._input is not x:
+        if self._users_left == 0 or self._input is not x:
             self._input, self._latent = x, self.linear(x)
-            self._to_serve = self.users
+            self._users_left = self.users
         latent = self._latent
         assert latent is not None
-        self._to_serve -= 1
-        if self._to_serve == 0:  # hold on to no activation longer than the block needs it
+        self._users_left -= 1
+        if self._users_left == 0:  # keep no activation longer than the block needs it
             self._input = self._latent = None
         return latent
 
 
 def to_plain(linear: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A linear layer in plain linears; a dense one is plain already."""
+    """A linear layer made of plain linears; a dense one is unchanged."""
     return linear.to_plain(dtype) if isinstance(linear, CompressedLinear) else linear
 
 
@@ -139,7 +139,7 @@ def site_weight(block: nn.Module, site: Site) -> Tensor:
 
 
 def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A linear layer with this ``weight`` (out, in) and ``bias`` (out,), neither to be trained."""
+    """A linear layer with this ``weight`` (out, in) and ``bias`` (out,), both not trainable."""
     out, inp = weight.shape
     linear = nn.Linear(inp, out, bias=bias is not None, device="meta", dtype=weight.dtype)
     linear.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
@@ -173,7 +173,7 @@ def factorize(block: nn.Module, site: Site, left: Tensor, right: Tensor) -> None
 
 
 def factors_of(block: nn.Module, site: Site) -> tuple[Tensor, Tensor] | None:
-    """``left`` (out, k) and ``right`` (k, in) of a site as they are stored; None where it has no factors."""
+    """``left`` (out, k) and ``right`` (k, in) of a site as stored; None where it has no factors."""
     members = [factors_of_linear(block.get_submodule(name)) for name in site.members]
     lefts, rights = [], []
     for factors in members:

@@ -1,4 +1,4 @@
-"""How many bits a number is kept in: one description for weights, activations and the KV cache. No torch."""
+"""Number formats of few bits, for weights, activations and the KV cache. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Granularity = Literal["tensor", "channel"] | int
 @dataclass(frozen=True)
 class Format:
     """bits         of a code, 2 to 8
-    grid         ``integer``: evenly spaced; ``nf4``, ``fp4``: 16 fixed values; ``codebook``: values of its own
+    grid         ``integer``: evenly spaced; ``nf4``, ``fp4``: 16 fixed values; ``codebook``: chosen values
     symmetric    integer grid: around zero with a scale alone; else with a zero point too
     granularity  what shares a scale: the ``tensor``, a ``channel`` (row of a weight, token of an activation), or a
                  whole number of neighbours in a row

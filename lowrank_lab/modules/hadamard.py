@@ -71,13 +71,13 @@ def _orders(width: int) -> tuple[int, ...] | None:
 
 
 @cache
-@torch.inference_mode(False)  # whoever asks first: others may need gradients through it
+@torch.inference_mode(False)  # as it is cached, and other callers need gradients through it
 def _piece(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return _orthogonal(size).to(device, dtype)
 
 
 def _orthogonal(size: int) -> Tensor:
-    """One orthogonal matrix (size, size), float64: Hadamard's where ``pieces`` asks for one, else the DCT-II."""
+    """One orthogonal matrix (size, size), float64: a Hadamard matrix if one is known, else the DCT-II."""
     if size & (size - 1) == 0:
         return _sylvester(size) / math.sqrt(size)
     if _orders(size) is not None:

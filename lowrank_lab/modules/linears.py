@@ -1,6 +1,6 @@
-"""The linears of a block that a quantization speaks of, and what stands in front of them.
+"""The linears of a block for quantization, and the steps before them.
 
-A compressible linear ("member") is dense, or two factors; each may have steps in front (``PreparedLinear``). Paths
+A compressible linear ("member") is dense, or two factors; each may have steps before it (``PreparedLinear``). Paths
 are names within a block.
 """
 
@@ -30,10 +30,10 @@ from lowrank_lab.modules.steps import empty as empty_steps
 
 
 class PreparedLinear(CompressedLinear):
-    """``linear`` on what ``prepare``, a Sequential of steps, makes of the input.
+    """``linear`` after ``prepare``, a Sequential of steps on its input.
 
-    Linears that are given the same input share one ``prepare`` in a SharedLatent, which runs it once; those with
-    ``borrows`` leave it to another of them to list it.
+    Linears with the same input share one ``prepare`` in a SharedLatent, which runs it once; one of them lists it,
+    and the others borrow it (``borrows``).
     """
 
     kind = "prepared"
@@ -52,8 +52,8 @@ class PreparedLinear(CompressedLinear):
         self.linear = linear
 
     @classmethod
-    def empty(cls, described: dict[str, Any], replaced: Any) -> PreparedLinear:
-        return cls(nn.Sequential(*empty_steps(described["steps"])), replaced)
+    def empty(cls, description: dict[str, Any], replaced: Any) -> PreparedLinear:
+        return cls(nn.Sequential(*empty_steps(description["steps"])), replaced)
 
     def describe(self) -> dict[str, Any]:
         return {"steps": describe_steps(self.steps) if self.lists_steps else []}
@@ -83,7 +83,7 @@ class PreparedLinear(CompressedLinear):
 
 
 class NormWithSteps(Replacement):
-    """A norm with ``steps`` after it: the last norm of a model whose lm_head cannot take them over."""
+    """A norm with ``steps`` after it: the last norm of a model, where the steps cannot be folded into lm_head."""
 
     kind = "norm_with_steps"
     online = True
@@ -94,8 +94,8 @@ class NormWithSteps(Replacement):
         self.steps = nn.Sequential(*steps)
 
     @classmethod
-    def empty(cls, described: dict[str, Any], replaced: Any) -> NormWithSteps:
-        return cls(replaced, empty_steps(described["steps"]))
+    def empty(cls, description: dict[str, Any], replaced: Any) -> NormWithSteps:
+        return cls(replaced, empty_steps(description["steps"]))
 
     def describe(self) -> dict[str, Any]:
         return {"steps": describe_steps(self.steps)}
@@ -116,12 +116,12 @@ def linear_shapes(model: nn.Module, tower: Tower) -> list[dict[str, tuple[int, i
 
 
 def linears_in(block: nn.Module, members: Iterable[str]) -> list[str]:
-    """The paths of the plain linears that make up ``members``: themselves, or their factors."""
+    """The paths of the plain linears in ``members``: the members, or their factors."""
     return [path for member in members for path, _ in plain_parts(block.get_submodule(member), member)]
 
 
 def is_factored(block: nn.Module, member: str) -> bool:
-    """Whether a member is made of two linears, with a latent between them."""
+    """Whether a member consists of two linears, with a latent between them."""
     module = block.get_submodule(member)
     return innermost(module, "input_part") is not innermost(module, "output_part")
 
@@ -138,25 +138,25 @@ def factor_paths(model: nn.Module) -> dict[str, list[str]]:
 
 
 def shared_inputs(block: nn.Module, tower: Tower, members: Iterable[str]) -> list[list[str]]:
-    """The paths of ``linears_in``, grouped by the input that they are given."""
+    """The paths of ``linears_in``, grouped by their input."""
     members, groups = list(members), []
     latents: dict[str, list[str]] = {}
     for inputs in tower.inputs:
-        here = [member for member in inputs if member in members]
-        groups.append(list(dict.fromkeys(input_side(block, member) for member in here)))
-        for member in here:
+        present = [member for member in inputs if member in members]
+        groups.append(list(dict.fromkeys(input_side(block, member) for member in present)))
+        for member in present:
             if is_factored(block, member):
                 latents.setdefault(input_side(block, member), []).append(output_side(block, member))
     return [group for group in [*groups, *latents.values()] if group]
 
 
 def input_side(block: nn.Module, member: str) -> str:
-    """The path of the linear that reads a member's input: itself, or its right factor wherever that is listed."""
+    """The path of the linear that reads a member's input: the member, or its right factor."""
     return _path_of(block, innermost(block.get_submodule(member), "input_part"))
 
 
 def output_side(block: nn.Module, member: str) -> str:
-    """The path of the linear that gives a member's output: itself, or its left factor."""
+    """The path of the linear that gives a member's output: the member, or its left factor."""
     return _path_of(block, innermost(block.get_submodule(member), "output_part"))
 
 
@@ -165,7 +165,7 @@ def _path_of(block: nn.Module, linear: nn.Module) -> str:
 
 
 def set_steps(block: nn.Module, group: list[str], steps: Iterable[nn.Module]) -> None:
-    """Put ``steps`` right in front of all linears of a group of ``shared_inputs``, after what is there already."""
+    """Add ``steps`` directly before all linears of a group of ``shared_inputs``, after existing steps."""
     parent = block.get_submodule(group[0].rpartition(".")[0])
     if isinstance(parent, PreparedLinear):
         parent.steps.extend(steps)
@@ -178,13 +178,13 @@ def set_steps(block: nn.Module, group: list[str], steps: Iterable[nn.Module]) ->
 
 
 def steps_of(block: nn.Module, path: str) -> nn.Sequential:
-    """What stands in front of the linear at ``path``; nothing: an empty Sequential."""
+    """The steps before the linear at ``path``; an empty Sequential where there are none."""
     parent = block.get_submodule(path.rpartition(".")[0])
     return parent.steps if isinstance(parent, PreparedLinear) else nn.Sequential()
 
 
 def prepared_in(block: nn.Module) -> list[tuple[list[str], nn.Sequential]]:
-    """All steps in ``block``, each list with the group of linears that ``set_steps`` put it in front of."""
+    """All steps in ``block``, each list with the group of linears that it is before."""
     found: dict[int, tuple[list[str], nn.Sequential]] = {}
     for path, module in block.named_modules():
         if isinstance(module, PreparedLinear):
@@ -194,7 +194,7 @@ def prepared_in(block: nn.Module) -> list[tuple[list[str], nn.Sequential]]:
 
 
 def change_weight(block: nn.Module, path: str, change: Callable[[Tensor], Tensor]) -> None:
-    """Replace the weight (out, in) of a plain linear by what ``change`` makes of it in float64, in its shape."""
+    """Replace the weight (out, in) of a plain linear by ``change(weight)``, in float64 and of the same shape."""
     linear: Any = block.get_submodule(path)
     weight = dense_weight(linear).detach()
     changed = change(weight.double()).to(weight.dtype)
@@ -210,9 +210,9 @@ def change_bias(block: nn.Module, path: str, change: Callable[[Tensor], Tensor])
 
 
 def make_plain(block: nn.Module, members: Iterable[str], dtype: torch.dtype) -> None:
-    """Put plain linears in the place of all in which ``members`` are stored otherwise, from the values they have.
+    """Replace all parts of ``members`` that are stored in another way by plain linears of the same values.
 
-    So a quantization can round them anew. Raises SkippedCell for a storage that does not allow it.
+    So a quantization can round them. Raises SkippedCell for a storage that does not allow it.
     """
     for member in members:
         block.set_submodule(member, to_plain(block.get_submodule(member), dtype))

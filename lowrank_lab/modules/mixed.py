@@ -47,8 +47,8 @@ class MixedLinear(CompressedLinear):
         return cls("right", int8, _half(weight[:, in_8_bit:]), scale.float(), None)
 
     @classmethod
-    def empty(cls, described: dict[str, Any], replaced: Any) -> MixedLinear:
-        side, in_8_bit = described["side"], described["in_8_bit"]
+    def empty(cls, description: dict[str, Any], replaced: Any) -> MixedLinear:
+        side, in_8_bit = description["side"], description["in_8_bit"]
         out, inp = dense_weight(replaced).shape
         length, rank = (out, inp) if side == "left" else (inp, out)
         int8, float16 = (

@@ -49,8 +49,8 @@ class QuantizedLinear(CompressedLinear):
         return cls(form, (quantized.codes.shape[0], quantized.codes.shape[1]), tensors, bias)
 
     @classmethod
-    def empty(cls, described: dict[str, Any], replaced: Any) -> QuantizedLinear:
-        form = Format(**described["format"])
+    def empty(cls, description: dict[str, Any], replaced: Any) -> QuantizedLinear:
+        form = Format(**description["format"])
         out, inp = dense_weight(replaced).shape
         shape = (out, inp)
         scales, dtype = form.scales(shape), getattr(torch, form.scale_dtype)

@@ -18,74 +18,74 @@ from lowrank_lab.modules.factorized import plain_linear
 
 
 def describe_modules(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """By full path every module that stands in the place of one of the model's own, those within it too.
+    """By full path every module that replaces one of the model's original modules, and replacements within it.
 
-    Each has its ``kind``, what it describes, and in ``borrows`` the paths of what other modules list for it.
+    Each has its ``kind``, its description, and in ``borrows`` the paths of modules that another one lists for it.
     """
     paths = {id(module): path for path, module in model.named_modules()}
-    described = {}
+    description = {}
     for path, module in model.named_modules():
         if isinstance(module, Replacement):
-            described[path] = {"kind": module.kind, **module.describe()}
+            description[path] = {"kind": module.kind, **module.describe()}
             if borrowed := module.borrowed():
-                described[path]["borrows"] = {name: paths[id(lent)] for name, lent in borrowed.items()}
-    return described
+                description[path]["borrows"] = {name: paths[id(shared)] for name, shared in borrowed.items()}
+    return description
 
 
-def _make_kinds_known() -> None:
-    """Import the files of this package: the kinds that they define are known then."""
+def _register_kinds() -> None:
+    """Import the files of this package, which registers the kinds that they define."""
     for file in iter_modules(package.__path__):
         import_module(f"{package.__name__}.{file.name}")
 
 
 def build_modules(model: Any, modules: Mapping[str, dict[str, Any]]) -> None:
-    """Put what ``describe_modules`` gave into a dense model on the meta device, in place.
+    """Build the modules of ``describe_modules`` in a dense model on the meta device, in place.
 
     Raises UserError for a kind that is not known.
     """
-    _make_kinds_known()
+    _register_kinds()
     for path in sorted(modules, key=lambda path: path.count(".")):  # a module before those within it
-        described = {name: value for name, value in modules[path].items() if name not in ("kind", "borrows")}
-        made = Replacement.of_kind(modules[path]["kind"]).empty(described, model.get_submodule(path))
-        model.set_submodule(path, made)
-        if isinstance(made, CompressedLinear):
-            # GPT-2 sets initial weights of a block's linears from above, where it would miss theirs.
+        description = {name: value for name, value in modules[path].items() if name not in ("kind", "borrows")}
+        replacement = Replacement.of_kind(modules[path]["kind"]).empty(description, model.get_submodule(path))
+        model.set_submodule(path, replacement)
+        if isinstance(replacement, CompressedLinear):
+            # GPT-2 would initialize the weights of a block's linears, and not find those of this module.
             model.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True
-    for path, described in modules.items():
-        for name, lent in described.get("borrows", {}).items():
-            model.get_submodule(path).borrow(name, model.get_submodule(lent))
+    for path, description in modules.items():
+        for name, shared in description.get("borrows", {}).items():
+            model.get_submodule(path).borrow(name, model.get_submodule(shared))
 
 
 def check_kinds(linear: nn.Module, path: str) -> None:
-    """Raises UserError where a compressed linear, or one that it is made of, has no kind and so no description."""
-    for where, part in [(path, linear), *plain_parts(linear, path)]:
-        described = isinstance(part, CompressedLinear) and hasattr(part, "kind")
-        if not described and (part is linear or not is_linear(part)):
+    """Raises UserError where a compressed linear, or a part of it, has no kind and so no description."""
+    for module_path, part in [(path, linear), *plain_parts(linear, path)]:
+        description = isinstance(part, CompressedLinear) and hasattr(part, "kind")
+        if not description and (part is linear or not is_linear(part)):
             raise UserError(
-                f"save=true: a checkpoint cannot hold this storage: {where} is a {type(part).__name__}, "
+                f"save=true: a checkpoint cannot hold this storage: {module_path} is a {type(part).__name__}, "
                 "no CompressedLinear with a kind"
             )
 
 
 def check_description(linear: nn.Module, like: Tensor) -> None:
-    """Raises ValueError where a linear, dense or compressed, costs something else than the one that it describes.
+    """Raises ValueError where the counts of a linear, dense or compressed, differ from those of its description.
 
     ``like`` (out, in) is the dense weight, without values, on the meta device.
     """
-    holder = nn.Module()
-    holder.linear = plain_linear(like, None)
+    container = nn.Module()
+    container.linear = plain_linear(like, None)
     for path, module in linear.named_modules():
         if isinstance(module, Replacement):
-            where = f"linear.{path}".removesuffix(".")
-            described = json.loads(json.dumps(module.describe()))
-            made = module.empty(described, holder.get_submodule(where))
-            for name, lent in module.borrowed().items():
-                made.borrow(name, lent)
-            holder.set_submodule(where, made)
-    found, described = count(linear), count(holder)
+            module_path = f"linear.{path}".removesuffix(".")
+            description = json.loads(json.dumps(module.describe()))
+            replacement = module.empty(description, container.get_submodule(module_path))
+            for name, shared in module.borrowed().items():
+                replacement.borrow(name, shared)
+            container.set_submodule(module_path, replacement)
+    found, description = count(linear), count(container)
     for what in ("parameters", "bytes", "macs"):
-        if getattr(found, what) != getattr(described, what):
+        if getattr(found, what) != getattr(description, what):
             raise ValueError(
                 f"a {type(linear).__name__} has {getattr(found, what)} {what}, "
-                f"but the one that it describes has {getattr(described, what)}"
+                f"but the one that it describes has {getattr(description, what)}"
             )

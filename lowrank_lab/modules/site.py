@@ -1,4 +1,4 @@
-"""What is factored as one matrix, and what its ranks cost. No torch."""
+"""Sites: linears that are factored as one matrix, and the cost of their ranks. No torch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Site:
     members    paths of the linears within their block
     outs       output width of each; ``inp`` the input width that they share
     dense      cost of the site uncompressed
-    rank_cost  the cost at a rank from 0 to ``full``; it never falls as the rank rises. Two sites are equal without
-               it: a function cannot be compared
+    rank_cost  the cost at a rank from 0 to ``full``, which never decreases with the rank. Equality of two sites
+               ignores it, as functions cannot be compared
     """
 
     block: int
@@ -29,7 +29,7 @@ class Site:
 
     @property
     def key(self) -> str:
-        """Its name within the block."""
+        """The name of the site within the block."""
         return "+".join(self.members)
 
     @property
@@ -51,7 +51,7 @@ class Site:
         return self.dense if rank is None else self.rank_cost(rank)
 
     def parameters(self, rank: int | None) -> int:
-        """How many numbers the site has at ``rank``, biases apart, whatever is counted as its cost."""
+        """The number of values in the site at ``rank`` without biases, whatever its cost counts."""
         return self.out * self.inp if rank is None else rank * (self.out + self.inp)
 
 

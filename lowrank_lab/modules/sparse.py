@@ -1,4 +1,4 @@
-"""A linear layer with pruned weights: the others are kept, and a bit for every place."""
+"""A linear layer with pruned weights: it stores the others, and one bit for every weight."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class SparseLinear(CompressedLinear):
         return cls((out, inp), pack(kept.to(torch.uint8), 1), weight[kept], bias)
 
     @classmethod
-    def empty(cls, described: dict[str, Any], replaced: Any) -> SparseLinear:
+    def empty(cls, description: dict[str, Any], replaced: Any) -> SparseLinear:
         like = dense_weight(replaced)
         out, inp = like.shape
-        return cls((out, inp), _empty_mask(like), like.new_empty(described["kept"]), bias_of(replaced))
+        return cls((out, inp), _empty_mask(like), like.new_empty(description["kept"]), bias_of(replaced))
 
     def describe(self) -> dict[str, Any]:
         return {"kept": len(self.values)}
@@ -67,7 +67,7 @@ class SparseLinear(CompressedLinear):
 
 
 class MaskedLinear(CompressedLinear):
-    """``linear`` with its pruned weights zero, whatever a quantization makes of them.
+    """``linear`` with its pruned weights set to zero, also after a quantization of ``linear``.
 
     mask  as in SparseLinear
     kept  how many weights are not pruned
@@ -83,8 +83,8 @@ class MaskedLinear(CompressedLinear):
         self.kept = kept
 
     @classmethod
-    def empty(cls, described: dict[str, Any], replaced: Any) -> MaskedLinear:
-        return cls(replaced, _empty_mask(dense_weight(replaced)), described["kept"])
+    def empty(cls, description: dict[str, Any], replaced: Any) -> MaskedLinear:
+        return cls(replaced, _empty_mask(dense_weight(replaced)), description["kept"])
 
     def describe(self) -> dict[str, Any]:
         return {"kept": self.kept}
@@ -108,5 +108,5 @@ class MaskedLinear(CompressedLinear):
 
 
 def _empty_mask(like: Tensor) -> Tensor:
-    """The mask of a weight like this one, without values, on the meta device."""
+    """The mask for a weight of the shape of ``like``, without values, on the meta device."""
     return torch.empty(-(-like.numel() // 8), dtype=torch.uint8, device="meta")

@@ -1,6 +1,6 @@
-"""What is done to the input of a linear before the multiplication: small modules x (…, width) → (…, width).
+"""Steps before a linear, which change its input: small modules x (…, width) → (…, width).
 
-``describe()`` is plain data with which a checkpoint makes the same step again, without its values.
+``describe()`` is plain data from which a checkpoint builds the same step without its values.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from lowrank_lab.modules.formats import Format
 
 
 class Step(Described):
-    """A subclass takes what its ``describe()`` gives as arguments. Its tensors are parameters."""
+    """The arguments of a subclass are the entries of its ``describe()``. Its tensors are parameters."""
 
     def counts(self) -> Counts:
-        """A step has no weights: its tensors count as bytes alone."""
+        """A step has no weights: its tensors count only as bytes."""
         return Counts(bytes=nbytes(*self.parameters()))
 
 
@@ -60,7 +60,7 @@ class Permute(Step):
 
 
 class Rotate(Step):
-    """x R with R block-diagonal, of blocks of ``size`` channels; of the last block only the beginning may be used.
+    """x R with R block-diagonal, of blocks of ``size`` channels; the last block may be used only in part.
 
     ``blocks`` is (⌈width / size⌉, size, size); with size = width it is one full matrix.
     """
@@ -98,8 +98,8 @@ class Hadamard(Step):
         return {"width": self.width, "stride": self.stride}
 
     def forward(self, x: Tensor) -> Tensor:
-        apart = x.unflatten(-1, (self.width // self.stride, self.stride))
-        return hadamard.transform(apart.mT).mT.flatten(-2)
+        strided = x.unflatten(-1, (self.width // self.stride, self.stride))
+        return hadamard.transform(strided.mT).mT.flatten(-2)
 
 
 class Round(Step):
@@ -114,8 +114,8 @@ class Round(Step):
         super().__init__()
         self.form = Format(**form)
         self.static = self.form.granularity == "tensor"
-        for name, there in (("scale", self.static), ("zero", self.static and self.form.has_zero)):
-            value = nn.Parameter(torch.ones(1, 1, dtype=torch.float32), requires_grad=False) if there else None
+        for name, exists in (("scale", self.static), ("zero", self.static and self.form.has_zero)):
+            value = nn.Parameter(torch.ones(1, 1, dtype=torch.float32), requires_grad=False) if exists else None
             self.register_parameter(name, value)
 
     def describe(self) -> dict[str, Any]:
@@ -134,14 +134,14 @@ class Round(Step):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()
-        lost = ~rows.isfinite().all(1, keepdim=True)  # stays so, for evaluators to find out where it began
-        rows = rows.masked_fill(lost, 0.0)
+        not_finite = ~rows.isfinite().all(1, keepdim=True)  # stays so, as evaluators look for the first such layer
+        rows = rows.masked_fill(not_finite, 0.0)
         scale, zero = self.fixed() if self.static else grids(rows, self.form)
         if not self.static:
             scale = spread(scale, self.form, rows.shape[1])
             zero = None if zero is None else spread(zero, self.form, rows.shape[1])
         values = decode(encode(rows, self.form, scale, zero), self.form, scale, zero)
-        return values.masked_fill(lost, torch.nan).to(x.dtype).view(x.shape)
+        return values.masked_fill(not_finite, torch.nan).to(x.dtype).view(x.shape)
 
 
 def steps_in(model: nn.Module) -> dict[str, Step]:
@@ -154,7 +154,7 @@ def describe(steps: nn.Sequential) -> list[dict[str, Any]]:
     return [{"step": step.kind, **step.describe()} for step in steps if isinstance(step, Step)]
 
 
-def empty(described: Iterable[dict[str, Any]]) -> list[Step]:
+def empty(description: Iterable[dict[str, Any]]) -> list[Step]:
     """Steps without memory, on the meta device, for a checkpoint to fill. Raises UserError for an unknown kind."""
     with torch.device("meta"):
-        return [Step.of_kind(one["step"])(**{k: v for k, v in one.items() if k != "step"}) for one in described]
+        return [Step.of_kind(one["step"])(**{k: v for k, v in one.items() if k != "step"}) for one in description]

@@ -1,1 +1,1 @@
-"""What a grid will cost, before anything is computed (``python run.py ... dry_run=true``)."""
+"""The cost of a grid before anything is computed (``python run.py ... dry_run=true``)."""

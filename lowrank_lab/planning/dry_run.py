@@ -1,4 +1,4 @@
-"""``dry_run=true``: what every cell of a grid will need, and whether this machine has it."""
+"""``dry_run=true``: the memory, disk space and FLOPs that every cell of a grid needs, and whether they fit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NOTE = (
 
 @dataclass
 class Machine:
-    """Bytes of memory and of GPU memory (0: no GPU), and the free bytes of each disk after the cells' writes."""
+    """Bytes of memory and of GPU memory (0: no GPU), and the bytes free on each disk after the planned writes."""
 
     memory: int
     gpu: int
@@ -39,8 +39,8 @@ class Machine:
         gpu = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
         return cls(environment.memory_limit(), gpu)
 
-    def left_after(self, count: int, folder: Path) -> int:
-        """Subtract ``count`` bytes for ``folder``; returns how many are free after that, below 0 for too few."""
+    def free_after(self, count: int, folder: Path) -> int:
+        """Subtract ``count`` bytes for ``folder``; returns the free bytes after that, negative where too few."""
         folder = folder.absolute()
         while not folder.exists():
             folder = folder.parent
@@ -51,13 +51,13 @@ class Machine:
 
 
 def print_needs(cells: Sequence[Cell]) -> bool:
-    """Print what each cell needs and what is short; returns whether all fits. Nothing is computed."""
+    """Print what each cell needs and what the machine lacks; returns whether all fits. Nothing is computed."""
     device = pick_device(cells[0].cfg.device)
     machine = Machine.here(device)
     models: dict[str, Shapes] = {}
     planned: set[tuple[str, str, str]] = set()
     seen: set[str] = set()
-    rows, everything, short = [], [], []
+    rows, everything, shortage_lines = [], [], []
     for cell in cells:
         state, steps = "finished", []
         if cell.key in seen:
@@ -72,21 +72,21 @@ def print_needs(cells: Sequence[Cell]) -> bool:
             except SkippedCell as why:
                 state = f"to be skipped: {why}"
         seen.add(cell.key)
-        lacking = list(_lacking(cell, steps, machine))
-        rows.append({"cell": cell.label, "state": "does not fit" if lacking else state, **_needs(steps)})
-        short += [f"{cell.label}: {line}" for line in lacking]
+        shortages = list(_shortages(cell, steps, machine))
+        rows.append({"cell": cell.label, "state": "does not fit" if shortages else state, **_needs(steps)})
+        shortage_lines += [f"{cell.label}: {line}" for line in shortages]
         everything += steps
     count = f"{sum(row['state'] == 'finished' for row in rows)} of {len(seen)} finished"
     rows.append({"cell": "all", "state": count, **_needs(everything)})
     print(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True))
     print(f"\n{NOTE}")
-    for line in short:
+    for line in shortage_lines:
         print(f"does not fit: {line}")
-    return not short
+    return not shortage_lines
 
 
 def _is_missing(step: Step, planned: set[tuple[str, str, str]]) -> bool:
-    """Whether the step is still to be done after the cells before; adds its artifact to ``planned``."""
+    """Whether neither the store has the step nor an earlier cell computes it; adds its artifact to ``planned``."""
     if step.artifact is None:
         return True
     store, kind, key = step.artifact
@@ -98,7 +98,7 @@ def _is_missing(step: Step, planned: set[tuple[str, str, str]]) -> bool:
 
 
 def _needs(steps: Sequence[Step]) -> dict[str, str]:
-    """The cells of a row: the highest memory, the sums of the rest; a ≥ where a step is not estimated."""
+    """The entries of a row: the highest memory, the sums of the rest; a ≥ where a step is not estimated."""
     if not steps:
         return dict.fromkeys(("memory", "GPU memory", "disk", "FLOPs"), "0")
     least = "" if all(step.known for step in steps) else "≥ "
@@ -111,34 +111,34 @@ def _needs(steps: Sequence[Step]) -> dict[str, str]:
     }
 
 
-def _lacking(cell: Cell, steps: Sequence[Step], machine: Machine) -> Iterator[str]:
-    """For each resource that is short: by how much, and what to change. ``steps`` are those still to be done."""
+def _shortages(cell: Cell, steps: Sequence[Step], machine: Machine) -> Iterator[str]:
+    """For each resource that is too small: how much is missing, and what to change. ``steps`` are not done yet."""
     if not steps:
         return
     largest = max(steps, key=lambda step: step.host - step.mapped)
     if (needed := largest.host - largest.mapped) > machine.memory:
-        ways = [] if cell.cfg.calibration.offload else ["calibration.offload=true"]
-        ways += ["the dtype of the checkpoint, whose weights stay on the disk"] if not largest.mapped else []
-        yield _short("memory", largest, needed, machine.memory, [*ways, "smaller batches", "a larger machine"])
+        remedies = [] if cell.cfg.calibration.offload else ["calibration.offload=true"]
+        remedies += ["the dtype of the checkpoint, whose weights stay on the disk"] if not largest.mapped else []
+        yield _short("memory", largest, needed, machine.memory, [*remedies, "smaller batches", "a larger machine"])
     largest = max(steps, key=lambda step: step.device)
     if largest.device > machine.gpu:
         yield _short("GPU memory", largest, largest.device, machine.gpu, ["smaller batches", "device=cpu"])
     for setting in ("artifacts", "results"):
         root = Path(cell.cfg[setting])
-        left, wanted = 0, 0
+        free, wanted = 0, 0
         for step in steps:
             written = step.disk if step.artifact is not None and step.artifact[0].root == root else 0
             scratch = step.scratch if setting == "artifacts" else 0
-            left = min(left, machine.left_after(written, root) - scratch)
+            free = min(free, machine.free_after(written, root) - scratch)
             wanted += written + scratch
-        if left < 0 and wanted:
-            yield f"the disk of {setting}={root} lacks {size(-left)}; free some, or use {setting}=FOLDER on another"
+        if free < 0 and wanted:
+            yield f"the disk of {setting}={root} lacks {size(-free)}; free some, or use {setting}=FOLDER on another"
 
 
-def _short(of: str, step: Step, needed: int, there: int, ways: Sequence[str]) -> str:
+def _short(of: str, step: Step, needed: int, available: int, remedies: Sequence[str]) -> str:
     return (
-        f"{step.name} needs {size(needed)} of {of}, {size(needed - there)} more than there is; "
-        f"use {', '.join(ways[:-1])} or {ways[-1]}"
+        f"{step.name} needs {size(needed)} of {of}, {size(needed - available)} more than is available; "
+        f"use {', '.join(remedies[:-1])} or {remedies[-1]}"
     )
 
 

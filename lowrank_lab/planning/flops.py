@@ -1,7 +1,7 @@
 """Floating point operations of the stages of a cell, two for a multiply-accumulate, from shapes.
 
-Products of matrices are counted, the rest (norms, activations, losses) is not. torch's counter gives the same for
-the passes; it does not know decompositions, which are EIGH · n³, nor roots by Cholesky.
+Only products of matrices count, not norms, activations and losses. torch's counter gives the same for forward and
+backward passes; it does not count decompositions, which are EIGH · n³, nor roots by Cholesky.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ EIGH = 9  # of a symmetric n × n matrix with its vectors (Golub & Van Loan, §8
 
 
 def forward(shapes: Shapes, sequences: int, length: int, head: bool = True, saved: int = 0) -> int:
-    """Of ``sequences``; ``saved`` is how many parameters fewer the compressed linears have than the dense ones."""
+    """A forward of ``sequences``; ``saved`` is how many parameters the compression removes."""
     macs = shapes.linear_macs - saved + (shapes.head_macs if head else 0)
     products = 2 * shapes.layers * length * shapes.attention  # of queries and keys, and with values
     return 2 * sequences * length * (macs + products)
 
 
 def statistics(shapes: Shapes, sequences: int, length: int) -> int:
-    """The forward through all blocks, and for every input what is computed of x xᵀ."""
+    """The forward through all blocks, and the computed part of x xᵀ for every input."""
     share = (STRIPS + 1) / (2 * STRIPS)
     squares = sum(width**2 for of_block in shapes.inputs for width in of_block)
     return forward(shapes, sequences, length, head=False) + round(2 * share * sequences * length * squares)
 
 
 def gradients(shapes: Shapes, sequences: int, length: int, outer: bool) -> int:
-    """Forward and backward to the activations, Σ g xᵀ of every linear, and g gᵀ where asked for.
+    """Forward and backward to the activations, Σ g xᵀ of every linear, and g gᵀ with ``outer``.
 
     The backward of attention counts as two and a half of its forward.
     """
@@ -39,7 +39,7 @@ def gradients(shapes: Shapes, sequences: int, length: int, outer: bool) -> int:
 
 
 def decomposition(site: Site, full_metric: bool, tokens: int) -> int:
-    """Of one site, where C is a matrix (``full_metric``), the mean over ``tokens`` inputs, or not (solver.py).
+    """The decomposition of one site (solver.py); ``full_metric``: C is a matrix, the mean over ``tokens`` inputs.
 
     Where out > in, C has a root: by Cholesky, which takes n³ / 3 and the bound on its condition 2 n³ / 3, or by its
     eigenvectors where it is singular, as it is of fewer tokens than channels. (One that is ill-conditioned takes
@@ -54,5 +54,5 @@ def decomposition(site: Site, full_metric: bool, tokens: int) -> int:
 
 
 def factorization(site: Site, rank: int) -> int:
-    """Of one site's factors of ``rank``, from its spectrum."""
+    """The factors of one site at ``rank``, from its spectrum."""
     return 2 * rank * site.out * site.inp * (1 if site.out <= site.inp else 2)

@@ -1,6 +1,6 @@
-"""Bytes that the stages of a cell hold in addition to the weights and the hidden states, from shapes.
+"""Bytes of memory of a cell's stages in addition to the weights and the hidden states, from shapes.
 
-Each is the peak of the code that it stands for, rounded up; intermediate results count.
+Each is the peak of the code that it estimates, rounded up, with intermediate results.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ DOUBLE, SINGLE = 8, 4
 
 
 def activations(shapes: Shapes, tokens: int, value: int) -> int:
-    """Of one block while so many ``tokens`` pass, of ``value`` bytes each number."""
+    """The activations of one block for ``tokens`` tokens, with ``value`` bytes a number."""
     return tokens * value * (8 * shapes.hidden + 4 * shapes.attention + 4 * shapes.widest)
 
 
 def logits(shapes: Shapes, tokens: int, value: int) -> int:
-    """Of a perplexity: as the model gives them, and three times in float32 for the loss."""
+    """The logits for a perplexity: in the model's dtype, and three times in float32 for the loss."""
     return tokens * shapes.vocabulary * (value + 3 * SINGLE)
 
 
 def sums(shapes: Shapes, tokens: int) -> int:
-    """Of the statistics of a block's inputs: float64, the input in float32, and a mean while it is computed."""
+    """The statistics of a block's inputs: float64, the input in float32, and a mean while it is computed."""
     widest = max(width for of_block in shapes.inputs for width in of_block)
     kept = max(sum(width**2 for width in of_block) for of_block in shapes.inputs)
     return DOUBLE * kept + max(2 * SINGLE * tokens * widest, DOUBLE * widest**2) + SINGLE * widest**2
@@ -42,7 +42,7 @@ def gradients_file(shapes: Shapes, outer: bool, weight: bool) -> list[int]:
 
 
 def backward(shapes: Shapes, tokens: int, outer: bool, weight: bool) -> int:
-    """Of a backward pass over one sequence in float32: all that it saves, and the sums of all linears."""
+    """A backward pass over one sequence in float32: the saved activations, and the sums of all linears."""
     saved = shapes.layers * activations(shapes, tokens, SINGLE) + 2 * logits(shapes, tokens, SINGLE)
     square = sum(
         2 * DOUBLE * out + DOUBLE * outer * out**2 + SINGLE * weight * out * inp
@@ -69,5 +69,5 @@ def spectra_file(shapes: Shapes, metric_outputs: str) -> list[int]:
 
 
 def decomposition(site: Site) -> int:
-    """Of the solver on one site in float64: the weight and C, what they are multiplied to, eigenvectors, work."""
+    """The solver on one site in float64: the weight and C, their products, eigenvectors, work space."""
     return DOUBLE * (4 * site.out * site.inp + 2 * site.inp**2 + 8 * site.full**2)

@@ -1,4 +1,4 @@
-"""The shapes of a cell's model: from its configuration alone, no weight is read."""
+"""The shapes of a cell's model, from its configuration alone: this reads no weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lowrank_lab.lowrank.ranks import rank_within
 from lowrank_lab.models.discovery import family_of
 from lowrank_lab.models.families import Tower, head_size, kv_cache_shape
 from lowrank_lab.models.load import load_config, skeleton
-from lowrank_lab.models.tiny import EVERY
+from lowrank_lab.models.tiny import ALL_CONFIGS
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.base import is_linear
 from lowrank_lab.modules.counts import count
@@ -27,7 +27,7 @@ from lowrank_lab.running.context import sites_of_cell
 
 @dataclass(frozen=True)
 class Shapes:
-    """A dense model in numbers, and what a cell compresses of it.
+    """The sizes of a dense model, and the sites that a cell compresses.
 
     parameters     of the whole model, tied ones once; ``block`` those of its largest block
     stored         the dtype of the weights on disk
@@ -36,7 +36,7 @@ class Shapes:
     linears        by block, the (out, in) of its compressible linears, by name
     inputs         by block, the widths of the inputs that these share
     linear_macs    multiply-accumulates a token of all linears but lm_head, ``head_macs`` those of lm_head
-    sites          what is factored, by name; nothing where nothing is compressed
+    sites          the sites to factor, by name; empty where nothing is factored
     """
 
     parameters: int
@@ -54,7 +54,7 @@ class Shapes:
     sites: dict[str, Site] = field(default_factory=dict)
 
     def ranks(self, ratio: float) -> Ranks:
-        """Those of uniform ranks; other allocations spend as much on the whole."""
+        """The uniform ranks; other allocations use the same budget in total."""
         if ratio >= 1:
             return dict.fromkeys(self.sites)
         wanted = {name: max(1, rank_within(site, ratio)) for name, site in self.sites.items()}
@@ -62,7 +62,7 @@ class Shapes:
 
 
 def with_sites(shapes: Shapes, cell: Cell) -> Shapes:
-    """What ``cell`` compresses. Raises SkippedCell or UserError where the cell itself will."""
+    """``shapes`` with the sites of ``cell``. Raises SkippedCell or UserError as the cell itself would."""
     if cell.saved is not None:
         return replace(shapes, sites=cell.saved.sites)
     if not any(compression.makes_factors for compression in cell.compressions.values()):
@@ -72,7 +72,7 @@ def with_sites(shapes: Shapes, cell: Cell) -> Shapes:
 
 
 def shapes_of(cell: Cell) -> Shapes:
-    """Of the cell's dense model. Raises UserError for one that needs its own code."""
+    """The shapes of the cell's dense model. Raises UserError for one that needs its own code."""
     model_config = config_of(cell)
     model = skeleton(model_config, cell.cfg.model.trust_remote_code)
     try:
@@ -102,10 +102,10 @@ def shapes_of(cell: Cell) -> Shapes:
 
 
 def config_of(cell: Cell) -> Any:
-    """The configuration of a cell's model, of one that is yet to be converted as well."""
+    """The configuration of a cell's model, also before its conversion."""
     source = cell.source
-    if source.kind == "tiny":  # made of this very configuration
-        return AutoConfig.for_model(source.location, **EVERY[source.location])
+    if source.kind == "tiny":  # built from this configuration
+        return AutoConfig.for_model(source.location, **ALL_CONFIGS[source.location])
     if source.kind != "gguf":
         return load_config(source.location, source.revision, cell.cfg.model.trust_remote_code)
     if (converted := cell.store.get("model", cell.keys.model)) is not None:

@@ -1,4 +1,4 @@
-"""What a cell will do, in the order of running/pipeline.py, and what each step will need."""
+"""The steps of a cell, in the order of running/pipeline.py, and the resources that each needs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WITHOUT_TRAINING = ("Uniform", "LossBased", "GlobalTail")  # allocations that re
 class Step:
     """One stage.
 
-    artifact  where its result is kept: the store, its kind and key; None where it is not kept
+    artifact  the artifact of its result: the store, its kind and key; None where it is not stored
     host      bytes of memory of the whole process, ``mapped`` of which are files, which the system can reclaim
     device    bytes of GPU memory; 0 without one
     disk      bytes that it writes
@@ -68,7 +68,7 @@ class Planner:
 
     @property
     def saved_parameters(self) -> int:
-        """How many fewer the compressed model has."""
+        """The number of parameters that the compression removes."""
         return sum(site.parameters(None) - site.parameters(self.ranks[n]) for n, site in self.shapes.sites.items())
 
     def steps(self) -> Iterator[Step]:
@@ -137,14 +137,14 @@ class Planner:
         wanted = {self.cell.keys.weight_fisher: (False, True)} if answers.needs_weight_fisher else {}
         if (key := keys.gradients) is not None and not answers.one_backward_pass:
             wanted[key] = (answers.metric.needs_outer, False)
-        again = 0 if self.value == 4 else 4 * shapes.parameters  # a float32 model in addition to the cell's
+        second_model = 0 if self.value == 4 else 4 * shapes.parameters  # a float32 model in addition to the cell's
         for key, (outer, weight) in wanted.items():
             yield self._step(
                 "gradients",
                 self._kept("gradients", key),
                 whole=True,
-                work=memory.backward(shapes, self.length, outer, weight) + (again if not self.on_gpu else 0),
-                results=again if self.on_gpu else 0,
+                work=memory.backward(shapes, self.length, outer, weight) + (second_model if not self.on_gpu else 0),
+                results=second_model if self.on_gpu else 0,
                 disk=sum(memory.gradients_file(shapes, outer, weight)),
                 flops=flops.gradients(shapes, self.samples, self.length, outer),
             )
@@ -167,7 +167,7 @@ class Planner:
                 )
 
     def _windows(self, name: str, evaluator: Perplexity) -> int | None:
-        """How many windows will be measured; None where only tokenizing the text shows it."""
+        """The number of windows to measure; None where it is known only after tokenizing the text."""
         found = self.cell.store.get("tokens", self.cell.keys.text_tokens(name))
         if found is None:
             return evaluator.max_windows
@@ -202,9 +202,9 @@ class Planner:
         flops: int = 0,
         known: bool = True,
     ) -> Step:
-        """A step that holds the weights, with ``work`` where it computes and ``results`` on the host.
+        """A step with the weights in memory, with ``work`` on the computing device and ``results`` on the host.
 
-        ``hidden``: it walks over the calibration text. ``whole``: it wants the whole model on the GPU.
+        ``hidden``: it walks over the calibration text. ``whole``: it needs the whole model on the GPU.
         """
         state = self.shapes.hidden * self.value if hidden else 0
         states, scratch = self.samples * self.length * state, 0
@@ -214,12 +214,12 @@ class Planner:
         mapped = self.weights if self.is_mapped else 0
         if not self.on_gpu:
             return Step(name, artifact, host + work, mapped, 0, disk, scratch, flops, known)
-        there = self.weights if whole else self.shapes.block * self.value
-        return Step(name, artifact, host, mapped, GPU_BASE + there + work, disk, scratch, flops, known)
+        on_device = self.weights if whole else self.shapes.block * self.value
+        return Step(name, artifact, host, mapped, GPU_BASE + on_device + work, disk, scratch, flops, known)
 
 
 def _has_full_input_metric(metric: Metric) -> bool:
-    """Whether its C is a matrix, by what it makes of statistics of one channel."""
+    """Whether its C is a matrix, which its result for statistics of one channel shows."""
     one, square = torch.ones(1), torch.ones(1, 1)
     c, _ = metric(InputStatistics(1, square, one, one), OutputStatistics(1, one, one, square))
     return c is not None and c.ndim == 2

@@ -1,1 +1,1 @@
-"""Weights set to zero, and kept as zeros. One file a rule."""
+"""Pruning: weights that are set to zero and stay zero. One file for each rule."""

@@ -51,23 +51,23 @@ class Magnitude(Compression):
 
     def key(self, cell: Cell, before: str) -> str:
         content = {"model": before, "pruning": config.for_key(cell.cfg.pruning), "version": VERSION}
-        return fingerprint({**content, "targets": None if cell.is_factored else cell.keys.targeted})
+        return fingerprint({**content, "targets": None if cell.is_factored else cell.keys.targets_for_key})
 
     def check(self, context: Context) -> None:
-        """Raises SkippedCell where another compression does not leave the zeros where they are."""
+        """Raises SkippedCell where another compression makes pruned weights nonzero again."""
         for other in context.cell.compressions.values():
             if other.mixes_channels:
-                raise SkippedCell(f"{other.name} mixes channels, so that pruned weights are zero no more")
+                raise SkippedCell(f"{other.name} mixes channels, so that pruned weights become nonzero")
 
     def plan(self, context: Context) -> Plan:
         """The sparsity of every site."""
         return dict.fromkeys(context.sites, self.sparsity)
 
     def apply(self, context: Context, plan: Plan) -> dict[str, Any]:
-        """Put sparse linears in the place of those that make up the sites.
+        """Replace the linears of the sites by sparse ones.
 
         The facts are how many weights were ``pruned`` of ``weights``. Raises SkippedCell for linears that are not
-        kept as plain weights.
+        stored as plain weights.
         """
         pruned = weights = 0
         blocks = walk.blocks_of(context.model, context.tower)
@@ -77,7 +77,7 @@ class Magnitude(Compression):
                 for path in linears.linears_in(block, site.members):
                     linear = block.get_submodule(path)
                     if not base.is_linear(linear):
-                        raise SkippedCell(f"pruning works on plain weights, and {name} is kept otherwise")
+                        raise SkippedCell(f"pruning works on plain weights, and {name} is stored in another way")
                     weight = base.dense_weight(linear).detach()
                     kept = largest(weight, plan[name])
                     block.set_submodule(path, sparse.SparseLinear.of(weight, kept, base.bias_of(linear)))

@@ -1,1 +1,1 @@
-"""Quantization: how many bits a number is kept in, beside how many numbers there are."""
+"""Quantization: fewer bits for each number, while low rank and pruning keep fewer numbers."""

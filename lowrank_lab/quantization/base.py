@@ -15,7 +15,7 @@ from lowrank_lab.artifacts.store import fingerprint
 from lowrank_lab.cells import config, versions
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.compression import Compression, Plan
-from lowrank_lab.cells.settings import of_quantization
+from lowrank_lab.cells.settings import quantization_settings
 from lowrank_lab.errors import UserError
 from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.modules.formats import Format
@@ -49,10 +49,10 @@ else:
 class Transform:
     """Changes ``context.model`` in place, but not its outputs, so that rounding it loses less.
 
-    label              as tables show it
+    label              its name in tables
     needs_calibration  whether it reads the calibration text
     needs_seed         whether it draws random numbers
-    online             whether it leaves work for the forward, which dense weights cannot hold
+    online             whether it adds work to the forward, which dense weights cannot hold
     mixes_channels     whether it multiplies weights by matrices, such as rotations, and not by scales alone
     no_influence       the names of settings that change the speed alone
     """
@@ -65,22 +65,22 @@ class Transform:
     no_influence: tuple[str, ...] = ()
 
     def check(self, tower: Tower, quantization: Quantization) -> None:
-        """Raises SkippedCell, before any work, where the architecture or what is rounded does not allow it."""
+        """Raises SkippedCell, before any work, where the architecture or the quantization does not allow it."""
 
     def __call__(self, context: Context, quantization: Quantization) -> None:
         raise NotImplementedError
 
 
 class Quantization(Compression):
-    """What is done to a model, compressed or not, after it has its ranks.
+    """Quantization of a model, dense or with factors.
 
     transform, latent  changes that lose nothing: of the whole model, and between the two factors of a site
-    method, weights    how the weights are rounded, and in which format; no method: they stay as they are
+    method, weights    how the weights are rounded, and to which format; no method: they are not rounded
     left, right        the formats of the factors
-    activations        the format of the inputs of all linears that are quantized; None: as they are
-    kv_cache           that of keys and values
-    sequential         whether a block is calibrated on what the quantized blocks before it give, or on what these
-                       gave before they were quantized
+    activations        the format of the inputs of all quantized linears; None: they are not rounded
+    kv_cache           the format of keys and values
+    sequential         whether a block is calibrated on the outputs of the quantized blocks before it, or of the
+                       blocks without quantization
     """
 
     axis = "quantization"
@@ -117,7 +117,7 @@ class Quantization(Compression):
 
     @property
     def calibrates_blocks(self) -> bool:
-        """Whether rounding reads what the calibration text gives block by block, so that ``sequential`` matters."""
+        """Whether rounding depends on the inputs of each block, so that ``sequential`` matters."""
         of_weights = self.method is not None and (self.method.needs_inputs or self.method.needs_rows)
         return of_weights or (self.activations is not None and self.activations.static)
 
@@ -146,7 +146,7 @@ class Quantization(Compression):
 
     @property
     def name(self) -> str:
-        """A short name, as tables show it: QuaRot GPTQ INT4 A4 KV4."""
+        """A short name for tables: QuaRot GPTQ INT4 A4 KV4."""
         forms = dict.fromkeys((self.weights.name, self.left.name, self.right.name))
         weights = self.weights.name
         if len(forms) > 1:
@@ -156,7 +156,7 @@ class Quantization(Compression):
 
     @property
     def family(self) -> str:
-        """The name without the formats of the weights: what the points on one line of a figure have in common."""
+        """The name without the formats of the weights, the same for all points on one line of a figure."""
         return self._labelled([] if self.method is None else [self.method.label or "RTN"])
 
     def _labelled(self, of_weights: list[str]) -> str:
@@ -166,7 +166,7 @@ class Quantization(Compression):
         return " ".join(part for part in parts if part)
 
     def settings(self, cfg: dict[str, Any]) -> dict[str, Any]:
-        return of_quantization(cfg, self.name, self.needs_seed)
+        return quantization_settings(cfg, self.name, self.needs_seed)
 
     def key(self, cell: Cell, before: str) -> str:
         settings = cell.cfg.quantization
@@ -183,7 +183,7 @@ class Quantization(Compression):
         return fingerprint(
             {
                 "model": before,
-                "targets": None if cell.is_factored else cell.keys.targeted,
+                "targets": None if cell.is_factored else cell.keys.targets_for_key,
                 "quantization": answers,
                 "seed": cell.cfg.seed if self.needs_seed else None,
                 "tokens": cell.keys.calibration_tokens if self.needs_calibration else None,
@@ -192,7 +192,7 @@ class Quantization(Compression):
         )
 
     def check(self, context: Context) -> None:
-        """Raises SkippedCell, before any work, where the architecture or what is rounded does not allow it."""
+        """Raises SkippedCell, before any work, where the architecture or the quantization does not allow it."""
         for part in (self.transform, self.latent):
             if part is not None:
                 part.check(context.tower, self)

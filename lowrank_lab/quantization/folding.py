@@ -172,8 +172,8 @@ def calibrated(
 ) -> Iterator[tuple[nn.Module, list[tuple[Input, Accumulator]]]]:
     """Every block of ``context.model`` with its inputs of these ``sources``, and their statistics.
 
-    These are of the calibration text and of the blocks as they were; the one that is given may be changed. Raises
-    FloatingPointError, naming the linear, where an input is not finite.
+    The statistics are of the calibration text and of the unchanged blocks; the caller may change the block that it
+    gets. Raises FloatingPointError, naming the linear, where an input is not finite.
     """
     targets = members_by_block(context)
     blocks = context.walk(context.model)
@@ -192,8 +192,8 @@ def calibrated_latents(
 ) -> Iterator[tuple[nn.Module, list[tuple[str, list[str], Inputs]]]]:
     """Every block of ``context.model`` with its right factors, the left ones that read each, and its inputs.
 
-    ``rows``: whether the inputs have a sample of tokens. The block that is given may be changed. Nothing is read
-    where no site is factored.
+    ``rows``: whether the inputs have a sample of tokens. The caller may change the block that it gets. Where no
+    site is factored, this reads nothing.
     """
     if not any_factored(context.model, context.tower):
         return

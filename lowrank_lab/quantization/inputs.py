@@ -1,4 +1,4 @@
-"""What linears are given on the calibration text, gathered in one pass over a block."""
+"""The inputs of linears on the calibration text, collected in one pass over a block."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lab.calibration.statistics import gather
-from lowrank_lab.models.rows import counted, rows_now
+from lowrank_lab.models.rows import current_rows, without_padding
 from lowrank_lab.modules.linears import steps_of
 from lowrank_lab.modules.steps import Round
 
-ROWS = 1024  # tokens that a method sees as they are
+ROWS = 1024  # tokens in the sample for a method
 
 
 @dataclass
 class Inputs:
-    """Of one linear, after all that is done to its input.
+    """The inputs of one linear, after the steps before it.
 
     second_moment  mean x xᵀ (in, in), float64
-    rows           a sample of tokens (up to ROWS, in), float32, before they are rounded; None: none was asked for
-    rounding       what rounds them; None where nothing does. A method may change a fixed scale
+    rows           a sample of tokens (up to ROWS, in), float32, before they are rounded; None: not needed
+    rounding       the step that rounds them; None: they are not rounded. A method may change a fixed scale
     """
 
     second_moment: Tensor
@@ -40,7 +40,7 @@ class Sample:
 
     def add(self, x: Tensor) -> None:
         """The next batch of the text: (…, width); padding does not count."""
-        x = counted(x.detach(), rows_now())
+        x = without_padding(x.detach(), current_rows())
         here = self.wanted[(self.wanted >= self.seen) & (self.wanted < self.seen + len(x))] - self.seen
         self.found.append(x[here.to(x.device)].float())
         self.seen += len(x)
@@ -72,10 +72,10 @@ def gather_inputs(
     }
 
 
-def look_at_inputs(
+def sample_inputs(
     block: nn.Module, paths: list[str], run: Callable[[], None], tokens: int, count: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """What the linears at ``paths`` are given while ``run()`` passes so many ``tokens`` through the block.
+    """The inputs of the linears at ``paths`` while ``run()`` passes ``tokens`` tokens through the block.
 
     By path: an even sample of up to ``count`` tokens (n, in), float32, and the largest |x| of each channel (in,).
     """
@@ -84,7 +84,7 @@ def look_at_inputs(
 
     def look(path: str, args: tuple[Tensor, ...]) -> None:
         samples[path].add(args[0])
-        largest = counted(args[0].detach(), rows_now()).abs().amax(0).float()
+        largest = without_padding(args[0].detach(), current_rows()).abs().amax(0).float()
         abs_max[path] = torch.maximum(abs_max.get(path, largest), largest)
 
     hooks = [
@@ -107,7 +107,7 @@ def fix_scales(block: nn.Module, paths: list[str], run: Callable[[], None]) -> N
     highest: dict[int, Tensor] = {}
 
     def note(step: nn.Module, args: tuple[Tensor, ...], _rounded: Tensor) -> Tensor:
-        x, key = counted(args[0].detach(), rows_now()), id(step)
+        x, key = without_padding(args[0].detach(), current_rows()), id(step)
         low, high = x.amin().float(), x.amax().float()
         lowest[key] = torch.minimum(lowest.get(key, low), low)
         highest[key] = torch.maximum(highest.get(key, high), high)

@@ -1,1 +1,1 @@
-"""What came out of a cell: records, their checksums, sizes, copies to trackers."""
+"""The results of cells: records, their checksums, sizes of models, copies for trackers."""

@@ -1,6 +1,6 @@
-"""What a record says of its cell for tables: its settings, and in which of them the cell differs from its method.
+"""The entries of a record for tables: the cell's settings, and those in which it differs from its method.
 
-Tables compare these entries, and need neither the classes nor the YAML that the settings came from. No torch.
+Tables compare these entries, so they need neither the classes nor the YAML of the settings. No torch.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from typing import Any
 from lowrank_lab.cells import config
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.hydra_private import composed
-from lowrank_lab.cells.settings import flat
+from lowrank_lab.cells.settings import flattened
 from lowrank_lab.redaction import redacted_settings
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"
-NAMED_ELSEWHERE = {"lowrank": "allocation"}  # the setting that says whether there is a compression, if not its own
-OLD_COMPRESSIONS = ("lowrank", "quantization")  # those of records that do not list them
-COMMON = ("dtype", "calibration", "seed")  # settings that are no answer of a method
+SETTING_OF = {"lowrank": "allocation"}  # the setting that is "none" without a compression, if not its own
+OLD_COMPRESSIONS = ("lowrank", "quantization")  # of records that do not list their compressions
+COMMON = ("dtype", "calibration", "seed")  # settings that do not belong to a method
 
 
 def labels(cell: Cell) -> dict[str, Any]:
-    """The entries of a record that describe its cell to tables, without secrets.
+    """The entries of a record that describe its cell for tables, without secrets.
 
     quantization  ``name``, and ``family``: the name without the formats of the weights; "none" where there is none
     counts        ``unit``: what the ratio is a fraction of, in a few words; ``whole``: whether of all linears
     settings      those that may differ between two cells of one method, flat, by their names on the command line
-    variant       those of ``settings`` in which the cell differs from its method as the YAML file has it
+    variant       those of ``settings`` in which the cell differs from the YAML file of its method
     """
     plain = redacted_settings(config.plain(cell.cfg))
     factors = any(one.makes_factors for one in cell.compressions.values())
@@ -50,9 +50,9 @@ def settings(cfg: dict[str, Any], of_compressions: dict[str, dict[str, Any]], ca
 
     ``calibrated``: whether anything reads the calibration text.
     """
-    absent = {name: {NAMED_ELSEWHERE.get(name, name): "none"} for name in cfg.get("compressions", OLD_COMPRESSIONS)}
+    absent = {name: {SETTING_OF.get(name, name): "none"} for name in cfg.get("compressions", OLD_COMPRESSIONS)}
     of_all = {**absent, **of_compressions}
-    common = {"dtype": cfg["dtype"], **(flat("calibration", cfg["calibration"]) if calibrated else {})}
+    common = {"dtype": cfg["dtype"], **(flattened("calibration", cfg["calibration"]) if calibrated else {})}
     found = {**of_all.pop("lowrank"), **common}
     for of_one in of_all.values():
         found |= of_one
@@ -60,11 +60,11 @@ def settings(cfg: dict[str, Any], of_compressions: dict[str, dict[str, Any]], ca
 
 
 def counts(cfg: dict[str, Any], stored: str | None, in_few_bits: bool) -> dict[str, Any]:
-    """The ``counts`` of a record; ``stored`` is what the storage of factors counts, None where there is none."""
+    """The ``counts`` of a record; ``stored`` is what the storage of factors counts, None without factors."""
     targets = cfg["targets"]
     everything = targets["linears"] == "all"
     of_role = "" if everything else f" of {targets['linears']}"
-    if stored is None:  # the bits may be those of a part of the model alone
+    if stored is None:  # perhaps only a part of the model is in few bits
         everything = everything or not in_few_bits
         return {"unit": "weights" if everything else f"weights{of_role}", "whole": everything}
     if targets["ratio_of"] == "kv_cache":
@@ -74,9 +74,9 @@ def counts(cfg: dict[str, Any], stored: str | None, in_few_bits: bool) -> dict[s
 
 
 def variant(of_cell: dict[str, Any], of_its_method: dict[str, Any] | None) -> dict[str, Any]:
-    """The settings of a cell that differ from those of its method; none where the method has no YAML file.
+    """The settings of a cell that differ from those of its method; empty where the method has no YAML file.
 
-    A setting of another answer than the method's is left out: the answer itself is there.
+    Where a part of the method is replaced (another metric, say), the new part is listed without its settings.
     """
     if of_its_method is None:
         return {}
@@ -91,12 +91,12 @@ def variant(of_cell: dict[str, Any], of_its_method: dict[str, Any] | None) -> di
 
 @cache
 def of_method(method: str) -> dict[str, Any] | None:
-    """The settings of a method as its YAML file has them; None for a method that is not in conf/."""
+    """The settings of a method in its YAML file; None for a method that is not in conf/."""
     if method not in {file.stem for file in (CONFIG_DIR / "method").glob("*.yaml")}:
         return None
     cfg = composed(CONFIG_DIR, "config", [f"method={method}"])
     plain = config.plain(cfg)
-    compressions = config.built(cfg.compressions)
+    compressions = config.build_all(cfg.compressions)
     return settings(plain, {name: one.settings(plain) for name, one in compressions.items()}, calibrated=False)
 
 

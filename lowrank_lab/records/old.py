@@ -1,8 +1,8 @@
-"""Records that were written before a record described its cell (labels.py).
+"""Old records, which do not have the entries that labels.py writes today.
 
-The description is derived from their configuration as plain data. Nothing that they name is looked up or run: a
-record may come from somebody else. In what an old cell differs from its method is not known, except for its
-quantization, which no method has.
+This derives the entries from the record's configuration as plain data. It imports and runs nothing that a record
+names, because a record may come from another person. For an old cell it is not known which settings differ from
+its method, except for the quantization, which no method has.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from lowrank_lab.cells.settings import of_answers, of_quantization
+from lowrank_lab.cells.settings import lowrank_settings, quantization_settings
 from lowrank_lab.modules.formats import Format
 from lowrank_lab.records import labels
 
 WITH_SEED = ("QuaRot", "SpinQuant", "DuQuant")  # classes whose results depend on the seed
 
 
-def described(record: dict[str, Any]) -> dict[str, Any]:
-    """``record`` with the entries of ``labels.labels``; as it is where it has them.
+def with_labels(record: dict[str, Any]) -> dict[str, Any]:
+    """``record`` with the entries of ``labels.labels``; unchanged where it has them.
 
     Where parts of the configuration are missing, as in outdated schemas, the entries stay empty.
     """
@@ -41,16 +41,16 @@ def described(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_compressions(cfg: dict[str, Any], quantization: str) -> dict[str, dict[str, Any]]:
-    """The settings of each compression; ``quantization`` is the name of that one."""
-    found = {} if cfg["allocation"] is None else {"lowrank": of_answers(cfg)}
+    """The settings of each compression; ``quantization`` is the name of the quantization."""
+    found = {} if cfg["allocation"] is None else {"lowrank": lowrank_settings(cfg)}
     if cfg["quantization"] is not None:
         seeded = any(_class(part) in WITH_SEED for part in cfg["quantization"].values())
-        found["quantization"] = of_quantization(cfg, quantization, seeded)
+        found["quantization"] = quantization_settings(cfg, quantization, seeded)
     return found
 
 
 def _name(record: dict[str, Any]) -> str:
-    """The name of a record's quantization, which its label has between the ratio and the model."""
+    """The name of a record's quantization: in its label it is between the ratio and the model."""
     if not isinstance(record["config"], dict) or record["config"].get("quantization") is None:
         return "none"
     text = str(record["label"]).removeprefix(str(record["method"]))

@@ -1,4 +1,4 @@
-"""What the ranks of a model's sites are worth: the ratio that was reached, and what latents would save."""
+"""The sizes that follow from the ranks of a model's sites: the ratio reached, and the savings of cached latents."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lowrank_lab.modules.site import Sites
 def sizes_of_ranks(
     model: nn.Module, tower: Tower | None, sites: Sites, ranks: Mapping[str, int | None], ratio: float
 ) -> dict[str, Any]:
-    """What was asked for and what came out; ``tower`` is None where nothing is compressed.
+    """The requested and the reached sizes; ``tower`` is None where nothing is compressed.
 
     ratio_reached            of what the ratio counts (parameters, 16-bit words, cached values)
     kv_latent_bytes_per_token  in the model's dtype, if the latent of each key and value projection were cached
@@ -47,7 +47,7 @@ def sizes_of_ranks(
 
 
 def _check(model: nn.Module, tower: Tower | None, sites: Sites, ranks: Mapping[str, int | None]) -> None:
-    """Whether every linear that says of which rank it is has the planned one."""
+    """Check that every linear that knows its rank has the planned one."""
     for name, site in sites.items():
         assert tower is not None
         block = blocks_of(model, tower)[site.block]
@@ -75,7 +75,7 @@ def _kept_of_qkv(model: nn.Module, tower: Tower | None, sites: Sites) -> float |
 
 
 def _latent_saves(tower: Tower | None, sites: Sites, ranks: Mapping[str, int | None]) -> int:
-    """How many values a token fewer the latents of the key and value projections are than their outputs."""
+    """How many values a token the latents of key and value projections have less than their outputs."""
     saved = 0
     for name, site in sites.items():
         rank = ranks[name]

@@ -1,8 +1,8 @@
 """Records: one JSON file a cell, the only thing that reports read.
 
-``<root>/records/<key>.json`` is written when a cell is done, failed or skipped; ``<root>/grids/*.json`` say
-which cells somebody asked for, so that the missing ones can be told. ``<root>/running`` has the locks of the cells
-that are being computed, and what those that were stopped had made. Models that are kept are in
+``<root>/records/<key>.json`` is written when a cell is done, failed or skipped; ``<root>/grids/*.json`` list
+the cells of each command, so that reports can name the missing ones. ``<root>/running`` has the locks of the cells
+that are being computed, and the artifacts that stopped cells have computed. Saved models are in
 ``<root>/checkpoints``. No torch.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_lab import environment, out_of_memory
-from lowrank_lab.artifacts.locks import Busy
+from lowrank_lab.artifacts.locks import LockedByAnother
 from lowrank_lab.artifacts.store import Artifact, disk_full, fingerprint, write_json
 from lowrank_lab.cells import config, versions
 from lowrank_lab.cells.cell import Cell
@@ -33,8 +33,8 @@ from lowrank_lab.redaction import redacted, redacted_message, redacted_settings
 log = logging.getLogger(__name__)
 
 FINISHED = ("done", "skipped")
-# What every reader may take for granted, in records of older schemas too.
-IN_RECORD = {
+# Entries that every record has, also those of older schemas.
+RECORD_ENTRIES = {
     "key",
     "status",
     "label",
@@ -47,28 +47,28 @@ IN_RECORD = {
     "config",
     "metrics",
 }
-IN_GRID = {"name", "cells"}
-PLACES = ("results", "artifacts", "data_root")  # settings that say where things are, and nothing of the cells
-CHECKPOINTS = "checkpoints"  # the folder of the models that are kept
+GRID_ENTRIES = {"name", "cells"}
+FOLDER_SETTINGS = ("results", "artifacts", "data_root")  # they do not change what a cell computes
+CHECKPOINTS = "checkpoints"  # the folder of the saved models
 CHECKPOINT_NAMES = ("checkpoint", "merged_checkpoint")  # in a record: which of them are this cell's
 
 
 def now() -> str:
-    """The time as records tell it."""
+    """The current time in the format of records."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 class Record:
     """The record of a cell while it runs: stages and facts are added as they become known.
 
-    ``begun`` is a file that remembers, while there is no number, which artifacts the cell has made: an attempt that
-    was stopped or failed counts as the cell's own.
+    ``attempt_file`` lists the artifacts that the cell has computed until it is finished. So artifacts of an earlier
+    attempt, which was stopped or failed, are not counted as reused.
     """
 
-    def __init__(self, cell: Cell, grid: str | None, begun: Path | None = None) -> None:
-        self._begun = begun
-        self._made: list[str] = _names(begun) if begun is not None else []
-        self._made_before = set(self._made)
+    def __init__(self, cell: Cell, grid: str | None, attempt_file: Path | None = None) -> None:
+        self._attempt_file = attempt_file
+        self._computed: list[str] = _artifact_names(attempt_file) if attempt_file is not None else []
+        self._computed_before = set(self._computed)
         self.data: dict[str, Any] = {
             "schema": versions.RECORD,
             "key": cell.key,
@@ -102,20 +102,20 @@ class Record:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage that leaves no artifact, without the stages within it."""
+        """Measure the time of a stage that keeps no artifact, without that of the stages within it."""
         start, before = time.perf_counter(), len(self.data["stages"])
         yield
         within = sum(stage["seconds"] for stage in self.data["stages"][before:])
         self._add_stage(name, max(0.0, time.perf_counter() - start - within))
 
     def artifact(self, name: str, artifact: Artifact) -> Artifact:
-        """Note a stage's artifact. ``seconds`` is what this cell spent, ``made_in`` what making it took."""
+        """Add a stage's artifact. ``seconds`` is the time that this cell took, ``made_in`` that of computing it."""
         identity = f"{artifact.kind}/{artifact.key}"
-        reused = artifact.reused and identity not in self._made_before
-        self._made_before.discard(identity)  # it is made once, however often it is read
-        if not artifact.reused and self._begun is not None:
-            self._made.append(identity)
-            write_json(self._begun, self._made)
+        reused = artifact.reused and identity not in self._computed_before
+        self._computed_before.discard(identity)  # it counts once, however often it is read
+        if not artifact.reused and self._attempt_file is not None:
+            self._computed.append(identity)
+            write_json(self._attempt_file, self._computed)
         self._add_stage(
             name,
             0.0 if reused else artifact.seconds,
@@ -124,7 +124,7 @@ class Record:
             made_in=round(artifact.seconds, 3),
         )
         if artifact.reused:
-            log.info("%s: already there (%s)", name, artifact.key)
+            log.info("%s: reused from the store (%s)", name, artifact.key)
         return artifact
 
     def _add_stage(self, name: str, seconds: float, **facts: Any) -> None:
@@ -141,18 +141,18 @@ class Results:
         return self.root / "records" / f"{key}.json"
 
     def lock(self, key: str) -> Path:
-        """Held by whoever computes the cell (locks.py)."""
+        """The lock of the process that computes the cell (locks.py)."""
         return self.root / "running" / f"{key}.lock"
 
-    def begun(self, key: str) -> Path:
-        """See Record."""
+    def attempt_file(self, key: str) -> Path:
+        """The file that lists what an unfinished cell has computed (see Record)."""
         return self.root / "running" / f"{key}.json"
 
     def find(self, key: str) -> dict[str, Any] | None:
         """The record of a cell whatever its status, or None."""
         file = self.path(key)
-        record = read(file, IN_RECORD) if file.is_file() else None
-        return old.described(record) if record is not None else None
+        record = read(file, RECORD_ENTRIES) if file.is_file() else None
+        return old.with_labels(record) if record is not None else None
 
     def finished(self, key: str) -> dict[str, Any] | None:
         """The record of a cell that needs no more work, or None. A failed cell is tried again."""
@@ -163,15 +163,15 @@ class Results:
     def recording(self, record: Record) -> Iterator[None]:
         """Run the body of a cell and write its record: done, skipped, or failed with the traceback.
 
-        A failure is raised again once it is written. An interrupted cell leaves no record, nor does one that
-        the user can mend (UserError, a full disk) or that another process holds up (Busy).
+        A failure is raised again after it is written. An interrupted cell leaves no record, nor does one that the
+        user can repair (UserError, a full disk) or that waits for another process (LockedByAnother).
         """
         environment.reset_peak_memory()
         start = time.perf_counter()
         try:
             yield
             record.data["status"] = "done"
-        except (UserError, Busy):
+        except (UserError, LockedByAnother):
             raise
         except SkippedCell as why:
             record.data.update(status="skipped", reason=str(why))
@@ -179,7 +179,7 @@ class Results:
             if disk_full(error):
                 raise
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            if out_of_memory.ran_out(error):
+            if out_of_memory.is_out_of_memory(error):
                 reason = f"{reason}; {out_of_memory.ADVICE}"
             record.data.update(status="failed", reason=reason, traceback=traceback.format_exc())
             raise
@@ -189,12 +189,12 @@ class Results:
                 record.data["peak_memory"] = environment.peak_memory()
                 record.data = self.write(record.data)
             if record.data["status"] in FINISHED:
-                self.begun(record.data["key"]).unlink(missing_ok=True)
+                self.attempt_file(record.data["key"]).unlink(missing_ok=True)
 
     def write(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Write a record, without secrets and with a checksum; returns it as it now stands in its file."""
+        """Write a record, without secrets and with a checksum; returns what is now in its file."""
         file = self.path(record["key"])
-        for leftover in file.parent.glob(f".{file.name}.tmp-*"):  # of a killed process; we hold the cell's lock
+        for leftover in file.parent.glob(f".{file.name}.tmp-*"):  # of a killed process, as we hold the cell's lock
             leftover.unlink(missing_ok=True)
         written = sealed(_without_secrets(record))
         write_json(file, written)
@@ -202,21 +202,24 @@ class Results:
 
     def records(self) -> list[dict[str, Any]]:
         """All records, in a fixed order that does not depend on when they were written."""
-        found = [read(file, IN_RECORD) for file in sorted((self.root / "records").glob("*.json"))]
-        records = [old.described(record) for record in found if record is not None]
+        found = [read(file, RECORD_ENTRIES) for file in sorted((self.root / "records").glob("*.json"))]
+        records = [old.with_labels(record) for record in found if record is not None]
         return sorted(records, key=lambda r: (r["model"], r["dataset"], r["method"], -r["ratio"], r["key"]))
 
-    def note_grid(self, overrides: list[str], cells: list[Cell]) -> str:
-        """Write down which cells a command asked for; returns the grid's name, its words about cells."""
+    def write_grid(self, overrides: list[str], cells: list[Cell]) -> str:
+        """Write the list of a command's cells; returns the grid's name: the overrides that select cells."""
         words = (word for word in overrides if not word.startswith("hydra"))
-        name = redacted(" ".join(word for word in words if word.partition("=")[0] not in PLACES)) or "defaults"
+        name = (
+            redacted(" ".join(word for word in words if word.partition("=")[0] not in FOLDER_SETTINGS))
+            or "defaults"
+        )
         entries = {cell.key: cell.label for cell in cells}
         file = self.root / "grids" / f"{fingerprint([name, sorted(entries)])}.json"
         write_json(file, {"name": name, "cells": redacted(entries)})
         return name
 
     def grids(self) -> list[dict[str, Any]]:
-        found = [read(file, IN_GRID) for file in sorted((self.root / "grids").glob("*.json"))]
+        found = [read(file, GRID_ENTRIES) for file in sorted((self.root / "grids").glob("*.json"))]
         return [grid for grid in found if grid is not None]
 
 
@@ -234,7 +237,7 @@ def _settings(cell: Cell) -> dict[str, Any]:
 
 
 def compression_of(record: dict[str, Any], name: str) -> dict[str, Any]:
-    """What a record, also one of an older schema, says of a compression; empty where its cell has none of it."""
+    """The entry of a compression in a record, also of an older schema; empty where the cell does not have it."""
     if "compressions" in record:
         return record["compressions"].get(name, {})
     if name != "lowrank" or "compression" not in record:
@@ -244,13 +247,13 @@ def compression_of(record: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _without_secrets(record: dict[str, Any]) -> dict[str, Any]:
-    """Metrics hold what models have written, of which only what is known to be a secret is one."""
+    """Metrics contain texts that models have written: there only known secrets are replaced."""
     messages = {name: redacted_message(record[name]) for name in ("reason", "traceback") if name in record}
     return {**redacted(record), "config": redacted_settings(record["config"]), **messages}
 
 
-def _names(file: Path) -> list[str]:
-    """The artifacts that a file of ``Results.begun`` names; none where there is no such file, or no list in it."""
+def _artifact_names(file: Path) -> list[str]:
+    """The artifacts that an attempt file lists; none where the file is missing or has no list."""
     try:
         names = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Records that tell whether they were changed after they were written. No torch."""
+"""Checksums of records, which show whether a record was changed after it was written. No torch."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-SEAL = "sha256"  # of all other entries; records that were written before there was one have none
+SEAL = "sha256"  # the entry with the checksum of all others; old records do not have it
 
 
 def sealed(record: dict[str, Any]) -> dict[str, Any]:
-    """``record`` as it is read back from JSON, with its checksum."""
+    """``record`` as JSON would give it back, with its checksum."""
     plain = json.loads(json.dumps(record))
     return {**plain, SEAL: _checksum(plain)}
 
 
 def read(file: Path, entries: set[str]) -> dict[str, Any] | None:
-    """A record or grid with these ``entries``; None, with a warning, for a file that is damaged."""
+    """The record or grid in ``file`` if it has these ``entries``; None, with a warning, if it is damaged."""
     value, wrong = examine(file, entries)
     if value is None:
         log.warning("%s %s and is left out; run its cell again, or delete it", file, wrong)
@@ -28,7 +28,7 @@ def read(file: Path, entries: set[str]) -> dict[str, Any] | None:
 
 
 def examine(file: Path, entries: set[str]) -> tuple[dict[str, Any] | None, str]:
-    """A record or grid with these ``entries`` as it was written; else None, and what is wrong with the file."""
+    """The record or grid in ``file`` if it is unchanged; else None, and what is wrong with the file."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError):

@@ -1,4 +1,4 @@
-"""What a compressed model weighs, counted on its tensors."""
+"""The sizes of a compressed model, counted on its tensors."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lowrank_lab.modules.site import Sites
 
 
 def sizes(model: nn.Module, tower: Tower | None, sites: Sites) -> dict[str, Any]:
-    """What the model weighs, and the linears of ``sites`` in it; ``tower`` is None where nothing is compressed.
+    """The sizes of the model and of the linears of ``sites``; ``tower`` is None where nothing is compressed.
 
-    parameters, bytes        of the whole model, tied tensors once; scales and zero points count to the bytes alone
-    sites                    of what is compressed, biases apart: ``parameters`` now and dense, whatever their
-                             bits; ``bytes`` with scales and all that is done to activations
-    macs_per_token           multiply-accumulates of all linear layers with lm_head, attention products apart
+    parameters, bytes        of the whole model, tied tensors once; scales and zero points count as bytes alone
+    sites                    of the compressed linears without biases: ``parameters`` now and dense, whatever their
+                             bits; ``bytes`` with scales and with the tensors of steps before linears
+    macs_per_token           multiply-accumulates of all linear layers with lm_head, without attention products
     kv_cache_bytes_per_token keys and values of all layers in the model's dtype, or in few bits with their scales;
                              None for a model that caches something else
     """
@@ -42,7 +42,7 @@ def sizes(model: nn.Module, tower: Tower | None, sites: Sites) -> dict[str, Any]
 
 
 def _cache_bytes(model: Any) -> int | None:
-    """Of the keys and values of a token."""
+    """The bytes of the keys and values of a token."""
     shape, values, cache = kv_cache_shape(model.config), kv_cache_values_per_token(model.config), cache_of(model)
     if shape is None or values is None:
         return None

@@ -1,7 +1,7 @@
-"""A copy of each record, or of a report, to Weights & Biases. What is on disk is the result; this is only a copy.
+"""Copies of records and reports to Weights & Biases. The files on disk are the results; these are only copies.
 
-The upload runs in a separate process with a time limit, so that no network, key or server can block a job
-or take its result along. Where an online upload fails, the run is written offline instead.
+The upload runs in a separate process with a time limit, so that no network, key or server can block a job or
+make it fail. Where an online upload fails, the run is written offline instead.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from lowrank_lab import environment
 log = logging.getLogger(__name__)
 
 
-REPORT_TIMEOUT = 120.0  # seconds for a report's tables and figures, which are more than a record
+REPORT_TIMEOUT = 120.0  # seconds for a report's tables and figures, which are larger than a record
 _unreachable = False  # set by the first online upload of this process that fails: a grid waits for W&B once
 
 
 class NoTracker:
     def __call__(self, record: dict[str, Any], file: Path) -> None:
-        """Keep the record only."""
+        """Do nothing: the record on disk is enough."""
 
-    def again(self, record: dict[str, Any], file: Path) -> None:
-        """The same for a record that was there already."""
+    def track_existing(self, record: dict[str, Any], file: Path) -> None:
+        """The same for a record that existed before."""
 
 
 class WandbTracker:
@@ -45,23 +45,23 @@ class WandbTracker:
         self.timeout = timeout
 
     def __call__(self, record: dict[str, Any], file: Path) -> None:
-        if not _copied(["record", str(file)], self.project, self.entity, self.timeout):
+        if not _copy(["record", str(file)], self.project, self.entity, self.timeout):
             log.warning("W&B: this record could not be copied; it is safe in %s", file)
 
-    def again(self, record: dict[str, Any], file: Path) -> None:
-        """Copy a record that was there already only to the run of a sweep, which would stay without numbers."""
+    def track_existing(self, record: dict[str, Any], file: Path) -> None:
+        """Copy a record that existed before only in a W&B sweep, whose run would otherwise have no numbers."""
         if os.environ.get("WANDB_SWEEP_ID"):
             self(record, file)
 
 
 def log_report(what: str, root: Path, files: list[Path], project: str) -> None:
-    """Copy the ``files`` of a report on the results ``root`` to a W&B run, named by ``what`` was asked for."""
-    if not _copied(["report", what, str(root), *map(str, files)], project, None, REPORT_TIMEOUT):
+    """Copy the ``files`` of the report ``what`` on the results ``root`` to a W&B run."""
+    if not _copy(["report", what, str(root), *map(str, files)], project, None, REPORT_TIMEOUT):
         log.warning("W&B: the report could not be copied; its files are safe")
 
 
-def _copied(what: list[str], project: str, entity: str | None, timeout: float) -> bool:
-    """Online where that is possible, else offline; whether it worked, which it also does where W&B is disabled."""
+def _copy(what: list[str], project: str, entity: str | None, timeout: float) -> bool:
+    """Copy online if possible, else offline; returns whether it worked, True also where W&B is disabled."""
     global _unreachable
     mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
     if mode == "disabled":
@@ -87,7 +87,7 @@ def _upload(what: list[str], project: str, entity: str | None, timeout: float, m
 
 
 def logged_in() -> bool:
-    """Whether W&B would find a key. No server is asked."""
+    """Whether W&B would find a key. This sends no request."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].strip("/")
@@ -101,7 +101,7 @@ def _run(root: Path, mode: str, **named: Any) -> Any:
     """A W&B run whose files are below ``root``; ``named`` is what it is called and grouped by."""
     import wandb
 
-    # Else W&B keeps what an offline run is to upload in the user's home, without which the run is worthless.
+    # By default W&B stores files of an offline run in the user's home; they belong to the run.
     os.environ.setdefault("WANDB_DATA_DIR", str((root / "wandb").resolve()))
     settings = wandb.Settings(init_timeout=30, silent=True)
     return wandb.init(mode="online" if mode == "online" else "offline", dir=str(root), settings=settings, **named)
@@ -139,7 +139,7 @@ def upload(file: Path, project: str, entity: str | None, mode: str) -> None:
 
 
 def upload_report(what: str, root: Path, files: list[Path], project: str, entity: str | None, mode: str) -> None:
-    """Copy a report to W&B: all files as one artifact, CSVs as tables and PNGs as images besides."""
+    """Copy a report to W&B: all files as one artifact, CSVs also as tables and PNGs also as images."""
     import pandas as pd
     import wandb
 

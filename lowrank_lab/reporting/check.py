@@ -7,19 +7,19 @@ from pathlib import Path
 
 from lowrank_lab.artifacts import store
 from lowrank_lab.records import seal
-from lowrank_lab.records.results import CHECKPOINTS, IN_GRID, IN_RECORD, Results
+from lowrank_lab.records.results import CHECKPOINTS, GRID_ENTRIES, RECORD_ENTRIES, Results
 
 
 def check(results: Results) -> tuple[str, bool]:
     """A line for each record, artifact and checkpoint that is damaged, with what to do; and whether none is."""
     lines, roots = [], {results.root / "artifacts"}
-    files = dict.fromkeys(results.root.glob("records/*.json"), IN_RECORD)
-    files |= dict.fromkeys(results.root.glob("grids/*.json"), IN_GRID)
+    files = dict.fromkeys(results.root.glob("records/*.json"), RECORD_ENTRIES)
+    files |= dict.fromkeys(results.root.glob("grids/*.json"), GRID_ENTRIES)
     for file, entries in sorted(files.items()):
         value, wrong = seal.examine(file, entries)
         if value is None:
             lines.append(f"{file} {wrong}: run its cell again, or delete it")
-        elif entries is IN_RECORD:
+        elif entries is RECORD_ENTRIES:
             roots.add(Path(value["config"].get("artifacts", results.root / "artifacts")))
     folders = sorted(folder for root in {root.resolve() for root in roots} for folder in _artifacts(root))
     folders += sorted(folder for folder in results.root.glob(f"{CHECKPOINTS}/[!.]*") if folder.is_dir())

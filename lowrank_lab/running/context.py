@@ -1,4 +1,4 @@
-"""What a cell works on: the model, its sites, texts, statistics and spectra, each made when first asked for."""
+"""What a cell works on: the model, its sites, texts and statistics, each loaded or computed at its first use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lowrank_lab.cells.cell import Cell, corpus_part
 from lowrank_lab.cells.targets import sites_of
 from lowrank_lab.checkpoints import checkpoint
 from lowrank_lab.errors import SkippedCell, UserError
-from lowrank_lab.models.changes import Watched
+from lowrank_lab.models.changes import Snapshot
 from lowrank_lab.models.discovery import family_of
 from lowrank_lab.models.families import FAMILIES, Family, Tower
 from lowrank_lab.models.load import convert, load_config, load_tokenizer
@@ -43,8 +43,8 @@ T = TypeVar("T")
 class Context:
     """``model`` is dense until it is compressed in place; evaluators find the compressed one.
 
-    Compressions and evaluators are given a context, and read from it what they need. ``facts`` is what the running
-    compression found on its way, as plain data for the record. ``once`` keeps what several of its parts ask for.
+    Compressions and evaluators get a context, and read from it what they need. The running compression adds to
+    ``facts`` what the record should say of it, as plain data. ``cached`` keeps what several of its parts use.
     """
 
     cell: Cell
@@ -52,14 +52,14 @@ class Context:
     device: torch.device
     evaluator: str = field(default="", init=False)
     facts: dict[str, Any] = field(default_factory=dict, init=False)
-    _watched: Watched | None = field(default=None, init=False)
-    _memory: dict[str, Any] = field(default_factory=dict, init=False)
+    _snapshot: Snapshot | None = field(default=None, init=False)
+    _cache: dict[str, Any] = field(default_factory=dict, init=False)
 
-    def once(self, name: str, make: Callable[[], T]) -> T:
-        """What ``make`` returned when ``name`` was first asked for in this cell."""
-        if name not in self._memory:
-            self._memory[name] = make()
-        return self._memory[name]
+    def cached(self, name: str, make: Callable[[], T]) -> T:
+        """The result of ``make()``, which is called at the first use of ``name`` in this cell."""
+        if name not in self._cache:
+            self._cache[name] = make()
+        return self._cache[name]
 
     @cached_property
     def location(self) -> str:
@@ -68,7 +68,7 @@ class Context:
         if source.kind in ("hub", "folder"):
             return source.location
         make = lambda folder: convert(source, folder)
-        return str(self.made("model conversion", "model", self.cell.keys.model, make))
+        return str(self.cached_artifact("model conversion", "model", self.cell.keys.model, make))
 
     @cached_property
     def model_config(self) -> Any:
@@ -78,38 +78,38 @@ class Context:
     def model(self) -> nn.Module:
         with self.record.stage("model loading"):
             model = self.task.load(self.location, dtype=self.cell.cfg.dtype, **self._remote)
-        self._watched = Watched(model)
+        self._snapshot = Snapshot(model)
         return model
 
     @contextmanager
     def dense(self, dtype: str) -> Iterator[nn.Module]:
         """The dense model in ``dtype``, for artifacts: ``model`` itself while nothing has changed it.
 
-        The caller may move it, and must not change what it computes.
+        The caller may move it to another device, but must not change what it computes.
         """
         loaded = "model" in self.__dict__
-        changed = loaded and (self._watched is None or self._watched.changed(self.model))
+        changed = loaded and (self._snapshot is None or self._snapshot.changed(self.model))
         if dtype == self.cell.cfg.dtype and not changed:
             model = self.model
             yield model
-            self._watched = Watched(model)  # which may be on another device now
+            self._snapshot = Snapshot(model)  # as it may be on another device now
         else:
             yield self.task.load(self.location, dtype=dtype, **self._remote)
 
     def dense_model(self) -> nn.Module:
-        """A dense model of its own in the cell's dtype, whatever has become of ``model``.
+        """A separate dense model in the cell's dtype, whether or not ``model`` has been changed.
 
-        Of a compressed checkpoint it is the one with the products of its factors.
+        For a compressed checkpoint it is the model with the products of its factors.
         """
         loaded = self.task.load(self.location, dtype=self.cell.cfg.dtype, **self._remote)
         saved = self.cell.saved
         return loaded if saved is None else checkpoint.merge(loaded, saved)
 
     def take_model(self) -> nn.Module:
-        """The dense model for the caller to change; ``model`` is loaded anew when it is asked for again."""
+        """The dense model for the caller to change; ``model`` is loaded again at its next use."""
         model = self.model
         del self.__dict__["model"]
-        self._watched = None
+        self._snapshot = None
         return model
 
     @property
@@ -141,7 +141,7 @@ class Context:
 
     @cached_property
     def sites(self) -> dict[str, Site]:
-        """What is factored, by full name, in the order of the model. Raises UserError where there is nothing."""
+        """The sites to factor, by full name, in the order of the model. Raises UserError where there are none."""
         if self.cell.saved is not None:
             return self.cell.saved.sites
         return sites_of_cell(self.cell, self.tower, linear_shapes(self.skeleton(), self.tower))
@@ -165,14 +165,14 @@ class Context:
     def text_ids(self, name: str) -> torch.Tensor:
         """The tokens (samples, seqlen) of the text that a compression calls ``name`` (``Compression.texts``)."""
         node, key = self.cell.texts[name], self.cell.keys.text_windows(name)
-        ids, facts = self.once(f"text {name}", lambda: self._windows("training tokens", node, key))
+        ids, facts = self.cached(f"text {name}", lambda: self._windows("training tokens", node, key))
         self.record.data["training"] = {"dataset": node.dataset.name, **facts}
         return torch.from_numpy(ids)
 
     def _windows(self, stage: str, sampling: Any, key: str) -> tuple[np.ndarray, dict[str, Any]]:
         """Windows of the calibration part of ``sampling.dataset``, and the facts about them."""
         corpus, part = corpus_part(sampling.dataset, "calibration")
-        made = self.made(
+        artifact = self.cached_artifact(
             stage,
             "tokens",
             key,
@@ -189,7 +189,7 @@ class Context:
                 bos_id=self.bos_id() if sampling.bos == "window" else None,
             ),
         )
-        return load_tokens(made)
+        return load_tokens(artifact)
 
     def calibration_batches(self, samples: int | None = None) -> list[Batch]:
         """The calibration tokens, or the first ``samples`` of them, in batches (batch, seqlen)."""
@@ -199,7 +199,7 @@ class Context:
 
     @property
     def offload(self) -> Path | None:
-        """The folder for hidden states of the calibration text that are not kept in memory; None where they are."""
+        """The folder for hidden states of the calibration text; None where they stay in memory."""
         return self.cell.store.root if self.cell.cfg.calibration.offload else None
 
     def walk(
@@ -218,18 +218,18 @@ class Context:
             with self.dense(self.cell.cfg.dtype) as model:
                 make_statistics(folder, model, self.tower, batches, self.device, offload, self.task)
 
-        return self.made("calibration", "statistics", self.cell.keys.statistics, make)
+        return self.cached_artifact("calibration", "statistics", self.cell.keys.statistics, make)
 
     def gradients(self, outer: bool) -> Path:
         """The artifact of the output gradients' statistics of the dense model, with or without the mean of g gᵀ."""
         key, make = self.cell.keys.gradients(outer), self._make_gradients(outer, weight=False)
-        return self.once(f"gradients {outer}", lambda: self.made("gradients", "gradients", key, make))
+        return self.cached(f"gradients {outer}", lambda: self.cached_artifact("gradients", "gradients", key, make))
 
     @cached_property
     def weight_fisher(self) -> Path:
         """The artifact of the mean (dL/dW)² of every compressible linear, as large as the model."""
         make = self._make_gradients(outer=False, weight=True)
-        return self.made("weight gradients", "gradients", self.cell.keys.weight_fisher, make)
+        return self.cached_artifact("weight gradients", "gradients", self.cell.keys.weight_fisher, make)
 
     def _make_gradients(self, outer: bool, weight: bool) -> Callable[[Path], None]:
         ids = self.calibration_ids
@@ -243,15 +243,17 @@ class Context:
     def artifact(
         self, stage: str, kind: str, parts: Mapping[str, Any], make: Callable[[Path], None], resumable: bool = False
     ) -> Path:
-        """An artifact of an allocation or refinement, found by all that changes its numbers: ``parts``.
+        """An artifact of an allocation or refinement. ``parts`` is all that its numbers depend on, for its key.
 
-        With ``resumable`` the folder keeps what ``make`` wrote when it was stopped; ``make`` goes on from there.
+        With ``resumable`` the folder keeps what ``make`` wrote before it was stopped; the next ``make`` continues.
         """
         key = fingerprint({**parts, "version": versions.COMPRESSION})
-        return self.made(stage, kind, key, make, resumable)
+        return self.cached_artifact(stage, kind, key, make, resumable)
 
-    def made(self, stage: str, kind: str, key: str, make: Callable[[Path], None], resumable: bool = False) -> Path:
-        """The folder of an artifact, made if it is not there, and noted in the record as ``stage``."""
+    def cached_artifact(
+        self, stage: str, kind: str, key: str, make: Callable[[Path], None], resumable: bool = False
+    ) -> Path:
+        """The folder of an artifact, which is computed if it does not exist; the record lists it as ``stage``."""
         return self.record.artifact(stage, self.cell.store.get_or_make(kind, key, make, resumable)).path
 
     @cached_property
@@ -264,14 +266,14 @@ class Context:
         return {"revision": self.cell.source.revision, "trust_remote_code": model.trust_remote_code}
 
     def skeleton(self) -> nn.Module:
-        """The model without weights, for shapes: ranks are settled before any weight is read."""
+        """The model without weights, for shapes: ranks are chosen before any weight is read."""
         return self.task.skeleton(self.model_config, self.cell.cfg.model.trust_remote_code)
 
     def make_text_tokens(self) -> Path:
         """The artifact of the evaluation text's tokens."""
         corpus, part = corpus_part(self.cell.text_of(self.evaluator), "eval")
         special = self.cell.evaluators[self.evaluator].add_special_tokens
-        return self.made(
+        return self.cached_artifact(
             "evaluation tokens",
             "tokens",
             self.cell.keys.text_tokens(self.evaluator),
@@ -289,14 +291,14 @@ class Context:
 
 
 def sites_of_cell(cell: Cell, tower: Tower, shapes: list[dict[str, tuple[int, int]]]) -> dict[str, Site]:
-    """What the cell's answers choose of linears of ``shapes``. Raises UserError where there is nothing."""
+    """The sites that a cell chooses among linears of ``shapes``. Raises UserError where there are none."""
     if found := sites_of(tower, shapes, *cell.site_rules):
         return found
     raise UserError(f"model {cell.source.name} has no compressible layer")
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is the GPU if there is one. Raises UserError for a device that this machine lacks."""
+    """``auto`` is the GPU if there is one. Raises UserError for a device that this machine does not have."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)

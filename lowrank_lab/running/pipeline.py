@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 
 
 def compute(cell: Cell, record: Record) -> None:
-    """Compute a cell and fill its record. Raises SkippedCell where the combination makes no sense."""
+    """Compute a cell and fill its record. Raises SkippedCell where the settings do not go together."""
     if not cell.evaluators and not cell.checkpoints:
-        raise SkippedCell(cell.why_left_out)
+        raise SkippedCell(cell.left_out_message)
     context = _prepared(cell, record)
     _check(context)
     for name, compression in cell.compressions.items():
@@ -43,7 +43,7 @@ def compute(cell: Cell, record: Record) -> None:
         _save(context, "checkpoint", saved)
     _evaluate(context)
     if saved is not None and "merged_checkpoint" in cell.checkpoints:
-        checkpoint.merge(context.model, saved)  # the last thing that is done with it
+        checkpoint.merge(context.model, saved)  # changes the model, so it comes last
         _save(context, "merged_checkpoint", None)
 
 
@@ -51,13 +51,13 @@ def _prepared(cell: Cell, record: Record) -> Context:
     torch.manual_seed(cell.cfg.seed)
     device = pick_device(cell.cfg.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # what counts memory by the current device then counts on this one
+        torch.cuda.set_device(device)  # memory statistics are of the current device
     record.data["hardware"] = environment.hardware(device)
     return Context(cell, record, device)
 
 
 def _check(context: Context) -> None:
-    """Find what does not suit the model before it is read. Raises SkippedCell where nothing is left to measure."""
+    """Check what the model allows before its weights are read. Raises SkippedCell where nothing can be measured."""
     cell, left_out = context.cell, context.record.data["left_out"]
     if cell.calibration_data is not None:
         _check_positions(context, "calibration", {"seqlen": cell.cfg.calibration.seqlen})
@@ -75,7 +75,7 @@ def _check(context: Context) -> None:
 
 
 def _check_positions(context: Context, of: str, lengths: dict[str, int]) -> None:
-    """Raises SkippedCell where one of ``lengths``, by setting, is more than the model has positions."""
+    """Raises SkippedCell where one of ``lengths``, by setting, exceeds the positions of the model."""
     positions = getattr(context.model_config, "max_position_embeddings", None)
     for setting, length in lengths.items():
         if positions is not None and length > positions:
@@ -85,18 +85,18 @@ def _check_positions(context: Context, of: str, lengths: dict[str, int]) -> None
 
 
 def _describe(context: Context) -> Saved | None:
-    """Count the model that came out, and describe it for a checkpoint; None where it is the dense one."""
+    """Count the sizes of the compressed model, and describe it for a checkpoint; None where it is dense."""
     cell, ranks = context.cell, _ranks(context)
     tower, sites = (context.tower, context.sites) if ranks else (None, {})
     of_ranks = sizes_of_ranks(context.model, tower, sites, ranks, cell.ratio)
     context.record.data["sizes"] = {**of_ranks, **sizes(context.model, tower, sites)}
     if ranks and cell.checkpoints:
-        return checkpoint.describe(context.model, sites, ranks, cell.described, cell.ratio)
+        return checkpoint.describe(context.model, sites, ranks, cell.method_in_words, cell.ratio)
     return cell.saved
 
 
 def _ranks(context: Context) -> dict[str, int | None]:
-    """The rank of every site of a compressed model, None where it has none; nothing for the dense model."""
+    """The rank of every site of a compressed model, None where it stays dense; empty for the dense model."""
     if (saved := context.cell.saved) is not None:
         return dict(saved.ranks)
     compressions = context.cell.compressions
@@ -108,22 +108,22 @@ def _ranks(context: Context) -> dict[str, int | None]:
 
 
 def _evaluate(context: Context) -> None:
-    """Measure what the cell asks for. Raises SkippedCell where nothing suits the model."""
+    """Run the cell's evaluators. Raises SkippedCell where none can measure the model."""
     left_out = context.record.data["left_out"]
     for name in context.cell.evaluators:
         if name not in left_out:
             try:
                 context.record.data["metrics"][name] = _measured(context, name)
-            except SkippedCell as why:  # the other numbers of the job are kept
+            except SkippedCell as why:  # the other evaluators still run
                 left_out[name] = str(why)
     _stop_without_numbers(context)
 
 
 def _measured(context: Context, name: str) -> dict[str, Any]:
-    """What an evaluator finds, each of its parts an artifact."""
+    """The measurement of an evaluator, each of its parts an artifact."""
     evaluator, context.evaluator = context.cell.evaluators[name], name
     if evaluator.reads_text:
-        context.make_text_tokens()  # before the metric, so that its seconds are its own
+        context.make_text_tokens()  # before the metric, whose seconds then do not include it
 
     def measure(part: str, folder: Path) -> None:
         (folder / "metric.json").write_text(json.dumps(evaluator(context, part), indent=1, allow_nan=False))
@@ -131,7 +131,7 @@ def _measured(context: Context, name: str) -> dict[str, Any]:
     measured = {}
     for part, key in context.cell.keys.metrics(name).items():
         stage = f"eval.{name}.{part}" if part else f"eval.{name}"
-        folder = context.made(stage, "metric", key, partial(measure, part))
+        folder = context.cached_artifact(stage, "metric", key, partial(measure, part))
         measured[part] = json.loads((folder / "metric.json").read_text())
     combined = evaluator.combine(measured)
     if evaluator.reads_text:
@@ -140,17 +140,17 @@ def _measured(context: Context, name: str) -> dict[str, Any]:
 
 
 def _stop_without_numbers(context: Context) -> None:
-    """Raises SkippedCell where every evaluator is left out and no checkpoint is asked for."""
+    """Raises SkippedCell where every evaluator is left out and no checkpoint is to be saved."""
     cell, left_out = context.cell, context.record.data["left_out"]
     if cell.evaluators and set(left_out) == set(cell.evaluators) and not cell.checkpoints:
         raise SkippedCell("; ".join(left_out.values()))
 
 
 def _save(context: Context, what: str, saved: Saved | None) -> None:
-    """Write one of the checkpoints that are asked for, unless it is there already."""
+    """Write one of the cell's checkpoints, unless it exists already."""
     name, store = context.cell.checkpoints[what], Store(context.cell.cfg.results)
     use_cache = getattr(context.model_config, "use_cache", True)
     make = lambda folder: checkpoint.save(folder, context.model, context.tokenizer, use_cache, saved)
-    made = context.record.artifact(what.replace("_", " "), store.get_or_make(CHECKPOINTS, name, make))
+    artifact = context.record.artifact(what.replace("_", " "), store.get_or_make(CHECKPOINTS, name, make))
     context.record.data[what] = f"{CHECKPOINTS}/{name}"
-    log.info("%s: %s", what.replace("_", " "), made.path)
+    log.info("%s: %s", what.replace("_", " "), artifact.path)

@@ -1,4 +1,4 @@
-"""Run one cell: recognise it if it is finished, else compute it, write its record, and track a copy."""
+"""Run one cell: return its record if it is finished, else compute it, write its record, and track a copy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter, deque
 from typing import Any
 
 from lowrank_lab import progress
-from lowrank_lab.artifacts.locks import Busy, held
+from lowrank_lab.artifacts.locks import LockedByAnother, locked
 from lowrank_lab.artifacts.store import Store, disk_full
 from lowrank_lab.cells import config
 from lowrank_lab.cells.cell import Cell
@@ -19,46 +19,48 @@ from lowrank_lab.records.seal import SEAL
 
 log = logging.getLogger(__name__)
 
-LAUNCH = "LOWRANK_LAB_LAUNCH"  # in the environment of a launcher's workers, and their records: which launch it was
+LAUNCH = "LOWRANK_LAB_LAUNCH"  # variable with the id of a launch, for its workers and their records
 
 
 def run(cell: Cell, grid: str | None = None, wait: bool = True) -> dict[str, Any]:
     """Return the record of a cell. A finished one is found without importing torch.
 
-    Raises UserError for what a user can mend, before any model is loaded; any other failure is written into
-    the record with its traceback and raised again. Where another process computes the cell, or makes an artifact
-    that it needs, it is waited for; with ``wait`` False Busy is raised instead.
+    Raises UserError for what a user can repair, before any model is loaded; any other failure is written into
+    the record with its traceback and raised again. Where another process computes the cell, or an artifact
+    that it needs, this waits for it; with ``wait`` False it raises LockedByAnother instead.
     """
     cfg = cell.cfg
     results = Results(cfg.results)
     if (saved := cell.saved) is not None:
-        known = (cell.source.name, saved.method, saved.ratio)
-        log.info("%s is compressed already (%s, ratio %g): it is evaluated as it is", *known)
-    elif cell.asks_for_checkpoint and not cell.checkpoints:
-        log.info("%s: nothing is compressed, so there is no checkpoint to save", cell.label)
-    if (record := _settled(cell, results)) is None:
+        facts = (cell.source.name, saved.method, saved.ratio)
+        log.info("%s is compressed already (%s, ratio %g): it is evaluated without further compression", *facts)
+    elif cell.wants_checkpoint and not cell.checkpoints:
+        log.info("%s: nothing is compressed, so no checkpoint is saved", cell.label)
+    if (record := _final_record(cell, results)) is None:
         try:
-            with held(results.lock(cell.key), cell.label, wait):
-                if (record := _settled(cell, results)) is None:  # else whoever held the lock has settled it
+            with locked(results.lock(cell.key), cell.label, wait):
+                if (
+                    record := _final_record(cell, results)
+                ) is None:  # else the process that held the lock has computed it
                     cell.store.waits = wait
-                    return _computed(cell, results, grid)
+                    return _compute_and_record(cell, results, grid)
         except Exception as error:
             if not disk_full(error):
                 raise
             raise UserError(
-                f"no space left for results={cfg.results} or artifacts={cfg.artifacts}; what was finished is kept"
+                f"no space left for results={cfg.results} or artifacts={cfg.artifacts}; finished results are kept"
             ) from error
     log.info("%s: %s already (%s)", cell.label, record["status"], summary(record))
     return record
 
 
-def _computed(cell: Cell, results: Results, grid: str | None) -> dict[str, Any]:
+def _compute_and_record(cell: Cell, results: Results, grid: str | None) -> dict[str, Any]:
     """Compute a cell, write its record, and track a copy."""
     cfg = cell.cfg
     log.info("%s: starting", cell.label)
     if cell.left_out and cell.evaluators:
-        log.info("%s", cell.why_left_out)
-    recording = Record(cell, grid, results.begun(cell.key))
+        log.info("%s", cell.left_out_message)
+    recording = Record(cell, grid, results.attempt_file(cell.key))
     if launch := os.environ.get(LAUNCH):
         recording.data["launch"] = launch
     previous = results.find(cell.key) or {}
@@ -74,39 +76,42 @@ def _computed(cell: Cell, results: Results, grid: str | None) -> dict[str, Any]:
         raise without_frames(error)  # noqa: B904 - it is the same error
     finally:
         record = recording.data
-        if SEAL in record:  # it is written; an interrupted cell has nothing to tell, nor has its last record
+        if SEAL in record:  # it is written, which the record of an interrupted cell is not
             log.info("%s: %s (%s), %.0f s", cell.label, record["status"], summary(record), record["seconds"])
             config.build(cfg.tracker)(record, results.path(cell.key))
     return record
 
 
 def run_postponed(cells: list[Cell], grid: str | None) -> bool:
-    """Run cells that were Busy, each as soon as it can go on; whether all went well. A failure stops no other."""
-    waiting, in_a_row, all_well = deque(cells), 0, True
+    """Run cells that were locked by other processes, each when it is free; returns whether none failed.
+
+    A cell that fails does not stop the others.
+    """
+    waiting, locked_in_a_row, success = deque(cells), 0, True
     while waiting:
         cell = waiting.popleft()
-        nothing_else_to_do = in_a_row > len(waiting)
+        all_are_locked = locked_in_a_row > len(waiting)
         try:
-            run(cell, grid, wait=nothing_else_to_do)
-        except Busy:
+            run(cell, grid, wait=all_are_locked)
+        except LockedByAnother:
             waiting.append(cell)
-            in_a_row += 1
+            locked_in_a_row += 1
             continue
         except UserError as error:
             log.error("error: %s", error)
-            all_well = False
+            success = False
         except Exception:
             log.exception("a cell failed")
-            all_well = False
-        in_a_row = 0
+            success = False
+        locked_in_a_row = 0
         progress.cell_done()
-    return all_well
+    return success
 
 
 def finished(cell: Cell) -> dict[str, Any] | None:
     """The record of a cell that needs no more work, or None. No torch.
 
-    A cell that is done but lacks a checkpoint that is asked for is run again: its numbers are artifacts.
+    A cell that is done but lacks a wanted checkpoint is run again: its numbers are artifacts and are reused.
     """
     results = Results(cell.cfg.results)
     record = results.finished(cell.key)
@@ -119,8 +124,8 @@ def finished(cell: Cell) -> dict[str, Any] | None:
     return record
 
 
-def _settled(cell: Cell, results: Results) -> dict[str, Any] | None:
-    """The record of a cell that is finished, or has failed in this very launch, whose workers try it once."""
+def _final_record(cell: Cell, results: Results) -> dict[str, Any] | None:
+    """The record of a cell that is finished, or has failed in this launch, whose workers try each cell once."""
     if (record := finished(cell)) is None and (launch := os.environ.get(LAUNCH)):
         record = results.find(cell.key)
         if record is not None and (record["status"] != "failed" or record.get("launch") != launch):
@@ -128,17 +133,17 @@ def _settled(cell: Cell, results: Results) -> dict[str, Any] | None:
     return record
 
 
-def _shown(measured: dict[str, Any]) -> str:
+def _value_in_words(measured: dict[str, Any]) -> str:
     if measured["value"] is None:
         return f"nan ({measured.get('reason') or measured['not_finite'] + ' is not finite'})"
     return f"{measured['value']:.4g}"
 
 
 def summary(record: dict[str, Any]) -> str:
-    """A record's numbers, or why it has none, in a few words; and which checkpoints were kept."""
+    """A record's numbers, or why it has none, in a few words; and which checkpoints were saved."""
     if "reason" in record:
         return record["reason"]
     of = Counter(measured["metric"] for measured in record["metrics"].values())
     metrics = record["metrics"].items()
-    numbers = [f"{m['metric'] if of[m['metric']] == 1 else name} {_shown(m)}" for name, m in metrics]
+    numbers = [f"{m['metric'] if of[m['metric']] == 1 else name} {_value_in_words(m)}" for name, m in metrics]
     return ", ".join([*numbers, *(record[what] for what in CHECKPOINT_NAMES if what in record)])

@@ -1,7 +1,7 @@
-"""A small training loop that can be stopped and goes on: for learned ranks and rotations, and for fine-tuning.
+"""A small training loop that resumes after a stop: for learned ranks and rotations, and for fine-tuning.
 
-Nothing here is special: AdamW unless told otherwise, a schedule from transformers, batches in an order that the
-seed settles. It exists so that all trainings resume in the same way, to the same numbers.
+It is a standard loop: AdamW by default, a schedule from transformers, batches in an order that depends on the
+seed. It exists so that all trainings resume in the same way, to the same numbers.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def train(
     after_step: Callable[[], dict[str, Any]] = dict,
     optimizer_of: Callable[..., torch.optim.Optimizer] = ADAMW,
 ) -> list[dict[str, Any]]:
-    """Train ``parameters`` in place; returns what each step reported.
+    """Train ``parameters`` in place; returns the history, one entry a step.
 
-    ``loss_of`` gives the loss of some sequences (batch, length), a mean over them. ``ids`` (samples, length) are
-    gone through in a new order each epoch. ``after_step`` adds facts to the history, as plain data. The state is
-    kept in ``folder/<name>.state`` about once a minute and at the end; called again, the loop goes on from there,
-    and ends with the same numbers, dropout included: each step seeds torch's generators. Raises FloatingPointError
-    where a loss is not finite.
+    ``loss_of`` gives the mean loss of some sequences (batch, length). Each epoch reads ``ids`` (samples, length) in
+    a new order. ``after_step`` adds facts to the history, as plain data. The loop saves its state in
+    ``folder/<name>.state`` about once a minute and at the end; called again, it continues from there and ends with
+    the same numbers, dropout included: each step seeds torch's generators. Raises FloatingPointError where a loss
+    is not finite.
     """
     optimizer = optimizer_of(parameters, lr=recipe.learning_rate)
     scheduler = get_scheduler(recipe.schedule, optimizer, recipe.warmup, recipe.steps)
@@ -123,9 +123,15 @@ def _save(
 
 def _restore(state: Path, parameters: Sequence[nn.Parameter], optimizer: Any, scheduler: Any) -> list[Any]:
     try:
-        saved = torch.load(state, weights_only=True, map_location="cpu")  # each then goes where its parameter is
+        saved = torch.load(
+            state, weights_only=True, map_location="cpu"
+        )  # copy_ moves each to the device of its parameter
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        log.warning("%s cannot be read (%s): the training begins anew", state, str(error).partition("\n")[0])
+        log.warning(
+            "%s cannot be read (%s): the training starts again from its first step",
+            state,
+            str(error).partition("\n")[0],
+        )
         return []
     with torch.no_grad():
         for parameter, value in zip(parameters, saved["parameters"], strict=True):

@@ -114,7 +114,7 @@ def test_a_grid_that_is_cancelled_requeued_and_interrupted_has_the_table_of_a_lo
         assert seen["queued"] >= 7 and seen["queued"] + seen.get("running", 0) == 9
         launcher.process.send_signal(signal.SIGINT)
         assert launcher.ended() == 130
-        assert f"see them: python report.py status; stop them: scancel {array}" in launcher.said()
+        assert f"list them: python report.py status; stop them: scancel {array}" in launcher.said()
     assert states(cluster)  # the jobs go on
 
     with launched(lab, "slurm") as launcher:

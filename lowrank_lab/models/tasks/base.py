@@ -1,4 +1,4 @@
-"""What compressions and evaluations ask of a task. No torch at import."""
+"""The interface of tasks, for compressions and evaluators. No torch at import."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Task(Protocol):
     def load(self, location: str, revision: str | None, dtype: str, trust_remote_code: bool) -> nn.Module:
         """The model in evaluation mode, on the CPU, in ``dtype``.
 
-        Raises UserError for one whose weights or files would run code that was not asked for.
+        Raises UserError for one whose weights or files would run code that the user has not allowed.
         """
         ...
 
@@ -25,17 +25,17 @@ class Task(Protocol):
         ...
 
     def forward(self, model: nn.Module, batch: Batch) -> None:
-        """Run ``model`` as far as all blocks of all towers are reached."""
+        """Run ``model`` at least through all blocks of all towers."""
         ...
 
     def loss(self, model: nn.Module, batch: Batch, reduction: Reduction = "mean") -> Tensor:
-        """The loss of a batch, float32: its ``mean`` or ``sum`` over all that is predicted, or each (``none``)."""
+        """The loss of a batch, float32: the ``mean`` or ``sum`` over all predictions, or each (``none``)."""
         ...
 
     def predicted(self, batch: Batch) -> int:
-        """How many predictions the loss of a batch is of."""
+        """The number of predictions in the loss of a batch."""
         ...
 
     def rows(self, batch: Batch) -> Tensor | None:
-        """Which positions (batch, length) of a batch count, bool; None: all."""
+        """The positions (batch, length), bool, of a batch that are not padding; None: all."""
         ...

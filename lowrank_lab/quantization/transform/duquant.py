@@ -74,7 +74,7 @@ class DuQuant(Transform):
             if quantization.latent is not None:
                 groups = [group for group in groups if not _reads_latent(group)]
             tokens = context.calibration_ids.numel()
-            seen = inputs.look_at_inputs(block, [group[0] for group in groups], run, tokens, SAMPLE)
+            seen = inputs.sample_inputs(block, [group[0] for group in groups], run, tokens, SAMPLE)
             for group in groups:
                 try:
                     spreading = self._spreading(block, group, *seen.pop(group[0]), seed)

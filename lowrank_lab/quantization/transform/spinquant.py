@@ -70,8 +70,8 @@ class SpinQuant(Transform):
             "rotations",
             {
                 "quantization": versions.QUANTIZATION,
-                "model": cell.keys.before("quantization"),
-                "sites": [config.for_key(cfg.grouping), cell.keys.targeted],
+                "model": cell.keys.weights_before("quantization"),
+                "sites": [config.for_key(cfg.grouping), cell.keys.targets_for_key],
                 "transform": config.for_key(cfg.quantization.transform, without=self.no_influence),
                 "activations": config.for_key(cfg.quantization.activations),
                 "weights": [config.for_key(cfg.quantization[form]) for form in forms],
