@@ -24,6 +24,7 @@ from lowrank_lab.lowrank.allocation.strs import Step, candidate_ranks, finish, i
 from lowrank_lab.lowrank.allocation.uniform import uniform
 from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.lowrank.ranks import (
+    Ranks,
     budget,
     cost_at,
     fit,
@@ -37,7 +38,7 @@ from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.lowrank.storage.base import Storage
 from lowrank_lab.lowrank.storage.remap import Remap
 from lowrank_lab.models import tiny
-from lowrank_lab.modules.site import Ranks, Site
+from lowrank_lab.modules.site import Site
 from lowrank_lab.reporting.paper_figures import asvd
 from tests.conftest import Lab
 from tests.sites import site

@@ -16,13 +16,13 @@ from lowrank_lab.cells.cell import Cell
 from lowrank_lab.evaluation.output_error import OutputError, RelativeError, output_errors, storage_errors
 from lowrank_lab.evaluation.robust import NotFiniteError
 from lowrank_lab.lowrank.metric.second_moment import SecondMoment
+from lowrank_lab.lowrank.ranks import Ranks
 from lowrank_lab.lowrank.spectra import compress, load_spectrum, load_tails, make_spectra
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.lowrank.storage.remap import Remap
 from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.factorized import dense_weight, site_weight
-from lowrank_lab.modules.site import Ranks
 from lowrank_lab.reporting import figures, tables
 from lowrank_lab.reporting.sections import OUTPUT_ERROR
 from lowrank_lab.running import runner

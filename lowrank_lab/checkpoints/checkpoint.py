@@ -28,7 +28,7 @@ from lowrank_lab.modules.base import Described, Replacement, bias_of, dense_weig
 from lowrank_lab.modules.cache_format import CacheFormat
 from lowrank_lab.modules.factorized import factors_of
 from lowrank_lab.modules.rebuild import build_modules, check_kinds, describe_modules
-from lowrank_lab.modules.site import Ranks, Sites
+from lowrank_lab.modules.site import Sites
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -86,7 +86,7 @@ class LowRankQuantizer(HfQuantizer):
         )
 
 
-def describe(model: nn.Module, sites: Sites, ranks: Ranks, method: str, ratio: float) -> Saved:
+def describe(model: nn.Module, sites: Sites, ranks: dict[str, int | None], method: str, ratio: float) -> Saved:
     """How ``model`` was compressed. Raises UserError for a storage that checkpoints cannot hold."""
     for name, site in sites.items():
         for member in site.members if ranks[name] is not None else ():

@@ -8,7 +8,7 @@ from typing import Any
 
 from lowrank_lab.checkpoints import old_versions
 from lowrank_lab.errors import UserError
-from lowrank_lab.modules.site import Ranks, Site
+from lowrank_lab.modules.site import Site
 
 QUANT_METHOD = "lowrank_lab"  # the name under which transformers knows these checkpoints
 VERSION = 4  # raise when a checkpoint of the present kind could no longer be read
@@ -31,7 +31,7 @@ class Saved:
     method: str
     ratio: float
     sites: dict[str, Site]
-    ranks: Ranks
+    ranks: dict[str, int | None]
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
     is_quantized: bool = False
     online: bool = False

@@ -18,7 +18,8 @@ from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.lowrank import artifacts
 from lowrank_lab.lowrank.answers import Answers
 from lowrank_lab.lowrank.keys import LowRankKeys
-from lowrank_lab.modules.site import Ranks, Site
+from lowrank_lab.lowrank.ranks import Ranks
+from lowrank_lab.modules.site import Site
 
 if TYPE_CHECKING:
     from lowrank_lab.lowrank import factors, spectra

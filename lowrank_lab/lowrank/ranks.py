@@ -12,9 +12,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping
+from typing import TypeAlias
 
 from lowrank_lab.errors import SkippedCell
-from lowrank_lab.modules.site import Ranks, Site, Sites
+from lowrank_lab.modules.site import Site, Sites
+
+# By the full name of a site: its rank, None where it stays dense.
+Ranks: TypeAlias = dict[str, int | None]
 
 
 def budget(sites: Sites, ratio: float) -> int:

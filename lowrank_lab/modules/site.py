@@ -55,9 +55,8 @@ class Site:
         return self.out * self.inp if rank is None else rank * (self.out + self.inp)
 
 
-# By the full name of a site: the site, and its rank (None where it stays dense).
+# By the full name of a site: the site.
 Sites: TypeAlias = Mapping[str, Site]
-Ranks: TypeAlias = dict[str, int | None]
 
 
 def by_block(sites: Sites, count: int) -> list[dict[str, Site]]:

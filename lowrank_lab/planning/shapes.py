@@ -21,7 +21,7 @@ from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.base import is_linear
 from lowrank_lab.modules.counts import count
 from lowrank_lab.modules.linears import linear_shapes
-from lowrank_lab.modules.site import Ranks, Site
+from lowrank_lab.modules.site import Site
 from lowrank_lab.running.context import sites_of_cell
 
 
@@ -53,7 +53,7 @@ class Shapes:
     head_macs: int
     sites: dict[str, Site] = field(default_factory=dict)
 
-    def ranks(self, ratio: float) -> Ranks:
+    def ranks(self, ratio: float) -> dict[str, int | None]:
         """The uniform ranks; other allocations use the same budget in total."""
         if ratio >= 1:
             return dict.fromkeys(self.sites)

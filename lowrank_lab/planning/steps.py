@@ -14,7 +14,6 @@ from lowrank_lab.evaluation.perplexity import Perplexity
 from lowrank_lab.lowrank.answers import Answers, answers_of
 from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.lowrank.metric.base import InputStatistics, Metric, OutputStatistics
-from lowrank_lab.modules.site import Ranks
 from lowrank_lab.planning import flops, memory
 from lowrank_lab.planning.shapes import Shapes
 from lowrank_lab.records.results import CHECKPOINTS
@@ -55,7 +54,7 @@ class Planner:
         self.cell, self.shapes, self.on_gpu = cell, shapes, on_gpu
         self.value = 4 if cell.cfg.dtype == "float32" else 2
         saved = cell.saved
-        self.ranks: Ranks = saved.ranks if saved is not None else shapes.ranks(cell.ratio)
+        self.ranks: dict[str, int | None] = saved.ranks if saved is not None else shapes.ranks(cell.ratio)
         self.factored = any(rank is not None for rank in self.ranks.values())
         calibration = cell.cfg.calibration
         self.samples, self.length = calibration.samples, calibration.seqlen

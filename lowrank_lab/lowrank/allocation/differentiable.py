@@ -12,8 +12,8 @@ from lowrank_lab.artifacts.store import write_json
 from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.keys import LowRankKeys
-from lowrank_lab.lowrank.ranks import budget, cost_at, cost_line, fit, starting_share
-from lowrank_lab.modules.site import Ranks, Site, Sites
+from lowrank_lab.lowrank.ranks import Ranks, budget, cost_at, cost_line, fit, starting_share
+from lowrank_lab.modules.site import Site, Sites
 
 if TYPE_CHECKING:
     import torch

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 from lowrank_lab import checks
 from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.lowrank.artifacts import tails
-from lowrank_lab.lowrank.ranks import budget, total_cost
-from lowrank_lab.modules.site import Ranks, Site, Sites
+from lowrank_lab.lowrank.ranks import Ranks, budget, total_cost
+from lowrank_lab.modules.site import Site, Sites
 
 if TYPE_CHECKING:
     import numpy as np

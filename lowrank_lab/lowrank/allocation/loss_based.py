@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from lowrank_lab.errors import SkippedCell
 from lowrank_lab.lowrank.answers import answers_of
 from lowrank_lab.lowrank.artifacts import tails
-from lowrank_lab.lowrank.ranks import budget, fit, rank_at, rank_for_ratio
-from lowrank_lab.modules.site import Ranks, Sites
+from lowrank_lab.lowrank.ranks import Ranks, budget, fit, rank_at, rank_for_ratio
+from lowrank_lab.modules.site import Sites
 
 if TYPE_CHECKING:
     from lowrank_lab.running.context import Context

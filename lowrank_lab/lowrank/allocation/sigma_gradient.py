@@ -12,8 +12,8 @@ from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.lowrank import artifacts
 from lowrank_lab.lowrank.allocation.global_tail import water_fill
 from lowrank_lab.lowrank.keys import LowRankKeys
-from lowrank_lab.lowrank.ranks import budget, fit
-from lowrank_lab.modules.site import Ranks, Sites, by_block
+from lowrank_lab.lowrank.ranks import Ranks, budget, fit
+from lowrank_lab.modules.site import Sites, by_block
 
 if TYPE_CHECKING:
     import numpy as np

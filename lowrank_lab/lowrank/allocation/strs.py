@@ -21,9 +21,9 @@ from lowrank_lab.errors import SkippedCell
 from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.lowrank import artifacts
 from lowrank_lab.lowrank.keys import LowRankKeys
-from lowrank_lab.lowrank.ranks import budget, rank_of_cost, rank_within, total_cost
+from lowrank_lab.lowrank.ranks import Ranks, budget, rank_of_cost, rank_within, total_cost
 from lowrank_lab.lowrank.storage.absorb import Absorb
-from lowrank_lab.modules.site import Ranks, Site, Sites, by_block
+from lowrank_lab.modules.site import Site, Sites, by_block
 
 if TYPE_CHECKING:
     import torch

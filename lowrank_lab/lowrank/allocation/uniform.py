@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lowrank_lab.lowrank.ranks import rank_for_ratio
-from lowrank_lab.modules.site import Ranks, Sites
+from lowrank_lab.lowrank.ranks import Ranks, rank_for_ratio
+from lowrank_lab.modules.site import Sites
 
 if TYPE_CHECKING:
     from lowrank_lab.running.context import Context

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from lowrank_lab.modules.site import Ranks
+from lowrank_lab.lowrank.ranks import Ranks
 
 if TYPE_CHECKING:
     from lowrank_lab.running.context import Context

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from lowrank_lab import checks, progress
 from lowrank_lab.lazy_module import LazyModule
-from lowrank_lab.modules.site import Ranks, by_block
+from lowrank_lab.lowrank.ranks import Ranks
+from lowrank_lab.modules.site import by_block
 
 if TYPE_CHECKING:
     import torch

@@ -10,8 +10,9 @@ from lowrank_lab import checks
 from lowrank_lab.artifacts.store import write_json
 from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.lowrank import artifacts
+from lowrank_lab.lowrank.ranks import Ranks
 from lowrank_lab.lowrank.storage.absorb import Absorb
-from lowrank_lab.modules.site import Ranks, Sites, by_block
+from lowrank_lab.modules.site import Sites, by_block
 
 if TYPE_CHECKING:
     import peft

@@ -23,7 +23,8 @@ from lowrank_lab import checks, progress
 from lowrank_lab.artifacts.store import write_json
 from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.lowrank import artifacts
-from lowrank_lab.modules.site import Ranks, Site, Sites, by_block
+from lowrank_lab.lowrank.ranks import Ranks
+from lowrank_lab.modules.site import Site, Sites, by_block
 
 if TYPE_CHECKING:
     import torch
