@@ -47,6 +47,12 @@ def test_every_option_says_what_it_is():
         assert said, f"{group}={option}"
 
 
+LOW_RANK = (
+    "{_target_:lowrank_lab.lowrank.compression.low_rank,metric:${metric},grouping:${grouping},targets:${targets},"
+    "allocation:${allocation},refinement:${refinement},storage:${storage}}"
+)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -54,6 +60,17 @@ def test_every_option_says_what_it_is():
         ("methd=svd", "methd: no such setting; did you mean method?"),
         ("metric.alpa=1", "metric.alpa: no such setting with these options"),
         ("ratio=0.8,0.6", "to run several values as a grid, add -m"),
+        ("compressions=null", "compressions=None is not valid"),
+        (
+            "compressions.lowrank.metric={_target_:lowrank_lab.lowrank.metric.identity.Identity}",
+            "choose it with metric=...",
+        ),
+        ("compressions.pruning={_target_:mine.Rule}", "choose it with pruning=..."),
+        (
+            "pruning=magnitude ~compressions.pruning ~compressions.lowrank +compressions.pruning=${pruning} "
+            "+compressions.lowrank=" + LOW_RANK,
+            "list it before pruning",
+        ),
         ("results=", "results= is not valid; it must be a folder"),
         ("artifacts=null", "artifacts=None is not valid; it must be a folder"),
         ("metric=abs_max metric.alpha=nan", "metric: alpha=nan is not valid"),

@@ -58,6 +58,13 @@ class AlmostPivoted(Pivoted):
         return rank * (out + inp - rank) + min(rank, 1)
 
 
+class OfInputs(Absorb):
+    """Costs as much as remapping where there are more inputs than outputs, and less elsewhere."""
+
+    def cost(self, out: int, inp: int, rank: int) -> int:
+        return rank * inp
+
+
 class Padded(Absorb):
     """Ranks are padded to even ones."""
 
@@ -318,7 +325,7 @@ def test_a_learned_rank_starts_at_its_ratio_and_its_cost_has_the_slope_of_the_li
 def options(tmp_path: Path) -> str:
     """A folder of options that adds storages from outside the package."""
     (tmp_path / "conf" / "storage").mkdir(parents=True)
-    for name in ("Pivoted", "AlmostPivoted"):
+    for name in ("Pivoted", "AlmostPivoted", "OfInputs"):
         text = f"_target_: tests.test_costs.{name}\nleft_share: 0.5\n"
         (tmp_path / "conf" / "storage" / f"{name.lower()}.yaml").write_text(text)
     return f"hydra.searchpath=[file://{tmp_path}/conf]"
@@ -336,7 +343,7 @@ def test_the_key_of_an_allocation_has_what_is_counted(lab: Lab, options):
     assert counted("storage=remap") == ["parameters", 3]
     assert counted("targets=kv_cache") == ["kv_cache", 5]
     assert Pivoted(0.5).cost(2, 3, 1) == AlmostPivoted(0.5).cost(2, 3, 1)
-    keys = [counted(f"storage={storage}") for storage in ("uv", "pivoted", "almostpivoted")]
+    keys = [counted(f"storage={storage}") for storage in ("uv", "remap", "pivoted", "almostpivoted", "ofinputs")]
     assert all(one != other for one, other in itertools.combinations(keys, 2))
 
 

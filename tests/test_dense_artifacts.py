@@ -72,6 +72,11 @@ def assign_data(context: Context) -> None:
             parameter.data = parameter.data * 2
 
 
+def write_one_value_after_a_compression(context: Context) -> None:
+    context.model.get_parameter("model.layers.1.mlp.up_proj.weight").data[1, 2] += 9  # no part of a snapshot
+    context.model_was_changed()  # as the pipeline does
+
+
 def replace_the_model(context: Context) -> None:
     model = context.take_model()
     nn.init.zeros_(model.get_parameter("model.layers.0.mlp.up_proj.weight"))
@@ -83,6 +88,7 @@ CHANGES: list[Callable[[Context], None]] = [
     zero_weights,
     write_into_data,
     assign_data,
+    write_one_value_after_a_compression,
     replace_the_model,
 ]
 

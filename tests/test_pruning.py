@@ -134,9 +134,12 @@ def test_remapped_factors_are_skipped_with_the_reason(lab):
 def test_tables_tell_it(lab):
     lab.run("method=svdllm")
     lab.run("method=svdllm", "pruning=magnitude", "sparsity=0.25")
+    lab.run("method=dense", "pruning=magnitude", "sparsity=0.504", "targets=mlp")
     text = tables.markdown(lab.results.records())
     assert "pruning=magnitude 25%" in text
     assert "pruning=none" in text
+    assert "pruning=magnitude 50.4%" in text
+    assert "of mlp" in text
 
 
 @pytest.mark.parametrize("sparsity", ["1", "-0.1", "half", "1.5"])

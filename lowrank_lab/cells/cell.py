@@ -109,7 +109,9 @@ class Cell:
     @property
     def is_factored(self) -> bool:
         """Whether the model that is evaluated has factors."""
-        return self.saved is not None or any(one.makes_factors for one in self.compressions.values())
+        if self.saved is not None:
+            return any(rank is not None for rank in self.saved.ranks.values())
+        return any(one.makes_factors for one in self.compressions.values())
 
     @property
     def ratio(self) -> float:

@@ -72,6 +72,10 @@ def validated(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(f"{missing[0]} must be given, for example {missing[0]}=...")
     for group in ("model", "method", "dataset", "calibration", "tracker", "eval"):
         _check(group, cfg.get(group), bool(cfg.get(group)), "one of its options; see python run.py --help")
+    _check("compressions", cfg.compressions, OmegaConf.is_dict(cfg.compressions), "the compressions by name")
+    for name, node in cfg.compressions.items():
+        if name in cfg:
+            check_same(f"compressions.{name}", node, str(name), cfg[name])
     _check_values(cfg)
     _check_texts(cfg)
     _build_checked("tracker", cfg.tracker)
@@ -128,6 +132,12 @@ def _build_checked(name: str, node: DictConfig) -> Any:
         if found := re.search(r"full_key: compressions\.lowrank\.(\w+)", str(error)):
             name = found[1]  # on the command line each part of a method is a node
         raise UserError(f"{name}: {error.__cause__ or error}".splitlines()[0]) from None
+
+
+def check_same(name: str, value: Any, setting: str, wanted: Any) -> None:
+    """Raise UserError where ``name`` differs from the ``setting`` on which the keys of the cell depend."""
+    if plain(value) != plain(wanted):
+        raise UserError(f"{name} is not set by itself; choose it with {setting}=...")
 
 
 def _check_writable(name: str, folder: Path) -> None:

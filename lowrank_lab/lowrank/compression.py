@@ -59,6 +59,9 @@ class LowRank(Compression):
                 raise UserError(
                     f"{name}=null is not valid; it must be one of its options; see python run.py --help"
                 )
+        for name, node in (cfg.compressions.get("lowrank") or {}).items():
+            if name in cfg:
+                config.check_same(f"compressions.lowrank.{name}", node, name, cfg[name])
         for name, node in self.texts(cfg).items():
             config.check_windows(name, node)
             config.check_part(f"{name}.dataset", node.dataset, "calibration")
@@ -66,6 +69,11 @@ class LowRank(Compression):
             samples = (cfg.get(name) or {}).get("samples")
             if name not in self.texts(cfg) and is_count(samples, cfg.calibration.samples + 1):
                 raise UserError(f"{name}.samples={samples} is not valid; it must be at most calibration.samples")
+
+    def check_cell(self, cell: Cell) -> None:
+        """Raises UserError where another compression comes first: spectra and factors are of the dense weights."""
+        if (first := next(iter(cell.compressions.values()))) is not self:
+            raise UserError(f"compressions: low rank factors the dense weights; list it before {first.axis}")
 
     def switch_off(self, cfg: DictConfig) -> None:
         cfg.compressions.lowrank = cfg.allocation = cfg.refinement = None

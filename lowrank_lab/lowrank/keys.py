@@ -9,6 +9,8 @@ from lowrank_lab.artifacts.store import fingerprint
 from lowrank_lab.cells import config, versions
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.lowrank.answers import Answers, answers_of
+from lowrank_lab.lowrank.storage.absorb import Absorb
+from lowrank_lab.lowrank.storage.remap import Remap
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,14 @@ class LowRankKeys:
 
     @property
     def counted(self) -> list[Any]:
-        """What the ratio counts. Storages with the same costs share their ranks."""
-        cost, storage = self.answers.storage.cost, self.cell.cfg.storage
-        counted = [self.cell.cfg.targets.ratio_of, cost(2, 3, 1)]
-        if all(cost(64, 96, rank) == rank * cost(64, 96, 1) for rank in range(65)):
-            return counted
-        return [*counted, config.for_key(storage)]  # one number does not distinguish such costs
+        """What the ratio counts. The storages of lowrank_lab that cost the same share their ranks.
+
+        The cost of another class may be any function, so only its settings identify it.
+        """
+        storage, ratio_of = self.answers.storage, self.cell.cfg.targets.ratio_of
+        if type(storage).cost in (Absorb.cost, Remap.cost):
+            return [ratio_of, storage.cost(2, 3, 1)]  # 5 for rank · (out + in), 3 for rank · max(out, in)
+        return [ratio_of, config.for_key(self.cell.cfg.storage)]
 
     @property
     def ranks(self) -> dict[str, Any]:

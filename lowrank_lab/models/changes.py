@@ -16,7 +16,8 @@ class Snapshot:
     """The state of a ``model`` at one moment, to find later changes.
 
     It has the types of the modules, the identity, address and version of each parameter and buffer, and some of
-    their values, because a write into ``parameter.data`` changes nothing else. A model that was only moved to
+    their values, because a write into ``parameter.data`` changes nothing else. It misses such a write into a few
+    other values, so the pipeline says itself when a compression has been applied. A model that was only moved to
     another device counts as changed too: in doubt it is loaded again.
     """
 

@@ -47,7 +47,7 @@ class Magnitude(Compression):
 
     @property
     def name(self) -> str:
-        return f"magnitude {self.sparsity:.0%}"
+        return f"magnitude {100 * self.sparsity:g}%"
 
     def key(self, cell: Cell, before: str) -> str:
         content = {"model": before, "pruning": config.for_key(cell.cfg.pruning), "version": VERSION}
@@ -77,7 +77,9 @@ class Magnitude(Compression):
                 for path in linears.linears_in(block, site.members):
                     linear = block.get_submodule(path)
                     if not base.is_linear(linear):
-                        raise SkippedCell(f"pruning works on plain weights, and {name} is stored in another way")
+                        raise SkippedCell(
+                            f"pruning works on plain weights; the storage or a compression before it changed {name}"
+                        )
                     weight = base.dense_weight(linear).detach()
                     kept = largest(weight, plan[name])
                     block.set_submodule(path, sparse.SparseLinear.of(weight, kept, base.bias_of(linear)))

@@ -39,7 +39,7 @@ def labels(cell: Cell) -> dict[str, Any]:
             "name": "none" if quantization is None else quantization.name,
             "family": "none" if quantization is None else quantization.family,
         },
-        "counts": counts(plain, cell.site_rules[2].counts if factors else None, quantization is not None),
+        "counts": counts(plain, cell.site_rules[2].counts if factors else None, bool(cell.compressions)),
         "settings": of_cell,
         "variant": variant(of_cell, of_method(cell.cfg.method.name)),
     }
@@ -50,7 +50,8 @@ def settings(cfg: dict[str, Any], of_compressions: dict[str, dict[str, Any]], ca
 
     ``calibrated``: whether anything reads the calibration text.
     """
-    absent = {name: {SETTING_OF.get(name, name): "none"} for name in cfg.get("compressions", OLD_COMPRESSIONS)}
+    names = ["lowrank", *cfg.get("compressions", OLD_COMPRESSIONS)]
+    absent = {name: {SETTING_OF.get(name, name): "none"} for name in names}
     of_all = {**absent, **of_compressions}
     common = {"dtype": cfg["dtype"], **(flattened("calibration", cfg["calibration"]) if calibrated else {})}
     found = {**of_all.pop("lowrank"), **common}
@@ -59,13 +60,16 @@ def settings(cfg: dict[str, Any], of_compressions: dict[str, dict[str, Any]], ca
     return found
 
 
-def counts(cfg: dict[str, Any], stored: str | None, in_few_bits: bool) -> dict[str, Any]:
-    """The ``counts`` of a record; ``stored`` is what the storage of factors counts, None without factors."""
+def counts(cfg: dict[str, Any], stored: str | None, compressed: bool) -> dict[str, Any]:
+    """The ``counts`` of a record; ``stored`` is what the storage of factors counts, None without factors.
+
+    ``compressed``: whether anything changed the model; without factors it may have changed a part of it.
+    """
     targets = cfg["targets"]
     everything = targets["linears"] == "all"
     of_role = "" if everything else f" of {targets['linears']}"
-    if stored is None:  # perhaps only a part of the model is in few bits
-        everything = everything or not in_few_bits
+    if stored is None:
+        everything = everything or not compressed
         return {"unit": "weights" if everything else f"weights{of_role}", "whole": everything}
     if targets["ratio_of"] == "kv_cache":
         return {"unit": "cached values", "whole": False}

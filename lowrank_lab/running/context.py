@@ -81,6 +81,10 @@ class Context:
         self._snapshot = Snapshot(model)
         return model
 
+    def model_was_changed(self) -> None:
+        """Note that ``model`` is no longer the dense one, whatever its snapshot says."""
+        self._snapshot = None
+
     @contextmanager
     def dense(self, dtype: str) -> Iterator[nn.Module]:
         """The dense model in ``dtype``, for artifacts: ``model`` itself while nothing has changed it.

@@ -37,6 +37,7 @@ def compute(cell: Cell, record: Record) -> None:
         context.facts.clear()
         plan = compression.plan(context)
         facts = compression.apply(context, plan)
+        context.model_was_changed()
         record.data["compressions"][name] = {"plan": plan, **facts, **context.facts}
     saved = _describe(context)
     if "checkpoint" in cell.checkpoints:

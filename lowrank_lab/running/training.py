@@ -123,9 +123,8 @@ def _save(
 
 def _restore(state: Path, parameters: Sequence[nn.Parameter], optimizer: Any, scheduler: Any) -> list[Any]:
     try:
-        saved = torch.load(
-            state, weights_only=True, map_location="cpu"
-        )  # copy_ moves each to the device of its parameter
+        # copy_ moves each tensor to the device of its parameter.
+        saved = torch.load(state, weights_only=True, map_location="cpu")
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         log.warning(
             "%s cannot be read (%s): the training starts again from its first step",
