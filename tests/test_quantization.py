@@ -276,9 +276,10 @@ def test_inputs_of_linears_in_front_of_one_another_are_rounded_once():
     """q, k and v share their rounding, and so do the left factors of a joint site."""
     from lowrank_lab.models.families import LLAMA
     from lowrank_lab.modules.factorized import factorize
-    from lowrank_lab.modules.linears import linears_in, prepared_in, set_steps, shared_inputs
+    from lowrank_lab.modules.linears import linears_in, set_steps, shared_inputs
     from lowrank_lab.modules.site import Site
     from lowrank_lab.modules.steps import Round
+    from tests.prepared import prepared_in
 
     block = torch.nn.ModuleDict(
         {
