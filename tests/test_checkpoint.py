@@ -279,8 +279,8 @@ def test_a_checkpoint_is_evaluated_as_it_is(saving, caplog):
         assert again["sizes"] == record["sizes"]
         assert "checkpoint" not in again
     assert (
-        f"{folder.name} is compressed already (svd, ratio 0.5): it is evaluated without further compression"
-        in caplog.text
+        f"{folder.name} is compressed already (svd, ratio 0.5): "
+        "no method is applied again, it is evaluated as it is" in caplog.text
     )
     assert len(lab.results.records()) == 2  # whatever method was asked for, it is one cell
     merged = lab.run(f"model.path={lab.root / record['merged_checkpoint']}", "method=dense")

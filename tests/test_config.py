@@ -112,6 +112,7 @@ LOW_RANK = (
         ("dataset.eval.max_documents=-1", "dataset.eval.max_documents=-1 is not valid"),
         ("device=null", "device=None is not valid"),
         ("data_root=5", "data_root=5 is not valid"),
+        ("+compressions.x={_target_:mine.prune.Nope}", "x: Error loading 'mine.prune.Nope': ModuleNotFoundError("),
         ("method=null", "Config group override must be a string or a list"),
         ("calibration.dataset=null", "calibration.dataset=None is not valid"),
         ("model=hf", "model.path must be given"),

@@ -225,6 +225,18 @@ def test_the_memory_it_tells_is_enough_and_at_most_twice_what_is_held(tmp_path):
     assert found["resident"] <= 1.5 * found["must"], found
 
 
+def test_pruning_and_allocations_that_train_are_said_to_be_not_estimated(lab, medium, capsys):
+    for words in (["pruning=magnitude"], ["allocation=differentiable"]):
+        [cell] = lab.cells(f"model.path={medium}", "eval.ppl.max_windows=1", *words)
+        assert {name for name, step in steps(cell).items() if not step.known} <= {"pruning", "allocation"}
+        assert print_needs([cell])
+        printed = capsys.readouterr().out
+        assert rows(printed)[0][2].startswith("≥ ") and "pruning" in printed.splitlines()[-1]
+    for allocation in ("uniform", "loss_based", "global_tail"):
+        [cell] = lab.cells(f"model.path={medium}", "eval.ppl.max_windows=1", f"allocation={allocation}")
+        assert all(step.known for step in steps(cell).values())
+
+
 def test_on_a_gpu_there_is_one_block_until_the_whole_model_is_evaluated(lab, medium):
     [cell] = lab.cells(f"model.path={medium}")
     cpu, gpu = steps(cell), steps(cell, on_gpu=True)

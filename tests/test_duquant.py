@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from lowrank_lab.errors import UserError
 from lowrank_lab.models import families, tiny
 from lowrank_lab.models.walk import blocks_of
-from lowrank_lab.modules.linears import prepared_in
 from lowrank_lab.quantization.transform.duquant import (
     even_rotation,
     greedy_rotations,
@@ -22,6 +21,7 @@ from lowrank_lab.quantization.transform.duquant import (
 )
 
 from .conftest import load_lively
+from .prepared import prepared_in
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

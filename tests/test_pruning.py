@@ -44,8 +44,10 @@ def test_a_sparse_linear_multiplies_with_the_kept_weights(shape):
     counts = sparse.counts()
     assert counts.parameters == kept.sum()
     assert counts.bytes == 4 * kept.sum() + -(-kept.numel() // 8)
+    assert sum(tensor.nbytes for tensor in counts.weights) == counts.bytes  # the mask too is read
     masked = sparse.to_plain(torch.float32)
     assert torch.equal(masked(x), expected)
+    assert [tensor.shape for tensor in masked.counts().weights] == [shape]  # it is a dense product
     masked.linear = SparseLinear.of(torch.ones(shape), torch.ones(shape) > 0, bias)  # rounded to something else
     torch.testing.assert_close(masked(x), nn.functional.linear(x, kept.float(), bias))
 

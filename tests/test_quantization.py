@@ -243,10 +243,12 @@ def test_a_dense_model_in_few_bits_is_no_dense_model(lab):
     assert setting["dense"]["decode"] != setting["model"]["decode"]
 
 
-def test_a_compressed_checkpoint_is_quantized_as_its_cell_is(lab):
+def test_a_compressed_checkpoint_is_quantized_as_its_cell_is(lab, caplog):
+    caplog.set_level("INFO")
     made = lab.run("method=svdllm", "ratio=0.6", "save=true")
     here = lab.run("method=svdllm", "ratio=0.6", "quantization=int4")
     there = lab.run(f"model.path={lab.root / made['checkpoint']}", "quantization=int4")
+    assert "no method is applied again, it is only changed further by" in caplog.text
     assert there["metrics"]["ppl"]["value"] == here["metrics"]["ppl"]["value"]
     assert there["sizes"]["bytes"] == here["sizes"]["bytes"]
 
@@ -274,9 +276,10 @@ def test_inputs_of_linears_in_front_of_one_another_are_rounded_once():
     """q, k and v share their rounding, and so do the left factors of a joint site."""
     from lowrank_lab.models.families import LLAMA
     from lowrank_lab.modules.factorized import factorize
-    from lowrank_lab.modules.linears import linears_in, prepared_in, set_steps, shared_inputs
+    from lowrank_lab.modules.linears import linears_in, set_steps, shared_inputs
     from lowrank_lab.modules.site import Site
     from lowrank_lab.modules.steps import Round
+    from tests.prepared import prepared_in
 
     block = torch.nn.ModuleDict(
         {

@@ -14,7 +14,7 @@ from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.codec import quantize
 from lowrank_lab.modules.factorized import dense_weight, factorize, site_weight
 from lowrank_lab.modules.formats import Format
-from lowrank_lab.modules.linears import input_side, linears_in, prepared_in, shared_inputs
+from lowrank_lab.modules.linears import input_side, linears_in, shared_inputs
 from lowrank_lab.quantization.base import quantize_model
 from lowrank_lab.quantization.latent.beta import latent_loss, low_factors, splits, weight_loss
 from lowrank_lab.quantization.scales import largest, smoothing
@@ -22,6 +22,7 @@ from lowrank_lab.quantization.transform.awq import awq_candidates, awq_losses
 from lowrank_lab.records.results import Record
 from lowrank_lab.running.context import Context, pick_device
 from tests.conftest import load_lively
+from tests.prepared import prepared_in
 
 pytestmark = pytest.mark.own_artifacts  # models are changed here under the keys of those that they were
 

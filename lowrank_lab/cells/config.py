@@ -131,7 +131,9 @@ def _build_checked(name: str, node: DictConfig) -> Any:
     except Exception as error:  # instantiate wraps the error that the class raised
         if found := re.search(r"full_key: compressions\.lowrank\.(\w+)", str(error)):
             name = found[1]  # on the command line each part of a method is a node
-        raise UserError(f"{name}: {error.__cause__ or error}".splitlines()[0]) from None
+        # hydra names a class that cannot be imported on one line, and the cause on the next
+        message = str(error.__cause__ or error).replace(":\n", ": ")
+        raise UserError(f"{name}: {message}".splitlines()[0]) from None
 
 
 def check_same(name: str, value: Any, setting: str, wanted: Any) -> None:

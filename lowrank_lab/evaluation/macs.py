@@ -27,7 +27,11 @@ def decode(model: nn.Module, cache: Any, tokens: Tensor, steps: int) -> None:
 
 
 def ideal(dense: nn.Module, model: nn.Module) -> dict[str, float]:
-    """The decode speed-ups if time were proportional to the linears' multiply-accumulates, and to their bytes."""
+    """The decode speed-ups if time were proportional to the linears' multiply-accumulates, and to their bytes.
+
+    The bytes are of the weights as they are stored (``Counts.weights``): a forward that first makes dense ones of
+    them cannot reach that.
+    """
     return {
         "macs": count(dense).macs / count(model).macs,
         "bytes": _linear_bytes(dense) / _linear_bytes(model),

@@ -26,7 +26,8 @@ class Counts:
     parameters  how many weights it has, whatever their bits
     bytes       of all its tensors, with scales and the tensors of steps before it
     macs        multiply-accumulates a token
-    weights     the tensors of its weights: what a forward of one token reads
+    weights     the stored tensors of its weights, which a forward has to read at least: one that first makes a
+                dense weight of them, as those in few bits and the pruned ones do, also writes and reads that
     """
 
     parameters: int = 0

@@ -183,16 +183,6 @@ def steps_of(block: nn.Module, path: str) -> nn.Sequential:
     return parent.steps if isinstance(parent, PreparedLinear) else nn.Sequential()
 
 
-def prepared_in(block: nn.Module) -> list[tuple[list[str], nn.Sequential]]:
-    """All steps in ``block``, each list with the group of linears that it is before."""
-    found: dict[int, tuple[list[str], nn.Sequential]] = {}
-    for path, module in block.named_modules():
-        if isinstance(module, PreparedLinear):
-            group = found.setdefault(id(module.prepare), ([], module.steps))[0]
-            group.insert(0 if module.lists_steps else len(group), path)
-    return list(found.values())
-
-
 def change_weight(block: nn.Module, path: str, change: Callable[[Tensor], Tensor]) -> None:
     """Replace the weight (out, in) of a plain linear by ``change(weight)``, in float64 and of the same shape."""
     linear: Any = block.get_submodule(path)

@@ -48,7 +48,8 @@ class SparseLinear(CompressedLinear):
 
     def counts(self) -> Counts:
         products = self.out_features * self.in_features
-        return Counts(len(self.values), nbytes(self.mask, self.values), products, (self.values,))
+        stored = (self.mask, self.values)
+        return Counts(len(self.values), nbytes(*stored), products, stored)
 
     def dense_weight(self) -> Tensor:
         return self.weight.detach().float()
@@ -91,7 +92,8 @@ class MaskedLinear(CompressedLinear):
 
     def counts(self) -> Counts:
         inner = count(self.linear)
-        return Counts(self.kept, inner.bytes + nbytes(self.mask), inner.macs, inner.weights)
+        read = () if is_linear(self.linear) else (self.mask,)
+        return Counts(self.kept, inner.bytes + nbytes(self.mask), inner.macs, inner.weights + read)
 
     def dense_weight(self) -> Tensor:
         weight = dense_weight(self.linear).detach().float()

@@ -21,8 +21,8 @@ from lowrank_lab.running.context import pick_device
 
 NOTE = (
     "Memory is the peak of the process, with weights that are mapped from their checkpoint; what cells share is "
-    "counted for the first of them.\n≥: not estimated are refinements, allocations that search or train, "
-    "quantization, perplexities of texts of unknown length, and other evaluations."
+    "counted for the first of them.\n≥: not estimated are refinements, allocations that search or train, pruning, "
+    "quantization and your own compressions, perplexities of texts of unknown length, and other evaluations."
 )
 
 

@@ -11,7 +11,8 @@ from lowrank_lab.artifacts.store import Store
 from lowrank_lab.calibration.tokens import load_tokens
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.evaluation.perplexity import Perplexity
-from lowrank_lab.lowrank.answers import Answers, answers_of
+from lowrank_lab.lowrank.answers import Answers
+from lowrank_lab.lowrank.compression import LowRank
 from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.lowrank.metric.base import InputStatistics, Metric, OutputStatistics
 from lowrank_lab.planning import flops, memory
@@ -20,7 +21,6 @@ from lowrank_lab.records.results import CHECKPOINTS
 
 BASE = 10**9  # bytes of the interpreter with all libraries, and of the texts while they are tokenized
 GPU_BASE = 6 * 10**8  # bytes on a GPU that CUDA takes for itself
-WITHOUT_TRAINING = ("Uniform", "LossBased", "GlobalTail")  # allocations that read the spectra and compute little
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,16 @@ class Planner:
         if cell.calibration_data is not None:
             size = 8 * self.samples * self.length
             yield Step("calibration tokens", self._kept("tokens", cell.keys.calibration_tokens), BASE, disk=size)
-        for name in cell.compressions:
-            if name != "lowrank":
+        for name, compression in cell.compressions.items():
+            if not isinstance(compression, LowRank):
                 yield self._step(name, work=self._sums(), hidden=True, known=False)
             elif self.factored:
-                yield from self._low_rank()
+                yield from self._low_rank(compression.answers)
         yield from self._evaluations()
         yield from self._checkpoints()
 
-    def _low_rank(self) -> Iterator[Step]:
-        shapes, keys, answers = self.shapes, LowRankKeys(self.cell), answers_of(self.cell)
+    def _low_rank(self, answers: Answers) -> Iterator[Step]:
+        shapes, keys = self.shapes, LowRankKeys(self.cell)
         if (key := keys.statistics) is not None:
             yield self._step(
                 "calibration",
@@ -115,7 +115,7 @@ class Planner:
             disk=sum(of_blocks),
             flops=sum(flops.decomposition(site, weighs_fully, tokens) for site in shapes.sites.values()),
         )
-        if type(answers.allocation).__name__ not in WITHOUT_TRAINING:
+        if not getattr(answers.allocation, "computes_little", False):
             yield self._step("allocation", whole=True, work=largest, known=False)
         factors = {name: rank for name, rank in self.ranks.items() if rank is not None}
         if answers.refinement is not None:

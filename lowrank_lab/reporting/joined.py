@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from lowrank_lab.records.results import Results
+from lowrank_lab.records.results import Results, compression_of
 from lowrank_lab.reporting import derived, measured, models_of_papers
 from lowrank_lab.reporting.matching import Ours, is_cell, latest, of_model, setting, settings_in, within
 from lowrank_lab.reporting.protocols import differs, marks
@@ -69,7 +69,8 @@ def _numbers(record: dict[str, Any], table: Published) -> Iterator[Ours]:
         yield Ours(record, metric, dataset, variant, value, protocol, differs(record, source, table))
     config = {**record["config"], "allocation": None, "quantization": None}
     quantization = {"name": "none", "family": "none"}
-    dense = {**record, "method": "dense", "ratio": 1.0, "config": config, "quantization": quantization}
+    dense = {**record, "method": "dense", "ratio": 1.0, "quantization": quantization}
+    dense |= {"config": config, "compressions": {}}
     for (metric, dataset, variant, value), source in measured.of_dense(record):
         protocol = source.get("protocol", {})
         yield Ours(dense, metric, dataset, variant, value, protocol, differs(dense, source, table))
@@ -163,6 +164,6 @@ def _dense_first(item: tuple[tuple[str, ...], Any]) -> tuple[Any, ...]:
 
 def _answered(names: list[str], record: dict[str, Any]) -> list[str]:
     """Those of the settings that have a value in a record's compression; none of the dense model."""
-    if record["config"]["allocation"] is None:
+    if not compression_of(record, "lowrank"):
         return []
     return [name for name in names if setting(record["config"], name) != "None"]

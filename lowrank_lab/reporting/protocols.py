@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lowrank_lab.records.results import compression_of
 from lowrank_lab.reporting import models_of_papers
 from lowrank_lab.reporting.published import Published
 
@@ -20,7 +21,7 @@ def differs(record: dict[str, Any], source: dict[str, Any], table: Published) ->
         differences.append(f"the first {protocol['limit']} documents of each task {_standard_error(source)}")
     if source.get("metric") == "speed":
         differences.append(f"on {record['hardware'].get('gpu') or record['hardware']['cpu']}")
-    if "calibration" in record and record["config"]["allocation"] is not None and "samples" in expected:
+    if "calibration" in record and compression_of(record, "lowrank") and "samples" in expected:
         calibration = record["config"]["calibration"]
         ours = (calibration["samples"], calibration["seqlen"], calibration["dataset"]["name"])
         if ours != (expected["samples"], expected["seqlen"], expected["calibration"]):

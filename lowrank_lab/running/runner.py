@@ -32,8 +32,10 @@ def run(cell: Cell, grid: str | None = None, wait: bool = True) -> dict[str, Any
     cfg = cell.cfg
     results = Results(cfg.results)
     if (saved := cell.saved) is not None:
+        further = ", ".join(one.name or name for name, one in cell.compressions.items())
+        what = f"it is only changed further by {further}" if further else "it is evaluated as it is"
         facts = (cell.source.name, saved.method, saved.ratio)
-        log.info("%s is compressed already (%s, ratio %g): it is evaluated without further compression", *facts)
+        log.info("%s is compressed already (%s, ratio %g): no method is applied again, %s", *facts, what)
     elif cell.wants_checkpoint and not cell.checkpoints:
         log.info("%s: nothing is compressed, so no checkpoint is saved", cell.label)
     if (record := _final_record(cell, results)) is None:

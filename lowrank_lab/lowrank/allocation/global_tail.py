@@ -32,6 +32,7 @@ class GlobalTail:
     """
 
     needs_calibration = False
+    computes_little = True
 
     def __init__(self, weights: Mapping[str, float] | None) -> None:
         weights = weights or {}

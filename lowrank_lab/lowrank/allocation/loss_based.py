@@ -25,6 +25,7 @@ class LossBased:
     """
 
     needs_calibration = True
+    computes_little = True
 
     def __call__(self, context: Context) -> Ranks:
         if context.ratio >= 1:

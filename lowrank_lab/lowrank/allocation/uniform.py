@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 class Uniform:
     needs_calibration = False
+    computes_little = True
 
     def __call__(self, context: Context) -> Ranks:
         return uniform(context.sites, context.ratio)
