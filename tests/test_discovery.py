@@ -37,6 +37,11 @@ def logits(model: Any) -> torch.Tensor:
     return model(IDS, use_cache=False).logits
 
 
+def tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Its weights and buffers, also those that no checkpoint has."""
+    return {**model.state_dict(), **dict(model.named_buffers())}
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {}
@@ -159,7 +164,7 @@ def test_a_discovered_family_is_compressed_saved_and_loaded(lab: Lab, monkeypatc
     save = checkpoint.save
 
     def look_and_save(folder: Path, model: Any, *rest: Any) -> None:
-        expected.extend((logits(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}))
+        expected.extend((logits(model), {name: tensor.clone() for name, tensor in tensors(model).items()}))
         save(folder, model, *rest)
 
     monkeypatch.setattr(checkpoint, "save", look_and_save)
@@ -170,9 +175,9 @@ def test_a_discovered_family_is_compressed_saved_and_loaded(lab: Lab, monkeypatc
     assert {name.removeprefix(f"{tower.blocks}.").partition(".")[2] for name in sites} == set(tower.linears)
     reloaded = AutoModelForCausalLM.from_pretrained(lab.root / record["checkpoint"])
     assert any(isinstance(module, FactorizedLinear) for module in reloaded.modules())
-    in_memory, weights = expected
-    assert reloaded.state_dict().keys() == weights.keys()
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in reloaded.state_dict().items())
+    in_memory, before = expected
+    assert tensors(reloaded).keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(reloaded).items())
     # Weights that lie elsewhere in memory may be summed in another order, as Mamba's are.
     torch.testing.assert_close(logits(reloaded.eval()), in_memory, rtol=1e-5, atol=1e-5)
     assert record["discovered"]["inputs"] == [list(group) for group in tower.inputs]
