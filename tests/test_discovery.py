@@ -114,6 +114,13 @@ def test_a_model_without_a_list_of_blocks():
         family_of(Unrolled(config))
 
 
+def test_a_model_that_needs_more_than_the_hidden_states_of_its_blocks():
+    """RWKV's blocks also give the state that the next one continues."""
+    config = AutoConfig.for_model("rwkv", vocab_size=260, hidden_size=48, num_hidden_layers=2, context_length=64)
+    with pytest.raises(UserError, match=r"'rwkv' has no compressible layer .*more of its blocks than their hidden"):
+        family_of(skeleton(config, False))
+
+
 def test_a_model_that_does_something_between_its_blocks_is_not_walked():
     class Between(LlamaForCausalLM):
         def __init__(self, config: Any) -> None:
