@@ -10,13 +10,14 @@ import itertools
 import math
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowrank_lab.errors import SkippedCell
+from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.lowrank.allocation.differentiable import LearnedRank
 from lowrank_lab.lowrank.allocation.global_tail import buy_segments, water_fill
 from lowrank_lab.lowrank.allocation.loss_based import loss_based
@@ -450,6 +451,42 @@ def test_linears_that_no_rank_makes_cheaper_stay_dense_in_a_cell(lab: Lab, optio
         assert steps[0]["ratio"] == pytest.approx(steps[1]["ratio"], abs=0.1)
         along = record["metrics"]["learned_ranks"]
         assert along["value"] == pytest.approx(along["perplexity"][-1])
+
+
+class Broken(Absorb):
+    """Costs out of contract: of nothing, falling, or no whole numbers."""
+
+    costs: ClassVar[dict[str, Any]] = {
+        "nothing": lambda out, inp, rank: 0,
+        "falling": lambda out, inp, rank: rank * (200 - 5 * rank),
+        "fraction": lambda out, inp, rank: rank * (out + inp) * 0.5,
+    }
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(0.5)
+        self.fault = fault
+
+    def cost(self, out: int, inp: int, rank: int) -> int:
+        return self.costs[self.fault](out, inp, rank)
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("nothing", "rank 1 of a 48x48 linear costs 0; it must be a whole number, above 0"),
+        ("falling", "rank 32 of a 48x48 linear costs 1280, less than the 1920 of rank 16; a cost must never fall"),
+        ("fraction", "rank 0 of a 48x48 linear costs 0.0; it must be a whole number from 0"),
+    ],
+)
+def test_a_cost_out_of_contract_is_refused_before_any_work(lab: Lab, tmp_path, fault, says):
+    (tmp_path / "conf" / "storage").mkdir(parents=True)
+    (tmp_path / "conf" / "storage" / "broken.yaml").write_text(
+        f"_target_: tests.test_costs.Broken\nfault: {fault}\n"
+    )
+    options = f"hydra.searchpath=[file://{tmp_path}/conf]"
+    with pytest.raises(UserError) as raised:
+        lab.run("method=svdllm", "storage=broken", "ratio=0.5", options)
+    assert str(raised.value) == f"storage: Broken says that {says}"
 
 
 def test_costs_of_old_and_new_records_are_read():
