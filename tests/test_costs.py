@@ -10,13 +10,14 @@ import itertools
 import math
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowrank_lab.errors import SkippedCell
+from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.lowrank.allocation.differentiable import LearnedRank
 from lowrank_lab.lowrank.allocation.global_tail import buy_segments, water_fill
 from lowrank_lab.lowrank.allocation.loss_based import loss_based
@@ -70,6 +71,13 @@ class Padded(Absorb):
 
     def cost(self, out: int, inp: int, rank: int) -> int:
         return -(-rank // 2) * 2 * (out + inp)
+
+
+class NotNarrow(Absorb):
+    """For matrices with 24 outputs no rank saves anything."""
+
+    def cost(self, out: int, inp: int, rank: int) -> int:
+        return max(super().cost(out, inp, rank), out * inp if out == 24 and rank else 0)
 
 
 LINEAR = {"uv": Absorb(0.5), "remap": Remap()}
@@ -306,6 +314,37 @@ def test_uniform_and_loss_based_ranks_meet_the_budget(storage):
 
 @by_storage
 @pytest.mark.parametrize("ratio", [0.3, 0.6])
+def test_a_site_that_no_rank_makes_cheaper_stays_dense_and_counts_so(storage, ratio):
+    sites = {
+        "wide": site(20, 30, "wide", storage),
+        "thin": site(1, 30, "thin", Padded(0.5)),
+        "high": site(40, 20, "high", storage),
+    }
+    assert [one.last > 0 for one in sites.values()] == [True, False, True]
+    limit, wanted = budget(sites, ratio), {"wide": 2.0, "thin": 99.0, "high": 3.0}
+    steps = [Step(name, k, 1 / k) for name, one in sites.items() for k in candidate_ranks(one, RATIOS)]
+    steps = sorted(steps, key=lambda step: step.sensitivity)
+    found = {
+        "fit": fit(sites, wanted, limit),
+        "uniform": uniform(sites, ratio),
+        "water_fill": water_fill(sites, tails_of(sites, 0), limit),
+        "loss_based": loss_based(sites, ratio, {"wide": 5.0, "high": 7.0}),
+        "strs": finish(sites, steps, index_within_budget(sites, steps, limit), limit),
+    }
+    for name, ranks in found.items():
+        assert list(ranks) == list(sites), name
+        assert ranks["thin"] is None, name
+        assert total_cost(sites, ranks) <= limit, name
+        assert ranks["wide"] or ranks["high"], name
+        assert 0 not in ranks.values(), name
+    alone = {"thin": sites["thin"]}
+    for allocate in (lambda: fit(alone, wanted, 29), lambda: uniform(alone, ratio)):
+        with pytest.raises(SkippedCell, match="less than rank 1"):
+            allocate()
+
+
+@by_storage
+@pytest.mark.parametrize("ratio", [0.3, 0.6])
 def test_a_learned_rank_starts_at_its_ratio_and_its_cost_has_the_slope_of_the_line(storage, ratio):
     for out, inp in shapes(5, 20, 30, 90):
         here = site(out, inp, storage=storage)
@@ -325,7 +364,7 @@ def test_a_learned_rank_starts_at_its_ratio_and_its_cost_has_the_slope_of_the_li
 def options(tmp_path: Path) -> str:
     """A folder of options that adds storages from outside the package."""
     (tmp_path / "conf" / "storage").mkdir(parents=True)
-    for name in ("Pivoted", "AlmostPivoted", "OfInputs"):
+    for name in ("Pivoted", "AlmostPivoted", "OfInputs", "NotNarrow"):
         text = f"_target_: tests.test_costs.{name}\nleft_share: 0.5\n"
         (tmp_path / "conf" / "storage" / f"{name.lower()}.yaml").write_text(text)
     return f"hydra.searchpath=[file://{tmp_path}/conf]"
@@ -391,6 +430,70 @@ def test_every_allocation_runs_with_a_concave_cost(lab: Lab, options, lively, al
         ratio == 0.9 and allocation == "uniform"
     ):  # more than two plain factors can have: there rank 24 saves nothing
         assert max(ranks[name] for name in ranks if name.endswith("q_proj")) > 48 * 48 // 96
+
+
+@pytest.mark.parametrize(
+    "allocation",
+    [
+        "uniform",
+        "loss_based",
+        "strs",
+        "sigma_gradient",
+        "differentiable allocation.steps=2",
+    ],
+)
+def test_linears_that_no_rank_makes_cheaper_stay_dense_in_a_cell(lab: Lab, options, lively, allocation):
+    words = ["method=svdllm", "storage=notnarrow", *f"allocation={allocation}".split()]
+    if "differentiable" in allocation:
+        small = {"seqlen": 32, "max_windows": 2, "points": 3}
+        words += ["eval=[ppl,learned_ranks]", *(f"eval.learned_ranks.{name}={n}" for name, n in small.items())]
+    record = lab.run(*words, f"model.path={lively}", "ratio=0.5", options)
+    assert record["status"] == "done", record.get("reason")
+    ranks = record["compressions"]["lowrank"]["plan"]
+    assert {rank for name, rank in ranks.items() if name.endswith(("k_proj", "v_proj"))} == {None}
+    assert 0 not in ranks.values()
+    assert 0.45 < record["sizes"]["ratio_reached"] <= 0.5
+    if "differentiable" in allocation:
+        steps = record["compressions"]["lowrank"]["training"]["steps"]
+        assert steps[0]["ratio"] == pytest.approx(steps[1]["ratio"], abs=0.1)
+        along = record["metrics"]["learned_ranks"]
+        assert along["value"] == pytest.approx(along["perplexity"][-1])
+
+
+class Broken(Absorb):
+    """Costs out of contract: of nothing, falling, or no whole numbers."""
+
+    costs: ClassVar[dict[str, Any]] = {
+        "nothing": lambda out, inp, rank: 0,
+        "falling": lambda out, inp, rank: rank * (200 - 5 * rank),
+        "fraction": lambda out, inp, rank: rank * (out + inp) * 0.5,
+    }
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(0.5)
+        self.fault = fault
+
+    def cost(self, out: int, inp: int, rank: int) -> int:
+        return self.costs[self.fault](out, inp, rank)
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("nothing", "rank 1 of a 48x48 linear costs 0; it must be a whole number, above 0"),
+        ("falling", "rank 32 of a 48x48 linear costs 1280, less than the 1920 of rank 16; a cost must never fall"),
+        ("fraction", "rank 0 of a 48x48 linear costs 0.0; it must be a whole number from 0"),
+    ],
+)
+def test_a_cost_out_of_contract_is_refused_before_any_work(lab: Lab, tmp_path, fault, says):
+    (tmp_path / "conf" / "storage").mkdir(parents=True)
+    (tmp_path / "conf" / "storage" / "broken.yaml").write_text(
+        f"_target_: tests.test_costs.Broken\nfault: {fault}\n"
+    )
+    options = f"hydra.searchpath=[file://{tmp_path}/conf]"
+    with pytest.raises(UserError) as raised:
+        lab.run("method=svdllm", "storage=broken", "ratio=0.5", options)
+    assert str(raised.value) == f"storage: Broken says that {says}"
 
 
 def test_costs_of_old_and_new_records_are_read():

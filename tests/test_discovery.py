@@ -37,6 +37,11 @@ def logits(model: Any) -> torch.Tensor:
     return model(IDS, use_cache=False).logits
 
 
+def tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Its weights and buffers, also those that no checkpoint has."""
+    return {**model.state_dict(), **dict(model.named_buffers())}
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {}
@@ -109,6 +114,13 @@ def test_a_model_without_a_list_of_blocks():
         family_of(Unrolled(config))
 
 
+def test_a_model_that_needs_more_than_the_hidden_states_of_its_blocks():
+    """RWKV's blocks also give the state that the next one continues."""
+    config = AutoConfig.for_model("rwkv", vocab_size=260, hidden_size=48, num_hidden_layers=2, context_length=64)
+    with pytest.raises(UserError, match=r"'rwkv' has no compressible layer .*more of its blocks than their hidden"):
+        family_of(skeleton(config, False))
+
+
 def test_a_model_that_does_something_between_its_blocks_is_not_walked():
     class Between(LlamaForCausalLM):
         def __init__(self, config: Any) -> None:
@@ -159,7 +171,7 @@ def test_a_discovered_family_is_compressed_saved_and_loaded(lab: Lab, monkeypatc
     save = checkpoint.save
 
     def look_and_save(folder: Path, model: Any, *rest: Any) -> None:
-        expected.extend((logits(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}))
+        expected.extend((logits(model), {name: tensor.clone() for name, tensor in tensors(model).items()}))
         save(folder, model, *rest)
 
     monkeypatch.setattr(checkpoint, "save", look_and_save)
@@ -170,9 +182,9 @@ def test_a_discovered_family_is_compressed_saved_and_loaded(lab: Lab, monkeypatc
     assert {name.removeprefix(f"{tower.blocks}.").partition(".")[2] for name in sites} == set(tower.linears)
     reloaded = AutoModelForCausalLM.from_pretrained(lab.root / record["checkpoint"])
     assert any(isinstance(module, FactorizedLinear) for module in reloaded.modules())
-    in_memory, weights = expected
-    assert reloaded.state_dict().keys() == weights.keys()
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in reloaded.state_dict().items())
+    in_memory, before = expected
+    assert tensors(reloaded).keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(reloaded).items())
     # Weights that lie elsewhere in memory may be summed in another order, as Mamba's are.
     torch.testing.assert_close(logits(reloaded.eval()), in_memory, rtol=1e-5, atol=1e-5)
     assert record["discovered"]["inputs"] == [list(group) for group in tower.inputs]

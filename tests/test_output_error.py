@@ -227,11 +227,17 @@ def test_a_grid_with_the_dense_model_keeps_its_other_metrics(lab):
     [(caption, group)] = list(tables.groups(records, OUTPUT_ERROR))
     assert "the first 3 of" in caption and set(group["method"]) == set(measured)
     table = tables.presentable(group, OUTPUT_ERROR)
-    assert {"last block", "by token", "q", "down", "storage MSE"} <= set(table.columns)
+    assert {"last block", "by token", "q", "down", "stored MSE"} <= set(table.columns)
     figure = figures.output_error_against_block(group, caption)
     assert [len(axes.get_lines()) for axes in figure.axes] == [3] * 4
     assert figure.axes[1].get_lines()[0].get_ydata()[-1] == group["value"].iloc[0]
     assert "storage_mse_mlp.up_proj" in tables.csv(records, OUTPUT_ERROR).splitlines()[0]
+
+
+def test_what_pruning_adds_to_the_factors_counts_as_stored(lab):
+    asked = ("method=svdllm", "ratio=0.6", "eval=[ppl,output_error]", *SMALL)
+    pruned = lab.run(*asked, "pruning=magnitude", "sparsity=0.5")["metrics"]["output_error"]
+    assert all(error["mse"] > 1e-9 for error in pruned["storage"].values())
 
 
 def test_a_cell_with_nothing_to_measure_is_skipped_and_says_so(lab):

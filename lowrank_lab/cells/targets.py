@@ -79,12 +79,14 @@ def sites_of(
     """All sites by their full names, in the order of the model.
 
     ``shapes`` has by block the (out, in) of every compressible linear; ``storage`` says what ranks cost.
-    Raises SkippedCell where the architecture lacks a role that is named, UserError where it lacks a block.
+    Raises SkippedCell where the architecture lacks a role that is named, UserError where it lacks a block or
+    where costs are none (``check_costs``).
     """
     wanted = tower.linears if targets.linears == "all" else _role(tower, targets.linears)
     joint = [_role(tower, role) for role in grouping.joint]
     blocks = targets.blocks_of(len(shapes))
-    sites = {}
+    sites: dict[str, Site] = {}
+    checked: set[tuple[int, int]] = set()
     for index, of_block in enumerate(shapes):
         if index not in blocks:
             continue
@@ -98,9 +100,25 @@ def sites_of(
             if targets.ratio_of == "kv_cache":
                 site = Site(index, members, outs, inp, dense=out, rank_cost=int)  # one value a token and rank
             else:
+                if (out, inp) not in checked:
+                    check_costs(storage, out, inp)
+                    checked.add((out, inp))
                 site = Site(index, members, outs, inp, out * inp, partial(storage.cost, out, inp))
             sites[f"{tower.blocks}.{index}.{site.key}"] = site
     return sites
+
+
+def check_costs(storage: Any, out: int, inp: int) -> None:
+    """Raises UserError where ``storage`` breaks the contract of costs (lowrank/storage/base.py), on some ranks."""
+    full = min(out, inp)
+    ranks = sorted({0, *(2**power for power in range(full.bit_length())), full - 1, full})
+    costs = [storage.cost(out, inp, rank) for rank in ranks]
+    for i, (rank, cost) in enumerate(zip(ranks, costs, strict=True)):
+        what = f"storage: {type(storage).__name__} says that rank {rank} of a {out}x{inp} linear costs {cost}"
+        if not checks.is_count(cost, min(rank, 1)):
+            raise UserError(f"{what}; it must be a whole number{', above 0' if rank else ' from 0'}")
+        if i and cost < costs[i - 1]:
+            raise UserError(f"{what}, less than the {costs[i - 1]} of rank {ranks[i - 1]}; a cost must never fall")
 
 
 def _groups(tower: Tower, joint: list[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -13,7 +13,7 @@ from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.lowrank.allocation.differentiable import STATES, Differentiable
 from lowrank_lab.lowrank.answers import answers_of
 from lowrank_lab.lowrank.artifacts import spectra
-from lowrank_lab.lowrank.ranks import budget, fit
+from lowrank_lab.lowrank.ranks import budget, compressible, fit
 
 if TYPE_CHECKING:
     from lowrank_lab.lowrank import masked
@@ -59,7 +59,8 @@ class LearnedRanks(WindowEvaluator):
     def __call__(self, context: Context, part: str) -> dict[str, Any]:
         """Measure it: ``states``, steps of the training, and the perplexity after each."""
         windows, protocol = self.windows(context)
-        training, sites = context.record.data["compressions"]["lowrank"]["training"], context.sites
+        training = context.record.data["compressions"]["lowrank"]["training"]
+        sites = compressible(context.sites)  # the others stay dense
         last = {name: site.last for name, site in sites.items()}
         ranks: dict[str, int | None] = {}
 
@@ -69,11 +70,11 @@ class LearnedRanks(WindowEvaluator):
         masks = {name: mask(name) for name in sites}
         model = context.dense_model()
         masked.mask_directions(model, context.tower, sites, spectra(context), last, masks, context.device)
-        limit, known = budget(sites, context.ratio), len(training["states"])
+        limit, known = budget(context.sites, context.ratio), len(training["states"])
         places = sorted({round(number * (known - 1) / (self.points - 1)) for number in range(self.points)})
         found = []
         for place in places:
-            ranks.update(fit(sites, {name: k[place] for name, k in training["k"].items()}, limit))
+            ranks.update(fit(context.sites, {name: k[place] for name, k in training["k"].items()}, limit))
             found.append(perplexity(model, windows, self.batch_size, context.device))
         return {
             "metric": "perplexity of learned ranks",

@@ -1,4 +1,4 @@
-"""The errors of a compressed model against its dense original on the same tokens: of linears, blocks, storage."""
+"""The errors of a compressed model against its dense original on the same tokens: of linears, blocks, factors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class OutputError(WindowEvaluator):
     """How far a compressed model is from its dense original on the text of ``dataset``, layer by layer.
 
     The value is the relative error of the last block's output in the compressed model. The record also has the
-    errors of every linear and block (``output_errors``) and of the storage (``storage_errors``).
+    errors of every linear and block (``output_errors``) and what storing the factors, and changing them afterwards,
+    adds (``storage_errors``).
     """
 
     version = versions.OUTPUT_ERROR
@@ -172,12 +173,13 @@ def _of_block(block: nn.Module, exact: Sequence[Tensor], run: Callable[[], None]
 
 
 def storage_errors(context: Context, dense: nn.Module) -> dict[str, dict[str, float]]:
-    """``mse`` and ``mae`` of the products of the factors as they are stored against those of the exact factors.
+    """``mse`` and ``mae`` of the products of the factors as the model has them against those of the exact factors.
 
     By path within the block, the mean over the blocks in which that linear is compressed (Dobi-SVD, Table 8). The
     paper does not say which matrices it compares. This function compares the product W' (out, in) of both factors,
     element by element, since the model multiplies with it. The exact factors are those of the decomposition, or of
-    the refinement, before the storage rounds or quantizes them.
+    the refinement, before the storage rounds or quantizes them. Compressions after low rank, as pruning, count with
+    the storage: the factors are those of the finished model.
     """
     ranks = context.record.data["compressions"]["lowrank"]["plan"]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in context.tower.linears}

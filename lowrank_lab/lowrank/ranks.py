@@ -31,6 +31,23 @@ def total_cost(sites: Sites, ranks: Mapping[str, int | None]) -> int:
     return sum(site.cost(ranks[name]) for name, site in sites.items())
 
 
+def compressible(sites: Sites) -> dict[str, Site]:
+    """The sites that some rank makes cheaper. Every allocation leaves the others dense."""
+    return {name: site for name, site in sites.items() if site.last > 0}
+
+
+def budget_of_ranks(sites: Sites, limit: int) -> int:
+    """What is left of ``limit`` for the sites that some rank makes cheaper, once the others have their dense cost.
+
+    Raises SkippedCell where rank 1 for all of them costs more.
+    """
+    ranked = compressible(sites)
+    left = limit - sum(site.dense for name, site in sites.items() if name not in ranked)
+    if left < sum(site.cost(1) for site in ranked.values()):
+        raise SkippedCell("the ratio leaves less than rank 1 for every linear")
+    return left
+
+
 def rank_of_cost(site: Site, cost: float) -> int:
     """The largest rank, up to full, that costs at most ``cost``; 0 where there is none."""
     return bisect_right(range(1, site.full + 1), cost, key=site.cost)
@@ -96,15 +113,17 @@ def fit(sites: Sites, wanted: Mapping[str, float], limit: int) -> Ranks:
     The wanted ranks are scaled by one common factor, each kept between 1 and the last rank that saves anything,
     until they cost ``limit``; then rounded down. What rounding leaves unspent buys ranks in the order of the
     largest remainders: one for every site whose next rank fits, and again while one fits. Less is spent only where
-    every site has its last rank. Raises SkippedCell where rank 1 everywhere costs more than ``limit``,
-    FloatingPointError where ``wanted`` is 0 everywhere or not finite.
+    every site has its last rank. A site for which no rank saves anything stays dense, and counts so. Raises
+    SkippedCell where rank 1 everywhere else costs more than ``limit``, FloatingPointError where ``wanted`` is 0
+    everywhere or not finite.
     """
-    if not all(math.isfinite(wish) for wish in wanted.values()) or not any(wish > 0 for wish in wanted.values()):
-        raise FloatingPointError("the importances of all linears are zero, or one is not finite")
+    dense: Ranks = dict.fromkeys(sites)
     if limit >= sum(site.dense for site in sites.values()):
-        return dict.fromkeys(sites)
-    if limit < sum(site.cost(1) for site in sites.values()):
-        raise SkippedCell("the ratio leaves less than rank 1 for every linear")
+        return dense
+    limit, sites = budget_of_ranks(sites, limit), compressible(sites)
+    wishes = [wanted[name] for name in sites]
+    if not all(math.isfinite(wish) for wish in wishes) or not any(wish > 0 for wish in wishes):
+        raise FloatingPointError("the importances of all linears are zero, or one is not finite")
 
     def scaled(factor: float) -> dict[str, float]:
         return {name: min(max(factor * wanted[name], 1.0), site.last) for name, site in sites.items()}
@@ -131,7 +150,7 @@ def fit(sites: Sites, wanted: Mapping[str, float], limit: int) -> Ranks:
     while True:
         growing = [name for name in order if ranks[name] < sites[name].last and next_costs(name) <= left]
         if not growing:
-            return dict(ranks)
+            return {**dense, **ranks}
         for name in growing:
             if next_costs(name) <= left:
                 left -= next_costs(name)

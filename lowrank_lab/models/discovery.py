@@ -43,7 +43,7 @@ def family_of(model: Any) -> Family:
     """The row of a transformers model's ``model_type``, or the family discovered from its class and configuration.
 
     ``model`` may be without weights, compressed, or without lm_head. Raises UserError for one that has no list of
-    blocks with linears.
+    blocks with linears, or that needs more of its blocks than their hidden states.
     """
     row = FAMILIES.get(model.config.model_type)
     return row if row is not None else discovered(type(model), model.config)
@@ -70,6 +70,8 @@ def _tower(model_class: Any, model_config: Any) -> Tower:
         model = model_class(config).eval()
         blocks = _blocks(model)
         calls = _calls(model, model.get_submodule(blocks))
+        if calls.tuples and _needs_more_than_states(model, model.get_submodule(blocks)):
+            raise _unknown(model_config, "it needs more of its blocks than their hidden states")
     of_blocks = [_groups(of_block) for of_block in calls.linears]
     inputs = tuple(_in_all(of_blocks))
     shapes = {name: calls.shapes[name] for group in inputs for name in group}
@@ -147,6 +149,20 @@ def _calls(model: nn.Module, blocks: Any) -> _Calls:
     for hook in hooks:
         hook.remove()
     return calls
+
+
+def _needs_more_than_states(model: nn.Module, blocks: Any) -> bool:
+    """Whether its forward fails where blocks give a tuple of their hidden states alone, as models/walk.py has them.
+
+    RWKV's passes a state from block to block. The blocks cannot be used afterwards.
+    """
+    for block in blocks:
+        block.forward = lambda *args, **kwargs: (args[0] if args else kwargs["hidden_states"],)
+    try:
+        CAUSAL_LM.forward(model, of_tokens(torch.zeros(1, TOKENS, dtype=torch.long)))
+    except (ValueError, IndexError):  # not enough values to unpack, no item 1
+        return True
+    return False
 
 
 def _shape(linear: Any) -> tuple[int, int]:

@@ -49,8 +49,11 @@ def build_modules(model: Any, modules: Mapping[str, dict[str, Any]]) -> None:
         replacement = Replacement.of_kind(modules[path]["kind"]).empty(description, model.get_submodule(path))
         model.set_submodule(path, replacement)
         if isinstance(replacement, CompressedLinear):
-            # GPT-2 would initialize the weights of a block's linears, and not find those of this module.
-            model.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True
+            parent = model.get_submodule(path.rpartition(".")[0])
+            # transformers initializes a parent: GPT-2 the weights of its linears, which it would not find here;
+            # GPT-Neo the buffers that no checkpoint has, which would stay without values.
+            if not parent._non_persistent_buffers_set:
+                parent._is_hf_initialized = True
     for path, description in modules.items():
         for name, shared in description.get("borrows", {}).items():
             model.get_submodule(path).borrow(name, model.get_submodule(shared))

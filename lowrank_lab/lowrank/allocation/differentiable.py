@@ -12,7 +12,16 @@ from lowrank_lab.artifacts.store import write_json
 from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.keys import LowRankKeys
-from lowrank_lab.lowrank.ranks import Ranks, budget, cost_at, cost_line, fit, starting_share
+from lowrank_lab.lowrank.ranks import (
+    Ranks,
+    budget,
+    budget_of_ranks,
+    compressible,
+    cost_at,
+    cost_line,
+    fit,
+    starting_share,
+)
 from lowrank_lab.modules.site import Site, Sites
 
 if TYPE_CHECKING:
@@ -74,6 +83,7 @@ class Differentiable:
     def __call__(self, context: Context) -> Ranks:
         if context.ratio >= 1:
             return dict.fromkeys(context.sites)
+        budget_of_ranks(context.sites, budget(context.sites, context.ratio))  # before hours of training
         keys = LowRankKeys(context.cell)
         parts = {
             "differentiable": vars(self),
@@ -98,11 +108,13 @@ def training_facts(history: dict[str, Any], sites: Sites, ratio: float, gamma: f
     steps   entry i is about the ranks after i steps: the ``ratio`` that they cost, and on the next batch the
             ``loss`` and its part without the distance from the target, ``task_loss``, in nats
     states  numbers of steps, from 0 (untrained) to the last, at most ``STATES`` of them
-    k       by site, its rank after each of ``states``
+    k       by site that some rank makes cheaper, its rank after each of ``states``
     """
-    start = {name: 1 + (site.last - 1) * starting_share(site, ratio) for name, site in sites.items()}
+    ranked = compressible(sites)
+    start = {name: 1 + (site.last - 1) * starting_share(site, ratio) for name, site in ranked.items()}
     dense = sum(site.dense for site in sites.values())
-    ratios = [sum(cost_at(sites[name], k) for name, k in start.items()) / dense]
+    fixed = dense - sum(site.dense for site in ranked.values())
+    ratios = [(sum(cost_at(sites[name], k) for name, k in start.items()) + fixed) / dense]
     steps = []
     for step in history["steps"]:  # its loss is of the ranks before the step, its ratio of those after it
         task_loss = step["loss"] - gamma * abs(ratios[-1] - ratio)
@@ -155,12 +167,13 @@ class LearnedRank:
 def train_ranks(folder: Path, context: Context, ids: Tensor, settings: Differentiable) -> None:
     """Write ``history.json``, the loss and all k of each step, then ``ranks.json``, the learned k of every site.
 
-    Training is in float32 whatever the model's dtype: the gradients of single directions are small.
+    Training is in float32 whatever the model's dtype: the gradients of single directions are small. Sites for which
+    no rank saves anything stay dense; their cost counts.
     """
     if (folder / "ranks.json").exists():  # an earlier call was stopped before it removed the state
         (folder / "ranks.state").unlink(missing_ok=True)
         return
-    device, sites = context.device, context.sites
+    device, sites = context.device, compressible(context.sites)
     learned = {name: LearnedRank(site, context.ratio, settings.beta, device) for name, site in sites.items()}
     masks = {name: rank.mask for name, rank in learned.items()}
     model = context.take_model().float().requires_grad_(False)
@@ -170,10 +183,11 @@ def train_ranks(folder: Path, context: Context, ids: Tensor, settings: Different
     else:
         masked.mask_activations(model, context.tower, sites, masks)
     model.to(device)
-    dense = sum(site.dense for site in sites.values())
+    dense = sum(site.dense for site in context.sites.values())
+    fixed = dense - sum(site.dense for site in sites.values())
 
     def ratio_now() -> Tensor:
-        return torch.stack([rank.cost for rank in learned.values()]).sum() / dense
+        return (torch.stack([rank.cost for rank in learned.values()]).sum() + fixed) / dense
 
     def loss_of(rows: Tensor) -> Tensor:
         loss = context.task.loss(model, walk.as_batch(rows.to(device)))

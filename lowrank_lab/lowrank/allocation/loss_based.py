@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lowrank_lab.errors import SkippedCell
 from lowrank_lab.lowrank.answers import answers_of
 from lowrank_lab.lowrank.artifacts import tails
-from lowrank_lab.lowrank.ranks import Ranks, budget, fit, rank_at, rank_for_ratio
+from lowrank_lab.lowrank.ranks import Ranks, budget, compressible, fit, rank_at, rank_for_ratio
 from lowrank_lab.modules.site import Sites
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class LossBased:
         errors, metric = tails(context), answers_of(context.cell).metric
         tokens = context.calibration_ids.numel() if metric.needs_inputs else 1
         losses = {}
-        for name, site in context.sites.items():
+        for name, site in compressible(context.sites).items():
             rank = rank_for_ratio(site, context.ratio)
             squared = 0.0 if rank is None else float(errors[name][rank])
             losses[name] = math.sqrt(squared * tokens)
@@ -42,9 +42,12 @@ class LossBased:
 
 
 def loss_based(sites: Sites, ratio: float, losses: dict[str, float]) -> Ranks:
-    """The ranks at ``ratio`` for these ``losses`` by site. Raises SkippedCell where one is 1 or less."""
+    """The ranks at ``ratio`` for these ``losses``, by site that some rank makes cheaper; the others stay dense.
+
+    Raises SkippedCell where a loss is 1 or less.
+    """
     types = defaultdict(list)
-    for name, site in sites.items():
+    for name, site in compressible(sites).items():
         types[site.key].append(name)
     for name, loss in losses.items():
         if loss <= 1:

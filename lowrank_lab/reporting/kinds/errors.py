@@ -21,7 +21,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _error_details(measured: Measured) -> dict[str, float]:
-    """Of each linear the mean over its blocks, and what the storage adds."""
+    """Of each linear the mean over its blocks, and what the storage and later compressions add."""
     of_linears = {name: _mean(errors) for name, errors in measured.get("linears", {}).items()}
     details = {f"linear_{name}": mean for name, mean in of_linears.items() if mean is not None}
     for name, of_storage in measured.get("storage", {}).items():
@@ -39,7 +39,7 @@ def _error_cells(measured: Measured) -> dict[str, str]:
         cells[name] = "—" if mean is None else number(mean, "{:.3f}")
     for kind in ("mse", "mae"):
         mean = _mean(of_storage[kind] for of_storage in measured["storage"].values())
-        cells[f"storage {kind.upper()}"] = "—" if mean is None else number(mean, "{:.1e}")
+        cells[f"stored {kind.upper()}"] = "—" if mean is None else number(mean, "{:.1e}")  # after all compressions
     return cells
 
 
