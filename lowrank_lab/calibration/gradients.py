@@ -26,7 +26,7 @@ from lowrank_lab.models.rows import batch_rows, current_rows, without_padding
 from lowrank_lab.models.tasks.base import Batch, Task
 from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM
 from lowrank_lab.models.walk import as_batch, block_file, blocks_of
-from lowrank_lab.modules.factorized import dense_weight
+from lowrank_lab.modules.base import dense_weight
 
 
 class Accumulator:

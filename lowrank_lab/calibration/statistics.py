@@ -23,6 +23,7 @@ from lowrank_lab.models.rows import current_rows, without_padding
 from lowrank_lab.models.tasks.base import Batch, Task
 from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM
 from lowrank_lab.models.walk import block_file, blocks_of, walk
+from lowrank_lab.modules.base import dense_weight
 
 STRIPS = 4  # of the upper triangle: 4 need 5/8 of the whole product, more save little
 
@@ -140,6 +141,4 @@ def tokens_of(metadata: Mapping[str, str], linear: str) -> int:
 
 
 def _input_width(linear: nn.Module) -> int:
-    from lowrank_lab.modules.factorized import dense_weight
-
     return dense_weight(linear).shape[1]
