@@ -15,7 +15,8 @@ from lowrank_lab.modules.linears import linears_in
 from lowrank_lab.modules.sparse import MaskedLinear, SparseLinear
 from lowrank_lab.pruning.magnitude import largest
 from lowrank_lab.records.results import Record
-from lowrank_lab.reporting import tables
+from lowrank_lab.reporting import figures, tables
+from lowrank_lab.reporting.kinds.perplexity import PERPLEXITY
 from lowrank_lab.running.context import Context
 
 from .conftest import Lab
@@ -142,6 +143,20 @@ def test_tables_tell_it(lab):
     assert "pruning=none" in text
     assert "pruning=magnitude 50.4%" in text
     assert "of mlp" in text
+
+
+def test_pruned_cells_have_lines_of_their_own(lab):
+    """A line joins cells of one kind; the dense line is that of the dense model."""
+    for method in ("method=dense", "method=svdllm"):
+        for pruning in ("none", "magnitude"):
+            lab.run(method, f"pruning={pruning}", "quantization=int8")
+    lab.run("method=dense")
+    lab.run("method=dense", "pruning=magnitude")
+    [(_, group)] = tables.groups(lab.results.records(), PERPLEXITY)
+    [axes] = figures.perplexity_against_bits(group, "").axes
+    labels = [line.get_label() for line in axes.lines if not line.get_label().startswith("_")]
+    assert sum(label.startswith("dense (") and label[7].isdigit() for label in labels) == 1
+    assert {"dense (magnitude 50%)", "svdllm (RTN)", "svdllm (magnitude 50%, RTN)"} <= set(labels)
 
 
 @pytest.mark.parametrize("sparsity", ["1", "-0.1", "half", "1.5"])

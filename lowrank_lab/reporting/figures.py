@@ -97,17 +97,18 @@ def perplexity_figure(group: pd.DataFrame, caption: str) -> plt.Figure | None:
 def perplexity_against_bits(group: pd.DataFrame, caption: str) -> plt.Figure:
     """Perplexity against the bits kept for each weight of the dense linears, both on log scales.
 
-    A line for each method and way to quantize, over ratios and formats alike, through those cells that none of its
-    line with as few bits beats; the others are fainter.
+    A line for each method, way to quantize and other compressions, over ratios and formats alike, through those
+    cells that none of its line with as few bits beats; the others are fainter.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(11, 6), layout="constrained")
         rows = group[group["whole"]]
-        plain = (rows["method"] == "dense") & (rows["quantized"] == "none")
-        for number, ((method, quantized), line) in enumerate(rows[~plain].groupby(["method", "quantized"])):
+        plain = (rows["method"] == "dense") & (rows["quantized"] == "none") & (rows["others"] == "")
+        lines = rows[~plain].groupby(["method", "quantized", "others"])
+        for number, ((method, quantized, others), line) in enumerate(lines):
             line = line.sort_values(["bits", "value"])
             best = line["value"] <= line["value"].cummin()
-            label = label_of(method, "" if quantized == "none" else quantized)
+            label = label_of(method, ", ".join(name for name in (others, quantized) if name not in ("", "none")))
             axes.plot(line["bits"][best], line["value"][best], **look(number), label=label)
             axes.plot(line["bits"][~best], line["value"][~best], **look(number), linestyle="", alpha=0.4)
         for value in rows[plain]["value"].map("{:.4g}".format).unique():  # in other dtypes it is hardly another

@@ -54,6 +54,7 @@ def comparison(records: list[dict[str, Any]], section: Section = PERPLEXITY) -> 
     rows["whole"] = rows["key"].map(lambda key: done[key]["counts"]["whole"])
     rows["bits"] = rows["key"].map(lambda key: bits(done[key]))
     rows["quantized"] = rows["key"].map(lambda key: done[key]["quantization"]["family"])
+    rows["others"] = rows["key"].map(lambda key: other_compressions(done[key]))
     rows["value"] = rows["value"].astype(float)
     rows["_dense_first"] = rows["method"] != "dense"
     rows["_whole_first"] = ~rows["whole"]  # a ratio of a part of the model means less
@@ -61,6 +62,12 @@ def comparison(records: list[dict[str, Any]], section: Section = PERPLEXITY) -> 
     rising = [section.ascending if name == "value" else name != "ratio" for name in order_of_rows]
     rows = rows.sort_values(order_of_rows, ascending=rising, kind="stable")
     return rows.drop(columns=["_dense_first", "_whole_first"]).reset_index(drop=True)
+
+
+def other_compressions(record: dict[str, Any]) -> str:
+    """The compressions of a record besides low rank and quantization, as its settings name them; "" for none."""
+    names = (name for name in record.get("compressions", {}) if name not in ("lowrank", "quantization"))
+    return ", ".join(str(record["settings"].get(name, name)) for name in names)
 
 
 def bits(record: dict[str, Any]) -> float:

@@ -40,7 +40,7 @@ def _table(
     id: str, title: str, first: str, rows: list[Row], counts: dict[str, int] | None = None, is_open: bool = True
 ) -> Table:
     """A table of rows by ``_row``, without the columns that say nothing in any of them."""
-    names = (first, "method", "ratio", "quantization", "model", "data set", "reason")
+    names = (first, "method", "ratio", "compression", "model", "data set", "reason")
     filled = [n for n in range(len(names)) if any(row.cells[n].text not in ("", "none") for row in rows)]
     shown = tuple(Row(tuple(row.cells[n] for n in filled), row.tags) for row in rows)
     return Table(id, title, tuple(Column(names[n]) for n in filled), shown, counts or {}, is_open)
