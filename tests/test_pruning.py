@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from lowrank_lab.modules.base import bias_of, dense_weight
 from lowrank_lab.modules.linears import linears_in
 from lowrank_lab.modules.sparse import MaskedLinear, SparseLinear
 from lowrank_lab.pruning.magnitude import largest
-from lowrank_lab.records.results import Record
+from lowrank_lab.records.results import Record, other_compressions
 from lowrank_lab.reporting import figures, tables
 from lowrank_lab.reporting.kinds.perplexity import PERPLEXITY
+from lowrank_lab.reporting.matching import is_cell
 from lowrank_lab.running.context import Context
 
 from .conftest import Lab
@@ -156,6 +158,14 @@ def test_pruned_cells_have_lines_of_their_own(lab):
     [axes] = figures.perplexity_against_bits(group, "").axes
     labels = [line.get_label() for line in axes.lines if not line.get_label().startswith("_")]
     assert sum(label.startswith("dense (") and label[7].isdigit() for label in labels) == 1
+    pruned = [record for record in lab.results.records() if other_compressions(record)]
+    assert len(pruned) == 3
+    for record in pruned:  # a paper's line of the same method and bits is not its own
+        row = {"method": record["method"], "kept": record["ratio"], "quantization": "", "variant": ""}
+        row["quantization"] = "" if record["quantization"]["name"] == "none" else record["quantization"]["name"]
+        unpruned = {**record, "config": {**record["config"], "compressions": []}}
+        table = SimpleNamespace(also={})
+        assert is_cell(row, unpruned, table) and not is_cell(row, record, table)
     assert {"dense (magnitude 50%)", "svdllm (RTN)", "svdllm (magnitude 50%, RTN)"} <= set(labels)
 
 

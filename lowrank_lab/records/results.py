@@ -246,6 +246,13 @@ def compression_of(record: dict[str, Any], name: str) -> dict[str, Any]:
     return {**found, "refinement": record["refinement"]} if "refinement" in record else found
 
 
+def other_compressions(record: dict[str, Any]) -> str:
+    """The compressions of a record besides low rank and quantization, as its settings name them; "" for none."""
+    listed = record["config"].get("compressions", ())
+    others = [record["settings"].get(name, name) for name in listed if name not in ("lowrank", "quantization")]
+    return ", ".join(str(name) for name in others if name != "none")
+
+
 def _without_secrets(record: dict[str, Any]) -> dict[str, Any]:
     """Metrics contain texts that models have written: there only known secrets are replaced."""
     messages = {name: redacted_message(record[name]) for name in ("reason", "traceback") if name in record}

@@ -67,7 +67,7 @@ def _numbers(record: dict[str, Any], table: Published) -> Iterator[Ours]:
     for (metric, dataset, variant, value), source in measured.numbers(record):
         protocol = source.get("protocol", {})
         yield Ours(record, metric, dataset, variant, value, protocol, differs(record, source, table))
-    config = {**record["config"], "allocation": None, "quantization": None}
+    config = {**record["config"], "allocation": None, "quantization": None, "compressions": []}
     quantization = {"name": "none", "family": "none"}
     dense = {**record, "method": "dense", "ratio": 1.0, "quantization": quantization}
     dense |= {"config": config, "compressions": {}}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lowrank_lab.artifacts.store import fingerprint
+from lowrank_lab.records.results import other_compressions
 from lowrank_lab.reporting import models_of_papers
 from lowrank_lab.reporting.published import Published
 
@@ -30,7 +31,10 @@ class Ours:
 
 
 def is_cell(row: dict[str, Any], record: dict[str, Any], table: Published) -> bool:
-    """Whether a record is of the method, ratio, quantization and settings of a published row; of any model."""
+    """Whether a record is of the method, ratio, quantization and settings of a published row; of any model.
+
+    No published row has further compressions.
+    """
     method = table.also.get(row["method"], row["method"])
     quantization = table.also.get(row["quantization"], row["quantization"])
     quantization = QUANTIZATIONS.get(quantization, quantization) or "none"
@@ -39,6 +43,7 @@ def is_cell(row: dict[str, Any], record: dict[str, Any], table: Published) -> bo
         record["method"] == method
         and (method == "dense" or record["ratio"] == row["kept"])
         and record["quantization"]["name"] == quantization
+        and not other_compressions(record)
         and all(setting(config, name) == value for name, value in settings_in(row["variant"]))
     )
 

@@ -12,6 +12,7 @@ import pandas as pd
 from lowrank_lab.artifacts.store import fingerprint
 from lowrank_lab.cells import versions
 from lowrank_lab.records.labels import word
+from lowrank_lab.records.results import other_compressions
 from lowrank_lab.reporting.frame import frame
 from lowrank_lab.reporting.section import Section
 from lowrank_lab.reporting.sections import PERPLEXITY, SECTIONS
@@ -62,12 +63,6 @@ def comparison(records: list[dict[str, Any]], section: Section = PERPLEXITY) -> 
     rising = [section.ascending if name == "value" else name != "ratio" for name in order_of_rows]
     rows = rows.sort_values(order_of_rows, ascending=rising, kind="stable")
     return rows.drop(columns=["_dense_first", "_whole_first"]).reset_index(drop=True)
-
-
-def other_compressions(record: dict[str, Any]) -> str:
-    """The compressions of a record besides low rank and quantization, as its settings name them; "" for none."""
-    names = (name for name in record.get("compressions", {}) if name not in ("lowrank", "quantization"))
-    return ", ".join(str(record["settings"].get(name, name)) for name in names)
 
 
 def bits(record: dict[str, Any]) -> float:
