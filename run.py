@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -16,7 +14,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from lowrank_lab import progress, redaction
+from lowrank_lab import progress, redaction, stopping
 from lowrank_lab.artifacts.locks import LockedByAnother
 from lowrank_lab.cells import config, grid
 from lowrank_lab.cells.cell import Cell
@@ -35,6 +33,7 @@ _postponed: list[Cell] = []  # cells that wait for another process
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def job(_cfg: DictConfig) -> None:
+    stopping.check()
     redaction.guard_streams()  # also in a process that a launcher has started
     hydra_cfg = HydraConfig.get()
     is_basic = hydra_cfg.launcher._target_.endswith("BasicLauncher") or runner.LAUNCH in os.environ
@@ -58,7 +57,7 @@ def job(_cfg: DictConfig) -> None:
 
 def main() -> None:
     redaction.guard_streams()
-    signal.signal(signal.SIGTERM, _stop)
+    stopping.install()
     # argparse wants the overrides in one piece; people also write: run.py model=tiny -m ratio=0.8,0.6
     words = grid.spelled_out(sys.argv[1:])
     sys.argv[1:] = sorted(words, key=lambda word: "=" in word and not word.startswith("-"))
@@ -67,19 +66,20 @@ def main() -> None:
         arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
     )
     try:
-        if is_run:
-            _cells.extend(_plan(arguments))
-            if not _cells:
-                return
-            with progress.grid(len(_cells)):
-                _run()
-        else:
-            job()
+        with stopping.heeded():
+            if is_run:
+                _cells.extend(_plan(arguments))
+                if not _cells:
+                    return
+                with progress.grid(len(_cells)):
+                    _run()
+            else:
+                job()
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as interrupt:
         print("stopped; finished results are kept, repeat the command to continue", file=sys.stderr)
-        sys.exit(143 if interrupt.args else 130)
+        sys.exit(stopping.exit_status(interrupt))
 
 
 def _run() -> None:
@@ -93,10 +93,6 @@ def _run() -> None:
         status = 1
     if status:
         sys.exit(status)
-
-
-def _stop(signal_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt(signal_number)
 
 
 def _plan(arguments: argparse.Namespace) -> list[Cell]:

@@ -20,6 +20,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from lowrank_lab import stopping
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -86,6 +88,7 @@ def _track_bar(items: Iterable[T], name: str, total: int) -> Iterator[T]:
         task = bars.add_task(name, total=total)
         try:
             for item in items:
+                stopping.check()
                 yield item
                 bars.advance(task)
         finally:
@@ -97,6 +100,7 @@ def _track_lines(items: Iterable[T], name: str, unit: str, total: int) -> Iterat
     inner = _depth > 1
     start = last = time.monotonic()
     for number, item in enumerate(items, 1):
+        stopping.check()
         yield item
         now = time.monotonic()
         if (number == total and not inner) or now - last >= SECONDS_BETWEEN_LINES:

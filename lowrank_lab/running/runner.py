@@ -7,7 +7,7 @@ import os
 from collections import Counter, deque
 from typing import Any
 
-from lowrank_lab import progress
+from lowrank_lab import progress, stopping
 from lowrank_lab.artifacts.locks import LockedByAnother, locked
 from lowrank_lab.artifacts.store import Store, disk_full
 from lowrank_lab.cells import config
@@ -68,7 +68,7 @@ def _compute_and_record(cell: Cell, results: Results, grid: str | None) -> dict[
     previous = results.find(cell.key) or {}
     recording.data.update({what: previous[what] for what in CHECKPOINT_NAMES if what in previous})
     try:
-        with results.recording(recording):
+        with results.recording(recording), stopping.heeded():
             from lowrank_lab.running.pipeline import compute
 
             compute(cell, recording)
@@ -91,6 +91,7 @@ def run_postponed(cells: list[Cell], grid: str | None) -> bool:
     """
     waiting, locked_in_a_row, success = deque(cells), 0, True
     while waiting:
+        stopping.check()
         cell = waiting.popleft()
         all_are_locked = locked_in_a_row > len(waiting)
         try:
