@@ -49,7 +49,7 @@ def job(_cfg: DictConfig) -> None:
     except UserError as error:
         if hydra_cfg.mode == RunMode.RUN:
             sys.exit(f"error: {error}")
-        raise CompactHydraException(f"error: {error}") from error
+        raise CompactHydraException(f"error: {cell.label}: {error}") from error
     finally:
         if not postponed:
             progress.cell_done()

@@ -6,8 +6,18 @@ import math
 from typing import Any
 
 
+LARGEST_SEED = 2**64 - 1  # torch's; numpy has no bound
+SEED_IN_WORDS = "a whole number from 0 to 2^64 - 1"
+
+
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether ``value`` is a finite number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
 
 
 def is_count(value: Any, smallest: int) -> bool:
@@ -20,6 +30,17 @@ def whole(smallest: int, optional: bool = False, **settings: Any) -> None:
         if not (is_count(value, smallest) or (optional and value is None)):
             wanted = f"{'null or ' if optional else ''}a whole number from {smallest}"
             raise ValueError(f"{name}={value} is not valid; it must be {wanted}")
+
+
+def is_seed(value: Any) -> bool:
+    return is_count(value, 0) and value <= LARGEST_SEED
+
+
+def seeds(**settings: Any) -> None:
+    """Raise ValueError for a setting that is no seed: a whole number that torch and numpy take."""
+    for name, value in settings.items():
+        if not is_seed(value):
+            raise ValueError(f"{name}={value} is not valid; it must be {SEED_IN_WORDS}")
 
 
 def above(bound: float, optional: bool = False, **settings: Any) -> None:

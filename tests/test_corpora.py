@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lowrank_lab.artifacts.store import Store
+from lowrank_lab.calibration import jsonl
 from lowrank_lab.calibration.corpora import EmbeddedWikipedia, HubCorpus, Part, text_of
 from lowrank_lab.calibration.tokens import (
     load_tokens,
@@ -57,22 +59,80 @@ def test_missing_mirror_file_is_named(data_root, tmp_path):
         corpus().content("dev", str(data_root), Store(tmp_path))
 
 
+def mirrored(root: Path, content: bytes) -> Path:
+    """A mirror below ``root`` whose only file, a test split, has this ``content``."""
+    folder = root / "wikitext" / "wikitext-2-raw-v1"
+    folder.mkdir(parents=True)
+    (folder / "test.jsonl").write_bytes(content)
+    return root
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         (b"{", "line 2: not a JSON object"),
-        (b"\xff", "line 2: not a JSON object"),
+        (b"[1]", "line 2: not a JSON object but a list"),
+        (b"\xff", "line 2: not UTF-8 text"),
         (b'{"txt": "a"}', "line 2: no field 'text'; it has: txt"),
-        (b"[1]", "line 2: no field 'text'; it has: list"),
-        (b'{"text": null}', "line 2: field 'text' is not text"),
+        (b'{"text": null}', "line 2: field 'text' is not text but null"),
+        (b'{"text": 5}', "line 2: field 'text' is not text but a number"),
+        (b'{"text": ["a"]}', "line 2: field 'text' is not text but a list"),
+        (b'{"text": "a\\ud800"}', "line 2: field 'text' has half a character"),
+        (b"[" * 100_000, "line 2: not a JSON object"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, line, message):
-    folder = tmp_path / "wikitext" / "wikitext-2-raw-v1"
-    folder.mkdir(parents=True)
-    (folder / "test.jsonl").write_bytes(b'{"text": "good"}\n' + line + b"\n")
+def test_a_bad_line_is_found_before_work(lab, tmp_path, line, message):
+    root = mirrored(tmp_path / "data", b'{"text": "good"}\n' + line + b"\n")
+    with pytest.raises(UserError, match=message) as error:
+        lab.cells(f"data_root={root}", "method=dense")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b'{"text": " "}\n'])
+def test_a_file_without_text_is_found_before_work(lab, tmp_path, content):
+    with pytest.raises(UserError, match=r"test\.jsonl: it has no text"):
+        lab.cells(f"data_root={mirrored(tmp_path / 'data', content)}", "method=dense")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'\n{"text": "a"}\n  \n{"text": "b"}\n\n',
+        b'{"text": "a"}\r\n\r\n{"text": "b"}',
+        b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n',
+    ],
+)
+def test_blank_lines_and_what_editors_add_are_no_rows(tmp_path, content):
+    root = mirrored(tmp_path / "data", content)
+    corpus().content("test", str(root), Store(tmp_path / "store"))
+    assert list(corpus().documents("test", str(root))) == ["a", "b"]
+
+
+def test_a_file_is_read_through_once_for_its_content(tmp_path, monkeypatch):
+    root, store = mirrored(tmp_path / "data", b'{"text": "a"}\n'), Store(tmp_path / "store")
+    corpus().content("test", str(root), store)
+    monkeypatch.setattr(jsonl, "rows", lambda file: pytest.fail("it is read again"))
+    corpus().content("test", str(root), store)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{", "line 2: not a JSON object"),
+        (b'{"a": "x"}', "line 2: no field 'b'"),
+        (b'{"a": null, "b": 1}', "line 2: field 'a' is null, in the first row it is not"),
+        (b'{"a": "\\udc00", "b": 1}', "line 2 has half a character"),
+    ],
+)
+def test_a_bad_row_of_a_task_is_found(tmp_path, line, message):
+    (file := tmp_path / "test.jsonl").write_bytes(b'{"a": "x", "b": 1}\n' + line + b"\n")
     with pytest.raises(UserError, match=message):
-        list(corpus().documents("test", str(tmp_path)))
+        jsonl.check_rows(file, Store(tmp_path / "store"))
+
+
+def test_rows_of_a_task_may_have_nulls_where_the_first_has_one(tmp_path):
+    (file := tmp_path / "test.jsonl").write_text('{"a": null, "b": 1}\n\n{"a": "x", "b": 2.5}\n')
+    jsonl.check_rows(file, Store(tmp_path / "store"))
 
 
 def test_hub_that_cannot_be_reached_says_what_to_do(tmp_path, monkeypatch):

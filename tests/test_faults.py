@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import report
+from lowrank_lab.calibration.corpora import HubCorpus
 from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation import perplexity
 from lowrank_lab.lowrank import spectra
@@ -34,7 +35,8 @@ from lowrank_lab.records import results
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import tables
 from lowrank_lab.reporting.frame import frame
-from lowrank_lab.running import context
+from lowrank_lab.reporting.status import status
+from lowrank_lab.running import context, runner
 
 from .conftest import Lab
 from .sites import sites_in
@@ -360,6 +362,27 @@ def test_an_evaluation_that_needs_too_much_memory_for_one_row_fails_with_advice(
         lab.run("method=dense")
     [record] = lab.results.records()
     assert "or the batch size of the evaluation" in record["reason"] and "\n" not in record["reason"]
+
+
+# Texts
+
+
+def test_a_text_that_cannot_be_read_stops_a_cell_before_compression_and_status_says_why(lab, monkeypatch):
+    """As where a file is changed while a grid runs, or a row of the hub has no text."""
+    [cell] = lab.cells("method=svd")
+    lab.results.write_grid(["method=svd"], [cell])
+
+    def documents(corpus: HubCorpus, split: str, data_root: str | None) -> Iterator[str]:
+        raise UserError("test.jsonl line 3: not a JSON object")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError):
+        patch.setattr(HubCorpus, "documents", documents)
+        patch.setattr(spectra, "compress", lambda *_: pytest.fail("it compresses"))
+        runner.run(cell)
+    assert "missing   svd" in (text := status(lab.results))
+    assert "(test.jsonl line 3: not a JSON object)" in text
+    assert runner.run(cell)["status"] == "done"
+    assert "not a JSON object" not in status(lab.results)
 
 
 # Clocks

@@ -133,6 +133,14 @@ class Store:
         write_json(cached, {**identity, "sha256": sha256})
         return sha256
 
+    def check_once(self, file: Path, rule: Any, check: Callable[[], None]) -> None:
+        """Call ``check``, which raises for a bad file, unless a file of this content has passed the same ``rule``."""
+        content = {"sha256": self.file_hash(file), "rule": rule}
+        passed = self.root / "checks" / f"{fingerprint(content)}.json"
+        if not passed.exists():
+            check()
+            write_json(passed, content)
+
 
 def examine(folder: Path, thorough: bool = False) -> tuple[dict[str, Any] | None, str]:
     """The manifest of an artifact whose files are unchanged; else None, and what is wrong with it.

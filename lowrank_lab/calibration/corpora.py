@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bz2
 import importlib.metadata
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +17,7 @@ from string import Formatter
 from typing import Any, Protocol
 
 from lowrank_lab.artifacts.store import Store, fingerprint
+from lowrank_lab.calibration import jsonl
 from lowrank_lab.errors import UserError
 from lowrank_lab.models.hub import hub_commit
 
@@ -127,7 +127,8 @@ class HubCorpus:
                     f"data_root={data_root}: no file {file}; put the split there, choose another dataset= or "
                     "calibration=, or leave data_root out to use the hub"
                 )
-            next(self.documents(split, data_root), None)  # find a file of another kind now, not after hours
+            documents, rule = self.documents(split, data_root), self.field or self.templates
+            jsonl.check_texts(file, documents, rule, store)  # find a row that is no text now, not after hours
             return fingerprint({"file": store.file_hash(file), "field": self.field or self.templates})
         if self.files is not None and split not in self.files:
             raise UserError(f"{self.hub} has no split '{split}' here; choose {' or '.join(self.files)}")
@@ -136,30 +137,23 @@ class HubCorpus:
 
     def documents(self, split: str, data_root: str | None) -> Iterator[str]:
         if data_root is not None:
-            file = self._mirror_file(split, data_root)
-            with open(file, "rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    yield self._read(line, f"{file} line {number}")
+            for where, row in jsonl.rows(self._mirror_file(split, data_root)):
+                yield self._text_of(row, where)
             return
         from datasets import load_dataset
 
         files = {split: self.files[split]} if self.files is not None else None
         rows = load_dataset(self.hub, self.name, data_files=files, split=split, revision=self._commit())
-        for row in rows:
-            yield self._text_of(row, self.hub)
-
-    def _read(self, line: bytes, where: str) -> str:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise UserError(f"{where}: not a JSON object") from None
-        return self._text_of(row, where)
+        for number, row in enumerate(rows, 1):
+            yield self._text_of(row, f"data set {self.hub}, split {split}, row {number}")
 
     def _text_of(self, row: Mapping[str, Any], where: str) -> str:
         if self.field is not None:
-            return _field(row, self.field, where)
+            return jsonl.text_field(row, self.field, where)
         for template in self.templates:
-            texts = {name: _field(row, name, where) for _, name, _, _ in Formatter().parse(template) if name}
+            texts = {
+                name: jsonl.text_field(row, name, where) for _, name, _, _ in Formatter().parse(template) if name
+            }
             if all(texts.values()):
                 break
         return template.format(**texts)
@@ -180,14 +174,3 @@ class HubCorpus:
                 f"data set {self.hub}: neither on the hub nor in its local cache ({type(error).__name__}); "
                 f"check the network, or set data_root to a folder that holds {self.mirror}/<split>.jsonl"
             ) from None
-
-
-def _field(row: Any, name: str, where: str) -> str:
-    try:
-        text = row[name]
-    except (KeyError, TypeError):
-        has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise UserError(f"{where}: no field '{name}'; it has: {has}") from None
-    if not isinstance(text, str):
-        raise UserError(f"{where}: field '{name}' is not text")
-    return text

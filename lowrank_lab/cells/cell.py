@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lowrank_lab.artifacts.store import Store
 from lowrank_lab.calibration.corpora import Corpus, Part
-from lowrank_lab.cells import config
+from lowrank_lab.cells import config, paths
 from lowrank_lab.cells.compression import Compression
 from lowrank_lab.cells.evaluator import Evaluator
 from lowrank_lab.cells.keys import Keys
@@ -51,9 +51,10 @@ class Cell:
     def from_config(cls, cfg: DictConfig) -> Cell:
         """Check the configuration and find its model and data. Raises UserError for what a user can correct.
 
-        Interpolations in ``cfg`` are resolved in place: otherwise each is parsed again at every access.
+        Interpolations in ``cfg`` and ~ in its paths are resolved in place: otherwise they are parsed at every access.
         """
         OmegaConf.resolve(cfg)
+        paths.expand(cfg)
         cfg = config.with_chosen_evaluators(config.with_save(cfg))
         compressions, chosen = config.validated(cfg)
         store = Store(cfg.artifacts)

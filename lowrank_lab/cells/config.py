@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lowrank_lab.cells.moved import original_target
-from lowrank_lab.checks import is_count, is_number
+from lowrank_lab.checks import SEED_IN_WORDS, is_count, is_number, is_seed
 from lowrank_lab.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -39,7 +39,7 @@ def for_key(node: Any, without: tuple[str, ...] = ()) -> Any:
         return {**kept, "_target_": original_target(kept["_target_"])} if "_target_" in kept else kept
     if isinstance(node, list):
         return [for_key(value) for value in node]
-    return float(node) if is_number(node) else node
+    return float(node) if is_number(node) and float(node) == node else node  # not a seed that no float equals
 
 
 def with_save(cfg: DictConfig) -> DictConfig:
@@ -95,7 +95,7 @@ def _check_values(cfg: DictConfig) -> None:
     ratio = cfg.ratio
     _check("ratio", ratio, is_number(ratio) and 0 < ratio <= 1, "a number in (0, 1]: the fraction kept")
     _one_of("dtype", cfg.dtype, DTYPES)
-    _check("seed", cfg.seed, is_count(cfg.seed, 0), "a whole number from 0")
+    _check("seed", cfg.seed, is_seed(cfg.seed), SEED_IN_WORDS)
     known_device = isinstance(cfg.device, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device)
     _check("device", cfg.device, bool(known_device), "auto, cpu, cuda or cuda:N")
     _check("dry_run", cfg.dry_run, isinstance(cfg.dry_run, bool), "true or false")
@@ -151,7 +151,8 @@ def _check_writable(name: str, folder: Path) -> None:
 
 def check_windows(name: str, sampling: DictConfig) -> None:
     """Raise UserError for settings of ``name`` that are not valid for windows of a text."""
-    for setting, smallest in (("samples", 1), ("seqlen", 2), ("seed", 0)):
+    _check(f"{name}.seed", sampling.seed, is_seed(sampling.seed), SEED_IN_WORDS)
+    for setting, smallest in (("samples", 1), ("seqlen", 2)):
         valid = is_count(sampling[setting], smallest)
         _check(f"{name}.{setting}", sampling[setting], valid, f"a whole number from {smallest}")
     _one_of(f"{name}.sampling", sampling.sampling, ("random", "disjoint"))

@@ -93,7 +93,7 @@ class Generation(Evaluator):
         self, prompts: dict[str, Any], max_new_tokens: int, temperature: float, top_p: float, seed: int, chat: bool
     ) -> None:
         checks.whole(NGRAM, max_new_tokens=max_new_tokens)
-        checks.whole(0, seed=seed)
+        checks.seeds(seed=seed)
         checks.above(0, temperature=temperature, top_p=top_p)
         if top_p > 1:
             raise ValueError(f"top_p={top_p} is not valid; it must be a number above 0, at most 1")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_lab.artifacts.store import Store, fingerprint
+from lowrank_lab.calibration import jsonl
 from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation.tasks import Leaf
 from lowrank_lab.models.hub import hub_commit
@@ -69,7 +70,9 @@ def find(task: str, leaf: Leaf, shots: int, data_root: str | None, store: Store)
 
 
 def _local(source: str, loader: str, files: dict[str, Path], leaf: Leaf, store: Store) -> TaskData:
-    """Data in files, by split, that the ``loader`` of the datasets library reads."""
+    """Data in files, by split, that the ``loader`` of the datasets library reads. Raises UserError for a bad row."""
+    for file in files.values() if loader == "json" else ():
+        jsonl.check_rows(file, store)
     content = fingerprint({split: store.file_hash(file) for split, file in files.items()})
     read = {entry: split if split in files else None for entry, split in leaf.splits.items()}
     kwargs = {"data_files": {split: str(file) for split, file in files.items()}}

@@ -73,7 +73,7 @@ class Grid:
                 cells[cell.key], overrides_of_cell[cell.key] = cell, words
         results = Results(cell.cfg.results)
         overrides, settings = list(hydra.overrides.task), list(hydra.overrides.hydra)
-        folder = Path(hydra.sweep.dir).resolve()
+        folder = Path(hydra.sweep.dir).expanduser().resolve()
         return cls(results, cells, overrides_of_cell, overrides, settings, folder, len(configs) - len(cells))
 
     def command(self, overrides: list[str], name: str) -> list[str]:

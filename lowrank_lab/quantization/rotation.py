@@ -39,8 +39,9 @@ def start(model: Any, seed: int) -> tuple[Tensor, Tensor]:
     """QuaRot's rotations: R1 (hidden, hidden) and R2 (blocks, head, head), randomised Hadamards, float64."""
     config = model.config
     layers = range(1, config.num_hidden_layers + 1)
-    of_heads = [randomized(head_size(config), seed * 1000 + layer) for layer in layers]
-    return randomized(config.hidden_size, seed * 1000), torch.stack(of_heads)
+    seeds = [(seed * 1000 + number) % 2**64 for number in (0, *layers)]  # torch takes no larger ones
+    of_heads = [randomized(head_size(config), of_head) for of_head in seeds[1:]]
+    return randomized(config.hidden_size, seeds[0]), torch.stack(of_heads)
 
 
 def check(tower: Tower, label: str) -> None:

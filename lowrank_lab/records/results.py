@@ -148,6 +148,17 @@ class Results:
         """The file that lists what an unfinished cell has computed (see Record)."""
         return self.root / "running" / f"{key}.json"
 
+    def why_file(self, key: str) -> Path:
+        """The file that says why a cell stopped without a record: the error that its user can correct."""
+        return self.root / "running" / f"{key}.why.json"
+
+    def why_missing(self, key: str) -> str:
+        """Why a cell has no record; "" where it was not run, or was interrupted."""
+        try:
+            return str(json.loads(self.why_file(key).read_text(encoding="utf-8"))["reason"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
     def find(self, key: str) -> dict[str, Any] | None:
         """The record of a cell whatever its status, or None."""
         file = self.path(key)
@@ -164,14 +175,19 @@ class Results:
         """Run the body of a cell and write its record: done, skipped, or failed with the traceback.
 
         A failure is raised again after it is written. An interrupted cell leaves no record, nor does one that the
-        user can repair (UserError, a full disk) or that waits for another process (LockedByAnother).
+        user can repair (a UserError, which ``why_missing`` then tells; a full disk) or that waits for another process
+        (LockedByAnother).
         """
         environment.reset_peak_memory()
+        self.why_file(record.data["key"]).unlink(missing_ok=True)  # of an earlier attempt
         start = time.perf_counter()
         try:
             yield
             record.data["status"] = "done"
-        except (UserError, LockedByAnother):
+        except LockedByAnother:
+            raise
+        except UserError as error:
+            write_json(self.why_file(record.data["key"]), {"reason": redacted_message(str(error))})
             raise
         except SkippedCell as why:
             record.data.update(status="skipped", reason=str(why))

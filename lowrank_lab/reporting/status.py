@@ -43,6 +43,9 @@ def asked(results: Results) -> list[Asked]:
     for grid in results.grids():  # the same command may have asked for other cells later
         grids.setdefault(grid["name"], {}).update(grid["cells"])
     states = {key: state_of(known.get(key)) for cells in grids.values() for key in cells}
+    for key, (state, _) in states.items():
+        if state == "missing":
+            states[key] = state, results.why_missing(key)
     unfinished = [key for key, (state, _) in states.items() if state not in FINISHED]
     for key, (state, why) in jobs.states(results, unfinished).items():
         if state in ACTIVE or key not in known:  # a record says more than how a job ended

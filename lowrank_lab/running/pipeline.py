@@ -1,6 +1,6 @@
 """The flow of one cell, read from top to bottom. Everything that needs torch begins here.
 
-checks → compressions, one after the other → sizes → checkpoint → measurements → merged checkpoint
+checks → texts → compressions, one after the other → sizes → checkpoint → measurements → merged checkpoint
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def compute(cell: Cell, record: Record) -> None:
         raise SkippedCell(cell.left_out_message)
     context = _prepared(cell, record)
     _check(context)
+    _read_texts(context)
     for name, compression in cell.compressions.items():
         context.facts.clear()
         plan = compression.plan(context)
@@ -85,6 +86,13 @@ def _check_positions(context: Context, of: str, lengths: dict[str, int]) -> None
             )
 
 
+def _read_texts(context: Context) -> None:
+    """Make the tokens of the evaluation texts: a text that cannot be read is found before any compression."""
+    for context.evaluator, evaluator in context.cell.evaluators.items():
+        if evaluator.reads_text and context.evaluator not in context.record.data["left_out"]:
+            context.make_text_tokens()
+
+
 def _describe(context: Context) -> Saved | None:
     """Count the sizes of the compressed model, and describe it for a checkpoint; None where it is dense."""
     cell, ranks = context.cell, _ranks(context)
@@ -123,8 +131,6 @@ def _evaluate(context: Context) -> None:
 def _measured(context: Context, name: str) -> dict[str, Any]:
     """The measurement of an evaluator, each of its parts an artifact."""
     evaluator, context.evaluator = context.cell.evaluators[name], name
-    if evaluator.reads_text:
-        context.make_text_tokens()  # before the metric, whose seconds then do not include it
 
     def measure(part: str, folder: Path) -> None:
         (folder / "metric.json").write_text(json.dumps(evaluator(context, part), indent=1, allow_nan=False))

@@ -101,7 +101,7 @@ def run_postponed(cells: list[Cell], grid: str | None) -> bool:
             locked_in_a_row += 1
             continue
         except UserError as error:
-            log.error("error: %s", error)
+            log.error("error: %s: %s", cell.label, error)
             success = False
         except Exception:
             log.exception("a cell failed")

@@ -71,7 +71,7 @@ class Differentiable:
         checks.one_of(("pooled", "per_batch"), forward=forward)
         checks.above(0, beta=beta, gamma=gamma, learning_rate=learning_rate)
         checks.whole(1, steps=steps, batch_size=batch_size)
-        checks.whole(0, seed=seed)
+        checks.seeds(seed=seed)
         self.forward = forward
         self.beta = beta
         self.gamma = gamma
