@@ -14,9 +14,9 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from lowrank_lab import progress, redaction, stopping
+from lowrank_lab import __version__, progress, redaction, stopping
 from lowrank_lab.artifacts.locks import LockedByAnother
-from lowrank_lab.cells import config, grid
+from lowrank_lab.cells import config, grid, hints, spelling
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.hydra_private import argument_parser
 from lowrank_lab.errors import UserError
@@ -59,9 +59,17 @@ def main() -> None:
     redaction.guard_streams()
     stopping.install()
     # argparse wants the overrides in one piece; people also write: run.py model=tiny -m ratio=0.8,0.6
-    words = grid.spelled_out(sys.argv[1:])
+    try:
+        words = spelling.spelled_out(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    if "--version" in words:
+        print(f"lowrank_lab {__version__}")
+        return
     sys.argv[1:] = sorted(words, key=lambda word: "=" in word and not word.startswith("-"))
-    arguments = argument_parser().parse_args()
+    arguments, unknown = argument_parser().parse_known_args()
+    if unknown:
+        sys.exit(f"error: {hints.unknown_flag(unknown[0], words)}")
     is_run = not (
         arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
     )

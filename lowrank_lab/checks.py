@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-
 LARGEST_SEED = 2**64 - 1  # torch's; numpy has no bound
 SEED_IN_WORDS = "a whole number from 0 to 2^64 - 1"
 

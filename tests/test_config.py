@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import itertools
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from lowrank_lab.cells import config, grid
+from lowrank_lab.cells import config, grid, spelling
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.answers import answers_of
+from lowrank_lab.models import tiny
 
 from .conftest import REPOSITORY
 
@@ -56,7 +59,29 @@ LOW_RANK = (
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("method=sdv", "method=sdv: no such option; choose one of asvd, asvd_kv, asvd_uniform, dense"),
+        ("method=svdlm", "no such option; did you mean svdllm? choose one of asvd, asvd_kv, asvd_uniform, dense"),
+        ("model=llama-7b", "did you mean llama_7b?"),
+        ("method=int8", "it is one of quantization, quantization=int8"),
+        ("eval.ppl.seqln=64", "eval.ppl.seqln: no such setting with these options; did you mean eval.ppl.seqlen?"),
+        ("seqlen=64", "seqlen: no such setting; did you mean calibration.seqlen or eval.ppl.seqlen?"),
+        ("ratio=80", "it must be a number in (0, 1]: the fraction kept; 80 % is ratio=0.8"),
+        ("ratio=80%", "80 % is ratio=0.8"),
+        ("ratio=0,8", "write a decimal point, ratio=0.8"),
+        ("ratio=0.8,", "nothing follows the last comma; write ratio=0.8"),
+        ("svdllm", "svdllm: write key=value, method=svdllm"),
+        ("a.b.=3", "'a.b.' is no name of a setting"),
+        ("ratio=0.2:0.9:0", "not a range"),
+        ("ratio=0.9:0.2:0.1", "a range of no values"),
+        ("experiment=demo", "experiment=demo is a grid (over method, ratio); add -m"),
+        ("results=~nobody-of-this-name/x", "its value must be quoted"),
+        ("results='~nobody-of-this-name/x'", "there is no home folder ~nobody-of-this-name"),
+        (
+            "seed=18446744073709551616",
+            "seed=18446744073709551616 is not valid; it must be a whole number from 0 to",
+        ),
+        ("seed=1e3", "seed=1000.0 is not valid"),
+        ("method=dobi allocation.seed=18446744073709551616", "allocation: seed=18446744073709551616 is not valid"),
+        ("ratio=1" + "0" * 400, "is not valid; it must be a number in (0, 1]"),
         ("methd=svd", "methd: no such setting; did you mean method?"),
         ("metric.alpa=1", "metric.alpa: no such setting with these options"),
         ("ratio=0.8,0.6", "to run several values as a grid, add -m"),
@@ -80,7 +105,7 @@ LOW_RANK = (
         ("ratio=1.2", "ratio=1.2 is not valid"),
         ("ratio=-0.5", "ratio=-0.5 is not valid"),
         ("ratio=half", "ratio=half is not valid"),
-        ("ratio==", "Error parsing override 'ratio=='"),
+        ("ratio==", "ratio==: its value must be quoted; write 'ratio=\"=\"'"),
         ("dtype=int8", "dtype=int8 is not valid; it must be float32 or bfloat16 or float16"),
         ("eval.ppl.seqlen=1", "eval.ppl: seqlen=1 is not valid"),
         ("eval.ppl.max_windows=0", "eval.ppl: max_windows=0 is not valid"),
@@ -131,6 +156,84 @@ def test_a_mistake_is_one_line_that_says_what_is_right(lab, override, message):
         lab.cells(*override.split())
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+NAMES = [
+    "模型",
+    "résumé",
+    "a#b",
+    "it's",
+    "~x",
+    "a b",
+    "(a)",
+    "a,b",
+    "a=b",
+    "{a}",
+    "$a",
+    "${a}",
+    "a\\",
+    'a"b',
+    '\\"\\',
+]
+NAMES += ["2024", "[a]", "a;b&c", "`a`", "a|b", "*", "null", "a\\${b}"]
+
+
+def test_a_quoted_word_has_its_value_whatever_the_characters():
+    for name in NAMES:
+        for text in (name, f"/x/{name}"):
+            [word] = shlex.split(spelling.quoted(f"model.path={text}"))
+            parsed = OverridesParser.create().parse_override(word).value()
+            assert OmegaConf.create({"path": parsed}).path == text
+
+
+@pytest.mark.parametrize("name", ["模型", "it's", "a,b", "{a}", "${a}"])
+def test_a_path_with_such_characters_is_told_how_to_quote(lab, name):
+    with pytest.raises(UserError) as error:
+        lab.cells(word := f"model.path=/x/{name}")
+    assert str(error.value).endswith(f"write {spelling.quoted(word)}")
+    [pasted] = shlex.split(spelling.quoted(word))
+    with pytest.raises(UserError, match=re.escape(f"model.path=/x/{name}: no such folder")):
+        lab.cells(pasted)
+
+
+@pytest.mark.parametrize(
+    ("word", "values"),
+    [
+        ("ratio=0.2:0.9:0.1", [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]),
+        ("ratio=range(0.2,0.9,0.1)", [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]),
+        ("ratio=0.9:0.3:-0.3", [0.9, 0.6, 0.3]),
+        ("seed=range(0,3)", [0, 1, 2]),  # of whole numbers, as Hydra and Python have it
+        ("seed=0:3:1", [0, 1, 2, 3]),
+    ],
+)
+def test_ranges_end_where_they_say(lab, word, values):
+    assert [cell.cfg[word.partition("=")[0]] for cell in lab.cells(word, multirun=True)] == values
+
+
+def test_seeds_are_all_that_torch_takes_and_differ(lab):
+    """Also those that no float equals."""
+    seeds = [2**32 - 1, 2**53, 2**53 + 1, 2**64 - 2, 2**64 - 1]
+    assert len({key(lab, f"seed={seed}") for seed in seeds}) == len(seeds)
+    assert lab.run(f"seed={2**64 - 1}", "quantization=quarot")["status"] == "done"
+
+
+def test_home_is_expanded_in_all_paths(lab, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data").symlink_to(lab.data_root)
+    tiny.build("llama", tmp_path / "m")
+    words = ["results='~/r'", "artifacts='~/a'", "data_root='~/data'", "model.path='~/m'"]
+    done = lab.cli(*words, "method=svd")
+    assert "done (perplexity" in done.stderr
+    assert {file.name for file in tmp_path.iterdir()} >= {"r", "a", "data", "m"}
+    assert {file.name for file in (tmp_path / "r").iterdir()} >= {"records", "logs"}
+    assert not (REPOSITORY / "~").exists()
+
+
+@pytest.mark.parametrize("value", ["", "  "])
+def test_an_empty_variable_names_no_data(lab, monkeypatch, value):
+    monkeypatch.setenv("LOWRANK_LAB_DATA", value)
+    [cell] = lab.cells("data_root=${oc.env:LOWRANK_LAB_DATA,null}", "dataset=wikipedia", "method=dense")
+    assert cell.cfg.data_root is None
 
 
 def test_a_mistake_in_one_cell_stops_the_grid_before_it_starts(lab):

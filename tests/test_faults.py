@@ -375,10 +375,11 @@ def test_a_text_that_cannot_be_read_stops_a_cell_before_compression_and_status_s
     def documents(corpus: HubCorpus, split: str, data_root: str | None) -> Iterator[str]:
         raise UserError("test.jsonl line 3: not a JSON object")
 
-    with monkeypatch.context() as patch, pytest.raises(UserError):
+    with monkeypatch.context() as patch:
         patch.setattr(HubCorpus, "documents", documents)
         patch.setattr(spectra, "compress", lambda *_: pytest.fail("it compresses"))
-        runner.run(cell)
+        with pytest.raises(UserError):
+            runner.run(cell)
     assert "missing   svd" in (text := status(lab.results))
     assert "(test.jsonl line 3: not a JSON object)" in text
     assert runner.run(cell)["status"] == "done"

@@ -134,7 +134,7 @@ class Store:
         return sha256
 
     def check_once(self, file: Path, rule: Any, check: Callable[[], None]) -> None:
-        """Call ``check``, which raises for a bad file, unless a file of this content has passed the same ``rule``."""
+        """Call ``check``, which raises for a bad file, unless a file of this content has passed ``rule``."""
         content = {"sha256": self.file_hash(file), "rule": rule}
         passed = self.root / "checks" / f"{fingerprint(content)}.json"
         if not passed.exists():

@@ -163,7 +163,7 @@ class HubCorpus:
         name = Path(self.mirror, f"{split}.jsonl")
         if name.is_absolute() or ".." in name.parts or "\0" in str(name):
             raise UserError(f"{name}: not a file below data_root={data_root}; give plain names")
-        return Path(data_root).expanduser() / name
+        return Path(data_root) / name
 
     def _commit(self) -> str:
         """The commit of this data set, from the hub or without a network from the local cache."""

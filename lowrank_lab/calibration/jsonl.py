@@ -52,7 +52,8 @@ def check_rows(file: Path, store: Store) -> None:
             for name, kind in kinds.items():
                 _ = field(row, name, where)
                 if _kind(row[name]) is not kind:
-                    raise UserError(f"{where}: field '{name}' is {_in_words(row[name])}, in the first row it is not")
+                    is_now = _in_words(row[name])
+                    raise UserError(f"{where}: field '{name}' is {is_now}, in the first row it is not")
             check_unicode(json.dumps(row, ensure_ascii=False), where)
         if kinds is None:
             raise UserError(f"{file}: it has no rows; put the split there")

@@ -51,7 +51,7 @@ class Cell:
     def from_config(cls, cfg: DictConfig) -> Cell:
         """Check the configuration and find its model and data. Raises UserError for what a user can correct.
 
-        Interpolations in ``cfg`` and ~ in its paths are resolved in place: otherwise they are parsed at every access.
+        Interpolations in ``cfg`` and ~ in its paths are resolved in place, not at every access.
         """
         OmegaConf.resolve(cfg)
         paths.expand(cfg)

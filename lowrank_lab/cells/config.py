@@ -93,7 +93,8 @@ def build_all(nodes: DictConfig) -> dict[str, Any]:
 
 def _check_values(cfg: DictConfig) -> None:
     ratio = cfg.ratio
-    _check("ratio", ratio, is_number(ratio) and 0 < ratio <= 1, "a number in (0, 1]: the fraction kept")
+    valid = is_number(ratio) and 0 < ratio <= 1
+    _check("ratio", ratio, valid, f"a number in (0, 1]: the fraction kept{_percent(ratio)}")
     _one_of("dtype", cfg.dtype, DTYPES)
     _check("seed", cfg.seed, is_seed(cfg.seed), SEED_IN_WORDS)
     known_device = isinstance(cfg.device, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device)
@@ -109,6 +110,13 @@ def _check_values(cfg: DictConfig) -> None:
         _check_writable(name, Path(cfg[name]))
     _check("model.path", cfg.model.path, isinstance(cfg.model.path, str), "a hub name, a folder or package:NAME")
     _check("data_root", cfg.data_root, isinstance(cfg.data_root, str | None), "a folder, or null for the hub")
+
+
+def _percent(ratio: Any) -> str:
+    """How a percentage is written as a ratio; "" for what is none."""
+    digits = re.fullmatch(r"(\d+(?:\.\d+)?) ?%?", str(ratio))
+    percent = float(digits[1]) if digits else 0.0
+    return f"; {percent:g} % is ratio={percent / 100:g}" if 5 <= percent <= 100 else ""
 
 
 def _check_texts(cfg: DictConfig) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lowrank_lab import redaction
+from lowrank_lab.cells import hints, spelling
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.hydra_private import combinations
 from lowrank_lab.errors import UserError
@@ -30,41 +29,44 @@ def plan(config_dir: Path, config_name: str, overrides: list[str], multirun: boo
     Raises UserError with one line for anything a user can correct: an unknown option or key, a value out of
     range, a model or data that does not exist.
     """
-    overrides = spelled_out(overrides)
+    overrides = spelling.spelled_out(overrides)
+
+    def composed(some: list[str]) -> DictConfig:
+        with initialize_config_dir(str(config_dir), version_base="1.3"):
+            return compose(config_name, _without_sweeps(some), True)
+
     try:
         with initialize_config_dir(str(config_dir), version_base="1.3"):
             base = compose(config_name, _without_sweeps(overrides) if multirun else overrides, True)
             if not multirun:
                 redaction.refuse_in(_without_hydra(base))
+                _refuse_grid(base, overrides)
                 return [cell_of(base)]
-            params: DictConfig = base.hydra.sweeper.get("params") or OmegaConf.create({})
-            swept = [f"{key!s}={value}" for key, value in params.items()] + overrides
+            swept = [f"{key!s}={value}" for key, value in _params(base).items()] + overrides
             redaction.refuse(swept)
             parsed = OverridesParser.create().parse_overrides(swept)
             return [Cell.from_config(cfg) for cfg in _composed(config_name, combinations(parsed), base)]
+    except UserError as error:
+        raise UserError(hints.amended(str(error), overrides)) from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise UserError(_one_line(error, config_dir)) from None
+        raise UserError(hints.one_line(error, config_dir, overrides, composed)) from None
     finally:
         GlobalHydra.instance().clear()
 
 
-def spelled_out(words: list[str]) -> list[str]:
-    """A command line with ``save=true`` as ``save.checkpoint=true``, and ``eval=a,b`` as ``eval=[a,b]``.
-
-    Hydra cannot have both ``save=true`` and ``save.merge=true``: the first would replace the node of the second,
-    and options of a group cannot have the names true and false. And Hydra would read ``eval=a,b`` as a grid, while
-    all evaluations of a model belong to one job.
-    """
-    return [_spelled_out(word) for word in words]
+def _params(cfg: DictConfig) -> DictConfig:
+    """The values that an experiment sweeps, by setting."""
+    return OmegaConf.select(cfg, "hydra.sweeper.params") or OmegaConf.create({})
 
 
-def _spelled_out(word: str) -> str:
-    axis, _, value = word.partition("=")
-    if axis == "save":
-        return f"save.checkpoint={value}"
-    if axis == "eval" and re.fullmatch(r"\w+(,\w+)+", value):
-        return f"eval=[{value}]"
-    return word
+def _refuse_grid(cfg: DictConfig, overrides: list[str]) -> None:
+    """Raises UserError where an experiment is a grid, and the one cell of ``overrides`` would be another one."""
+    if not (swept := [str(key) for key in _params(cfg)]):
+        return
+    given = {override.key_or_group for override in OverridesParser.create().parse_overrides(overrides)}
+    if missing := [key for key in swept if key not in given]:
+        name = cfg.hydra.runtime.choices.get("experiment")
+        raise UserError(f"experiment={name} is a grid (over {', '.join(missing)}); add -m")
 
 
 def _without_sweeps(overrides: list[str]) -> list[str]:
@@ -146,38 +148,3 @@ def _without_hydra(cfg: DictConfig) -> Any:
     assert isinstance(plain, dict)
     plain.pop("hydra")
     return plain
-
-
-def _one_line(error: Exception, config_dir: Path) -> str:
-    """Hydra's error as one line, with the valid options or the nearest key where the name is wrong."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first = lines[0]
-    if "Could not load '" in first:
-        group, _, option = first.split("Could not load '")[1].partition("'")[0].rpartition("/")
-        options = sorted(file.stem for file in (config_dir / group).glob("*.yaml"))
-        return f"{group}={option}: no such option; choose among {', '.join(options)}"
-    if "Could not find '" in first:
-        group, _, option = first.split("Could not find '")[1].rstrip("'").rpartition("/")
-        options = lines[2 : lines.index("Config search path:")] if "Config search path:" in lines else []
-        return f"{group}={option}: no such option; choose one of {', '.join(options)}"
-    if first.startswith("Could not override '"):
-        key = first.split("'")[1]
-        if "." in key:
-            return (
-                f"{key}: no such setting with these options (see them with: python run.py ... --cfg job); "
-                f"an entry that is new begins with +"
-            )
-        axis, _, part = key.partition("/")
-        if part and (config_dir / axis / part).is_dir():
-            return f"{key}: choose an option of {axis} as well ({axis}=...; --help lists them)"
-        axes = [folder.name for folder in config_dir.iterdir() if folder.is_dir()]
-        text = (config_dir / "config.yaml").read_text(encoding="utf-8")
-        settings = [line.split(":")[0] for line in text.splitlines() if line[:1].isalpha()]
-        near = difflib.get_close_matches(key, axes + settings, n=1)
-        hint = f"did you mean {near[0]}?" if near else "python run.py --help lists the axes"
-        return f"{key}: no such setting; {hint}"
-    if first.startswith("Ambiguous value"):
-        return f"{first.removesuffix('.')}: to run several values as a grid, add -m"
-    if "parsing override" in first or "input" in first:
-        return f"{' '.join(lines[:2])}; write key=value, and quote values with special characters: 'key=\"a b\"'"
-    return " ".join(lines)

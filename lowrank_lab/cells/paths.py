@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+
 from omegaconf import DictConfig, OmegaConf
 
 from lowrank_lab.errors import UserError
@@ -14,7 +15,8 @@ def expanded(path: str) -> str:
     """``path`` with ~ or ~user at its beginning replaced. Raises UserError where there is no such home folder."""
     found = os.path.expanduser(path)
     if found.startswith("~") and found == path:
-        raise UserError(f"{path}: there is no home folder {path.partition('/')[0]}; write ./{path} for a folder here")
+        home = path.partition("/")[0]
+        raise UserError(f"{path}: there is no home folder {home}; write ./{path} for a folder here")
     return found
 
 

@@ -53,7 +53,7 @@ def find(task: str, leaf: Leaf, shots: int, data_root: str | None, store: Store)
         return TaskData("hub", fingerprint(content), {"dataset_kwargs": {**leaf.kwargs, "revision": commit}})
     in_mirror = {}
     if data_root is not None:
-        folder = Path(data_root).expanduser() / leaf.path / (leaf.name or "default")
+        folder = Path(data_root) / leaf.path / (leaf.name or "default")
         in_mirror = {split: folder / f"{split}.jsonl" for split in splits}
         if all(file.is_file() for file in in_mirror.values()):
             return _local("mirror", "json", in_mirror, leaf, store)
@@ -70,7 +70,7 @@ def find(task: str, leaf: Leaf, shots: int, data_root: str | None, store: Store)
 
 
 def _local(source: str, loader: str, files: dict[str, Path], leaf: Leaf, store: Store) -> TaskData:
-    """Data in files, by split, that the ``loader`` of the datasets library reads. Raises UserError for a bad row."""
+    """Data in files, by split, that the ``loader`` of the datasets library reads. Raises UserError for bad rows."""
     for file in files.values() if loader == "json" else ():
         jsonl.check_rows(file, store)
     content = fingerprint({split: store.file_hash(file) for split, file in files.items()})

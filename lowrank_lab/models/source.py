@@ -50,7 +50,7 @@ def resolve(path: str, revision: str | None, store: Store) -> ModelSource:
         return _tiny(path.removeprefix("tiny:"))
     if path.startswith("package:"):
         return _gguf(_package_gguf(path.removeprefix("package:")), store)
-    local = Path(path).expanduser()
+    local = Path(path)
     if os.path.isdir(local):  # os.path, as pathlib raises for names that are too long
         return _folder(local, store)
     if os.path.isfile(local) and local.suffix == ".gguf":

@@ -175,7 +175,7 @@ class Results:
         """Run the body of a cell and write its record: done, skipped, or failed with the traceback.
 
         A failure is raised again after it is written. An interrupted cell leaves no record, nor does one that the
-        user can repair (a UserError, which ``why_missing`` then tells; a full disk) or that waits for another process
+        user can repair (a UserError, which ``why_missing`` tells; a full disk) or that waits for another process
         (LockedByAnother).
         """
         environment.reset_peak_memory()

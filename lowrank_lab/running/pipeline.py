@@ -88,8 +88,10 @@ def _check_positions(context: Context, of: str, lengths: dict[str, int]) -> None
 
 def _read_texts(context: Context) -> None:
     """Make the tokens of the evaluation texts: a text that cannot be read is found before any compression."""
-    for context.evaluator, evaluator in context.cell.evaluators.items():
-        if evaluator.reads_text and context.evaluator not in context.record.data["left_out"]:
+    left_out = context.record.data["left_out"]
+    for name, evaluator in context.cell.evaluators.items():
+        if evaluator.reads_text and name not in left_out:
+            context.evaluator = name
             context.make_text_tokens()
 
 

@@ -1,0 +1,153 @@
+"""What a user is told of a mistake on the command line: one line that says what to write. No torch."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lowrank_lab.cells.paths import PATHS
+from lowrank_lab.cells.spelling import is_parsed, quoted
+
+NOT_ONE_PATH = re.compile(r"[,{}\[\]()$\\]|^['\"]?\d+['\"]?$")  # Hydra does not read it as this text
+
+
+def one_line(
+    error: Exception, config_dir: Path, words: list[str], composed: Callable[[list[str]], DictConfig]
+) -> str:
+    """The error of Hydra or OmegaConf on ``words``; ``composed`` gives the configuration of some of them."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    first = lines[0]
+    for beginning in ("Could not load '", "Could not find '"):
+        if beginning in first:
+            group, _, option = first.split(beginning)[1].partition("'")[0].rpartition("/")
+            return _no_option(config_dir, group, option, _listed(lines))
+    if first.startswith("Could not override '"):
+        return _no_setting(config_dir, first.split("'")[1], words, composed)
+    if first.startswith("Ambiguous value"):
+        return _several(first.removesuffix("."), words)
+    if wrong := [word for word in words if not is_parsed(word)]:
+        return _not_parsed(config_dir, wrong[0])
+    if "nterpolation" in str(error) and (marked := [word for word in words if "${" in word]):
+        return f"{' '.join(lines)}; if it is part of a name, write {quoted(marked[0])}"
+    return " ".join(lines)
+
+
+def amended(message: str, words: list[str]) -> str:
+    """A message on a path that Hydra has read otherwise than it was meant, with how to write it."""
+    for word in words:
+        key, _, value = word.partition("=")
+        if key in PATHS and message.startswith(f"{key}=") and NOT_ONE_PATH.search(value):
+            return f"{message}; if it is one name, write {quoted(word)}"
+    if message.startswith("ratio=") and any(re.fullmatch(r"ratio=0,\d+", word) for word in words):
+        return f"{message}; write a decimal point, as in ratio=0.8"
+    return message
+
+
+def unknown_flag(flag: str, words: list[str]) -> str:
+    """A word with dashes that is none of Hydra's."""
+    name, equals, value = flag.lstrip("-").partition("=")
+    following = words[words.index(flag) + 1 :][:1] if flag in words else []
+    if not equals and following and "=" not in following[0] and not following[0].startswith("-"):
+        value = following[0]
+    return f"{flag}: no such flag; settings have no dashes, write {name or 'key'}={value or '...'}"
+
+
+def options_of(config_dir: Path, group: str) -> list[str]:
+    """The options of an axis, without what only other options include."""
+    return sorted(file.stem for file in (config_dir / group).glob("*.yaml") if not file.stem.startswith("_"))
+
+
+def _axes_with(config_dir: Path, option: str) -> list[str]:
+    """The axes that have such an option."""
+    return [axis.name for axis in sorted(config_dir.iterdir()) if option in options_of(config_dir, axis.name)]
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), [*known], n=1, cutoff=0.5)
+    return near[0] if near else ""
+
+
+def _listed(lines: list[str]) -> list[str]:
+    """The options that Hydra's message lists, of folders of the user's own too."""
+    end = lines.index("Config search path:") if "Config search path:" in lines else 2
+    return [option for option in lines[2:end] if not option.startswith("_")]
+
+
+def _no_option(config_dir: Path, group: str, option: str, listed: list[str]) -> str:
+    options = listed or options_of(config_dir, group)
+    hint = f"did you mean {near}? " if (near := _near(option, options)) else ""
+    if elsewhere := _axes_with(config_dir, option):
+        hint = f"it is one of {elsewhere[0]}, {elsewhere[0]}={option}. "
+    return f"{group}={option}: no such option; {hint}choose one of {', '.join(options)}"
+
+
+def _no_setting(config_dir: Path, key: str, words: list[str], composed: Callable[[list[str]], DictConfig]) -> str:
+    try:
+        known = _settings(composed([word for word in words if word.partition("=")[0] != key]))
+    except Exception:  # the other words are wrong as well
+        known = []
+    if "." in key:
+        hint = f"did you mean {near}? " if (near := _near(key, known)) and near != key else ""
+        return (
+            f"{key}: no such setting with these options; {hint}(see them with: python run.py ... --cfg job; "
+            f"an entry that is new begins with +)"
+        )
+    axis, _, part = key.partition("/")
+    if part and (config_dir / axis / part).is_dir():
+        return f"{key}: choose an option of {axis} as well ({axis}=...; --help lists them)"
+    axes = [folder.name for folder in config_dir.iterdir() if folder.is_dir()]
+    if inner := [name for name in known if name.rpartition(".")[2] == key]:
+        hint = f"did you mean {' or '.join(sorted(inner)[:3])}?"
+    else:
+        near = _near(key, [*axes, *_top_settings(config_dir)])
+        hint = f"did you mean {near}?" if near else "python run.py --help lists the axes"
+    return f"{key}: no such setting; {hint}"
+
+
+def _settings(cfg: DictConfig) -> list[str]:
+    """The names of all values of a configuration, as on the command line."""
+    names = []
+    nodes: list[tuple[str, Any]] = [("", OmegaConf.to_container(cfg, resolve=False))]
+    while nodes:
+        prefix, node = nodes.pop()
+        for name, value in node.items() if isinstance(node, dict) else ():
+            if name not in ("hydra", "compressions") and not str(name).startswith("_"):
+                names.append(f"{prefix}{name}")
+                nodes.append((f"{prefix}{name}.", value))
+    return names
+
+
+def _top_settings(config_dir: Path) -> list[str]:
+    text = (config_dir / "config.yaml").read_text(encoding="utf-8")
+    return [line.split(":")[0] for line in text.splitlines() if line[:1].isalpha()]
+
+
+def _several(first: str, words: list[str]) -> str:
+    """Several values without -m."""
+    for word in words:
+        key, _, value = word.partition("=")
+        if first.startswith("Ambiguous value for argument") and word in first:
+            if re.fullmatch(r"\d+,\d+", value) and key in ("ratio", "sparsity"):
+                point = value.replace(",", ".")
+                return f"{word}: write a decimal point, {key}={point}; several values need -m"
+            if key in PATHS:
+                return f"{first}: to run several values as a grid, add -m; if it is one name, write {quoted(word)}"
+    return f"{first}: to run several values as a grid, add -m"
+
+
+def _not_parsed(config_dir: Path, word: str) -> str:
+    """A word that is no key=value, or whose value Hydra does not take without quotes."""
+    key, equals, value = word.partition("=")
+    if not equals:
+        axes = _axes_with(config_dir, word)
+        return f"{word}: write key=value, {f'{axes[0]}={word}' if axes else 'as in method=svdllm'}"
+    if not re.fullmatch(r"[+~]{0,2}[\w$./@:-]+", key) or key.endswith("."):
+        return f"{word}: '{key}' is no name of a setting; write key=value, as in ratio=0.8"
+    if value.endswith(",") and is_parsed(word.rstrip(",")):
+        return f"{word}: nothing follows the last comma; write {word.rstrip(',')}"
+    return f"{word}: its value must be quoted; write {quoted(word)}"
