@@ -29,10 +29,17 @@ def main() -> None:
     parser.add_argument(
         "what", nargs="?", default="all", help="all, status, check, count, table=NAME, figure=NAME, page"
     )
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder given to run.py as results=")
-    parser.add_argument("--out", type=Path, help="where to write (default: <results>/report; the page: <results>)")
+    parser.add_argument(
+        "--results", type=_folder, default=Path("results"), help="folder given to run.py as results="
+    )
+    parser.add_argument(
+        "--out", type=_folder, help="where to write (default: <results>/report; the page: <results>)"
+    )
     parser.add_argument("--wandb", metavar="PROJECT", help="log what is written to this W&B project as well")
     arguments = parser.parse_args()
+    setting, equals, value = arguments.what.partition("=")
+    if equals and setting in ("results", "out", "wandb"):
+        sys.exit(f"error: {arguments.what}: write --{setting} {value}")
 
     from lowrank_lab import redaction
     from lowrank_lab.errors import UserError
@@ -53,6 +60,10 @@ def main() -> None:
         sys.exit(f"error: {error.filename}: {error.strerror}; choose where to write with --out")
     if arguments.wandb and files:
         tracking.log_report(arguments.what, arguments.results, files, arguments.wandb)
+
+
+def _folder(path: str) -> Path:
+    return Path(path).expanduser()
 
 
 def report(what: str, results: Results, out: Path, index: Path) -> list[Path]:

@@ -12,13 +12,13 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lowrank_lab import __version__, progress, redaction, stopping
 from lowrank_lab.artifacts.locks import LockedByAnother
 from lowrank_lab.cells import config, grid, hints, spelling
 from lowrank_lab.cells.cell import Cell
-from lowrank_lab.cells.hydra_private import argument_parser
+from lowrank_lab.cells.hydra_private import argument_parser, hide_private_options
 from lowrank_lab.errors import UserError
 from lowrank_lab.records.results import Results
 from lowrank_lab.running import runner
@@ -26,6 +26,8 @@ from lowrank_lab.running import runner
 log = logging.getLogger(__name__)
 
 CONFIG_DIR = Path(__file__).resolve().parent / "conf"
+
+OmegaConf.register_new_resolver("described", lambda group: hints.described(CONFIG_DIR, group), replace=True)
 
 _cells: list[Cell] = []  # those of this command in the order of Hydra's jobs
 _postponed: list[Cell] = []  # cells that wait for another process
@@ -67,6 +69,7 @@ def main() -> None:
         print(f"lowrank_lab {__version__}")
         return
     sys.argv[1:] = sorted(words, key=lambda word: "=" in word and not word.startswith("-"))
+    hide_private_options()
     arguments, unknown = argument_parser().parse_known_args()
     if unknown:
         sys.exit(f"error: {hints.unknown_flag(unknown[0], words)}")
@@ -122,6 +125,8 @@ def _plan(arguments: argparse.Namespace) -> list[Cell]:
             os.environ[grid.NAME] = Results(root).write_grid(arguments.overrides, of_root)
     finished = {cell.key: (cell.label, record) for cell in cells if (record := runner.finished(cell)) is not None}
     count = sum(cell.key in finished for cell in cells)  # two cells may have one label
+    if not any(word.startswith("hydra/launcher=slurm") for word in overrides):  # else jobs run elsewhere
+        runner.check_devices(cell for cell in cells if cell.key not in finished)
     print(f"{len(cells)} cells, {count} finished already", file=sys.stderr)
     if count < len(cells):
         return cells

@@ -77,7 +77,7 @@ LOW_RANK = (
         ("results='~nobody-of-this-name/x'", "there is no home folder ~nobody-of-this-name"),
         (
             "seed=18446744073709551616",
-            "seed=18446744073709551616 is not valid; it must be a whole number from 0 to",
+            "is not valid; it must be a whole number from 0 to 2^64 - 1",
         ),
         ("seed=1e3", "seed=1000.0 is not valid"),
         ("method=dobi allocation.seed=18446744073709551616", "allocation: seed=18446744073709551616 is not valid"),

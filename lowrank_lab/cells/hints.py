@@ -62,6 +62,17 @@ def options_of(config_dir: Path, group: str) -> list[str]:
     return sorted(file.stem for file in (config_dir / group).glob("*.yaml") if not file.stem.startswith("_"))
 
 
+def described(config_dir: Path, group: str) -> str:
+    """A line for each option of an axis: its name, and the first sentence of its YAML."""
+    lines = []
+    for option in options_of(config_dir, group):
+        text = (config_dir / group / f"{option}.yaml").read_text(encoding="utf-8")
+        comments = [line[2:] for line in text.splitlines() if line.startswith("# ") and "@package" not in line]
+        sentence = re.match(r".*?\.(?= +[A-Z(]|$)", first := comments[0].partition("   ")[0])
+        lines.append(f"  {option:22}{sentence[0] if sentence else first}")
+    return "\n".join(lines)
+
+
 def _axes_with(config_dir: Path, option: str) -> list[str]:
     """The axes that have such an option."""
     return [axis.name for axis in sorted(config_dir.iterdir()) if option in options_of(config_dir, axis.name)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from pathlib import Path
+from typing import Any
 
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -14,7 +15,17 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
 # The modules, not their classes: Hydra runs both once more when it looks for plugins, and then has other classes.
-__all__ = ["argument_parser", "basic_launcher", "basic_sweeper", "combinations", "composed"]
+__all__ = ["argument_parser", "basic_launcher", "basic_sweeper", "combinations", "composed", "hide_private_options"]
+
+
+def hide_private_options() -> None:
+    """Do not offer options whose names begin with _ in help, completions and globs; others may include them."""
+    of_group = ConfigLoaderImpl.get_group_options
+
+    def offered(*arguments: Any, **settings: Any) -> list[str]:
+        return [option for option in of_group(*arguments, **settings) if not option.startswith("_")]
+
+    ConfigLoaderImpl.get_group_options = offered  # type: ignore[method-assign]
 
 
 def argument_parser() -> ArgumentParser:

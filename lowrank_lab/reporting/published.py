@@ -80,7 +80,8 @@ def entry(name: str) -> dict[str, Any]:
             return found
     known = [*tables(), *figures()]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    raise UserError(f"{name}: no such table or figure; {'did you mean ' + ', '.join(near) if near else known}")
+    hint = f"did you mean {', '.join(near)}" if near else f"choose one of {', '.join(known)}"
+    raise UserError(f"{name or 'without a name'}: no such table or figure; {hint}")
 
 
 def recipes(name: str) -> tuple[str, ...]:

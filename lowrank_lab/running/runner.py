@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter, deque
+from collections.abc import Iterable
 from typing import Any
 
 from lowrank_lab import progress, stopping
@@ -82,6 +83,14 @@ def _compute_and_record(cell: Cell, results: Results, grid: str | None) -> dict[
             log.info("%s: %s (%s), %.0f s", cell.label, record["status"], summary(record), record["seconds"])
             config.build(cfg.tracker)(record, results.path(cell.key))
     return record
+
+
+def check_devices(cells: Iterable[Cell]) -> None:
+    """Raise UserError where this machine lacks a device of ``cells``. Imports torch where one is named."""
+    for device in sorted({cell.cfg.device for cell in cells} - {"auto", "cpu"}):
+        from lowrank_lab.running.context import pick_device
+
+        pick_device(device)
 
 
 def run_postponed(cells: list[Cell], grid: str | None) -> bool:
