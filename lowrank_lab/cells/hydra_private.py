@@ -25,7 +25,7 @@ def hide_private_options() -> None:
     def offered(*arguments: Any, **settings: Any) -> list[str]:
         return [option for option in of_group(*arguments, **settings) if not option.startswith("_")]
 
-    ConfigLoaderImpl.get_group_options = offered  # type: ignore[method-assign]
+    ConfigLoaderImpl.get_group_options = offered
 
 
 def argument_parser() -> ArgumentParser:
