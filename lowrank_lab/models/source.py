@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 
 from lowrank_lab.artifacts.store import MANIFEST, Store, fingerprint
 from lowrank_lab.errors import UserError
+from lowrank_lab.models.folder_check import MERGE, check_snapshot, settings_of
 from lowrank_lab.models.hub import hub_commit
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -55,6 +55,8 @@ def resolve(path: str, revision: str | None, store: Store) -> ModelSource:
         return _folder(local, store)
     if os.path.isfile(local) and local.suffix == ".gguf":
         return _gguf(local, store)
+    if os.path.isfile(local):
+        raise UserError(f"model.path={path}: that is a file; give the folder of the model, {local.parent}")
     if local.suffix == ".gguf" or not HUB_NAME.fullmatch(path):
         raise UserError(
             f"model.path={path}: no such folder or GGUF file; give a folder with config.json, or a hub name "
@@ -93,40 +95,23 @@ def _gguf(file: Path, store: Store) -> ModelSource:
 
 
 def _folder(folder: Path, store: Store) -> ModelSource:
-    config = folder / "config.json"
-    if not config.is_file():
-        raise UserError(f"model.path={folder}: the folder has no config.json; is it a saved model?")
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        _ = settings["model_type"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"model.path={folder}: its config.json is not one of a model (no model_type)") from None
+    settings = settings_of(folder)
     files = sorted(f for f in folder.iterdir() if f.is_file() and f.suffix in CONTENT_SUFFIXES)
     files = [f for f in files if f.name not in NOT_CONTENT]
-    if not any(f.suffix in (".safetensors", ".bin") for f in files):
-        raise UserError(f"model.path={folder}: the folder has no .safetensors or .bin weights")
-    for index in (f for f in files if f.name.endswith(".index.json")):
-        _check_index(folder, index)
     content = fingerprint({f.name: store.file_hash(f) for f in files})
     return ModelSource("folder", folder.resolve().name, str(folder), content, settings=settings)
-
-
-def _check_index(folder: Path, index: Path) -> None:
-    """Raises UserError where the index of a model in several files names a file outside of its folder."""
-    try:
-        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return  # not an index of weights; if it should be one, loading the model will fail
-    for name in sorted(names):
-        if Path(name).name != name:
-            raise UserError(f"model.path={folder}: {index.name} names {name}, which is not in this folder")
 
 
 @cache  # one request for each process, not for each cell
 def _hub(name: str, revision: str | None) -> ModelSource:
     """Resolve a hub name to a commit: from the hub, or from the local cache where there is no network."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         commit = hub_commit("model", name, revision)
@@ -139,11 +124,15 @@ def _hub(name: str, revision: str | None) -> ModelSource:
         raise UserError(
             f"model.path={name}: no such model or revision on the hub, and no such folder here"
         ) from None
+    except RemoteEntryNotFoundError:
+        raise UserError(
+            f"model.path={name}: it has no config.json on the hub; where it is an adapter, {MERGE}"
+        ) from None
     except Exception as error:  # no network, a timeout, a proxy: the hub client raises many kinds
         raise UserError(
             f"model.path={name}: neither on the hub nor in its local cache ({type(error).__name__}); "
             "check the network, or give a local folder"
         ) from None
     content = fingerprint({"hub": name, "commit": commit})
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = check_snapshot(name, file.parent)
     return ModelSource("hub", name.split("/")[-1], name, content, revision=commit, settings=settings)
