@@ -119,15 +119,16 @@ def _plan(arguments: argparse.Namespace) -> list[Cell]:
         from lowrank_lab.planning.dry_run import print_needs
 
         sys.exit(0 if print_needs(cells) else 1)
-    if grid.NAME not in os.environ:  # else a launcher has written down the grid of this process
-        for root in dict.fromkeys(cell.cfg.results for cell in cells):
-            of_root = [cell for cell in cells if cell.cfg.results == root]
-            os.environ[grid.NAME] = Results(root).write_grid(arguments.overrides, of_root)
     finished = {cell.key: (cell.label, record) for cell in cells if (record := runner.finished(cell)) is not None}
     count = sum(cell.key in finished for cell in cells)  # two cells may have one label
     if not any(word.startswith("hydra/launcher=slurm") for word in overrides):  # else jobs run elsewhere
         runner.check_devices(cell for cell in cells if cell.key not in finished)
     print(f"{len(cells)} cells, {count} finished already", file=sys.stderr)
+    if grid.NAME not in os.environ:  # else a launcher has written down the grid of this process
+        _check_models([cell for cell in cells if cell.key not in finished])
+        for root in dict.fromkeys(cell.cfg.results for cell in cells):
+            of_root = [cell for cell in cells if cell.cfg.results == root]
+            os.environ[grid.NAME] = Results(root).write_grid(arguments.overrides, of_root)
     if count < len(cells):
         return cells
     for label, record in finished.values():
@@ -138,6 +139,14 @@ def _plan(arguments: argparse.Namespace) -> list[Cell]:
         )
     print("nothing to do; python report.py makes the table", file=sys.stderr)
     return []
+
+
+def _check_models(cells: list[Cell]) -> None:
+    """Look at the weights of model folders, which needs torch, where there is work that needs it as well."""
+    if any(cell.source.kind == "folder" for cell in cells):
+        from lowrank_lab.planning.models import check_folders
+
+        check_folders(cells)
 
 
 if __name__ == "__main__":

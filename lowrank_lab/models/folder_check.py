@@ -59,12 +59,12 @@ def check_snapshot(name: str, folder: Path) -> dict[str, Any]:
 @cache  # every cell asks
 def _checked(folder: Path, _state: tuple[Any, ...]) -> dict[str, Any]:
     settings = _config(folder)
+    tensors = _tensors(folder, settings)
     if (folder / ADAPTER).is_file():
         raise UserError(
             f"model.path={folder}: an adapter lies beside the model ({ADAPTER}), and which of the two is meant is "
             f"not known: {MERGE}, or move the adapter's files elsewhere"
         )
-    tensors = _tensors(folder, settings)
     _refuse_quantized(folder, settings, tensors)
     for name in READ_AS_JSON:
         if (folder / name).is_file():
@@ -110,13 +110,13 @@ def _tensors(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     if file is None:
         raise UserError(f"model.path={folder}: {_no_weights(folder)}")
     if not file.name.endswith(".index.json"):
-        return _header(folder, file.name)
+        return _header(folder, settings, file.name)
     tensors: dict[str, str] = {}
     shards = _shards(folder, file)
     for shard in sorted(set(shards.values())):
         if not (folder / shard).is_file():
             raise UserError(f"model.path={folder}: {file.name} names {shard}, which is missing; get that file")
-        tensors.update(_header(folder, shard))
+        tensors.update(_header(folder, settings, shard))
     if any(tensors.values()) and (lacking := sorted(shards.keys() - tensors.keys())):
         raise UserError(
             f"model.path={folder}: {file.name} says that {shards[lacking[0]]} has {lacking[0]}, which it lacks; "
@@ -143,20 +143,24 @@ def _shards(folder: Path, index: Path) -> dict[str, str]:
     try:
         shards = {str(name): str(file) for name, file in _object(folder, index.name)["weight_map"].items()}
     except (KeyError, AttributeError):
-        raise UserError(f"model.path={folder}: {index.name} has no weight_map; get the file again") from None
+        shards = {}
+    if not shards:
+        raise UserError(f"model.path={folder}: {index.name} has no weight_map; get the file again")
     for name in sorted(set(shards.values())):
         if Path(name).name != name:
             raise UserError(f"model.path={folder}: {index.name} names {name}, which is not in this folder")
     return shards
 
 
-def _header(folder: Path, name: str) -> dict[str, str]:
+def _header(folder: Path, settings: Mapping[str, Any], name: str) -> dict[str, str]:
     try:
         return weight_files.tensors_in(folder / name)
     except DamagedFile as error:
         raise UserError(f"model.path={folder}: {name} {error}") from None
-    except RunsCode:
-        raise UserError(f"model.path={folder}: {weight_files.RUNS_CODE}") from None
+    except RunsCode as error:
+        entry = quantized_by_others.entry_in(settings)
+        why = weight_files.RUNS_CODE if entry is None else quantized_by_others.refusal(entry, f"{name} has {error}")
+        raise UserError(f"model.path={folder}: {why}") from None
 
 
 def _refuse_quantized(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, str]) -> None:

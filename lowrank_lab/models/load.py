@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from lowrank_lab.artifacts.store import disk_full
 from lowrank_lab.errors import UserError
 from lowrank_lab.models import quantized_by_others, tiny
+from lowrank_lab.models.differences import differences
 from lowrank_lab.models.folder_check import MERGE
 from lowrank_lab.models.source import ModelSource
 from lowrank_lab.models.weight_files import RUNS_CODE
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 # Our own progress shows the loading; these bars would only fill log files.
 transformers.utils.logging.disable_progress_bar()
 
+LONGEST = 300  # characters of another library's message
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -52,17 +54,13 @@ def load_config(location: str, revision: str | None, trust_remote_code: bool, **
 
     Raises UserError for one that needs its own code, and for one that transformers cannot read.
     """
-    with _one_line(location):
+    with _one_line(location, "its config.json"):
         found = AutoConfig.from_pretrained(
             location, revision=revision, trust_remote_code=trust_remote_code, **where
         )
     entry = quantized_by_others.entry_in(found.to_dict())
-    if entry is not None and "gguf_file" not in where:  # folder_check.py lets models pass whose weights are floats
-        log.info(
-            "%s: what its config.json says of a quantization (%s) is ignored: its weights are floats",
-            location,
-            entry,
-        )
+    if entry is not None and "gguf_file" not in where:  # folder_check.py lets pass models whose weights are floats
+        log.info("%s: its weights are floats: the quantization in its config.json (%s) is ignored", location, entry)
         for name in quantized_by_others.ENTRIES:
             if hasattr(found, name):
                 delattr(found, name)
@@ -71,7 +69,7 @@ def load_config(location: str, revision: str | None, trust_remote_code: bool, **
 
 def skeleton(model_config: Any, trust_remote_code: bool) -> Any:
     """The model of ``load_config`` without weights, for shapes. Raises UserError for sizes that make no model."""
-    with _one_line(model_config.name_or_path), torch.device("meta"):
+    with _one_line(model_config.name_or_path, "its config.json"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
 
 
@@ -94,14 +92,14 @@ def check_model(location: str, revision: str | None, trust_remote_code: bool) ->
 
 def load_tokenizer(location: str, revision: str | None, trust_remote_code: bool) -> Any:
     """The tokenizer of a model. Raises UserError for one that needs its own code, or that cannot be read."""
-    with _one_line(location):
+    with _one_line(location, "its tokenizer"):
         return AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def _loaded(location: str, revision: str | None, trust_remote_code: bool, **how: Any) -> Any:
     """The model of ``location``, whose weights are all its own: transformers draws at random what a file lacks."""
     model_config = load_config(location, revision, trust_remote_code)
-    with _one_line(location):
+    with _one_line(location, "its weights"), _without_report():
         # transformers reads .bin files, which are pickles, with torch's weights_only.
         model, found = AutoModelForCausalLM.from_pretrained(
             location,
@@ -113,9 +111,7 @@ def _loaded(location: str, revision: str | None, trust_remote_code: bool, **how:
             **how,
         )
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise UserError(
-            f"model.path={location}: there is an adapter with the model, which is not meant here: {MERGE}"
-        )
+        raise UserError(f"model.path={location}: an adapter lies beside the model: {MERGE}")
     if wrong := differences(found):
         raise UserError(
             f"model.path={location}: its weights are not those of a {type(model).__name__} as its config.json "
@@ -124,29 +120,21 @@ def _loaded(location: str, revision: str | None, trust_remote_code: bool, **how:
     return model
 
 
-OLD_BUFFERS = re.compile(r"(^|\.)((self_)?att(n|ention)\.(masked_)?bias|rotary_emb\.inv_freq|position_ids)$")
-SHOWN = 3  # names of each kind in a message
-
-
-def differences(found: Mapping[str, Any]) -> str:
-    """What transformers' ``output_loading_info`` says of weights that a model lacks, or that do not belong to it.
-
-    It knows what a family leaves out: tied weights, and buffers that are computed. Some buffers that old versions
-    saved, it no longer knows. Empty where all is well.
-    """
-    unexpected = [name for name in found["unexpected_keys"] if not OLD_BUFFERS.search(name)]
-    sizes = [f"{name} {tuple(has)} instead of {tuple(needs)}" for name, has, needs in found["mismatched_keys"]]
-    kinds = {"missing": found["missing_keys"], "of other sizes": sizes, "unknown": unexpected}
-    return "; ".join(f"{len(names)} {kind} ({_first(names)})" for kind, names in kinds.items() if names)
-
-
-def _first(names: Collection[str]) -> str:
-    return ", ".join([*sorted(names)[:SHOWN], *(["…"] if len(names) > SHOWN else [])])
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Within it, transformers does not print its table of the weights that differ; the error names them."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextmanager
-def _one_line(location: str) -> Iterator[None]:
-    """Raises UserError where transformers or torch cannot read a model, or refuse to run code that comes with it."""
+def _one_line(location: str, what: str) -> Iterator[None]:
+    """Raises UserError where transformers or torch cannot read ``what`` of a model, or refuse to run its code."""
     try:
         yield
     except pickle.UnpicklingError:
@@ -156,14 +144,11 @@ def _one_line(location: str) -> Iterator[None]:
             raise
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"model.path={location}: the model needs Python code that comes with it, which is not run unless you "
-                "say model.trust_remote_code=true; read it first"
+                f"model.path={location}: the model needs Python code that comes with it, which is not run unless "
+                "you say model.trust_remote_code=true; read it first"
             ) from None
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        first_sentence = re.split(r"(?<=\.)\s", " ".join(str(error).split()))[0]
         raise UserError(
-            f"model.path={location}: transformers {transformers.__version__} cannot read it ({type(error).__name__}: "
-            f"{' '.join(lines)[:LONGEST]})"
+            f"model.path={location}: transformers {transformers.__version__} cannot read {what} "
+            f"({type(error).__name__}: {first_sentence[:LONGEST]})"
         ) from error
-
-
-LONGEST = 300  # characters of another library's message

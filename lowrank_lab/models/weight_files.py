@@ -33,7 +33,7 @@ class DamagedFile(Exception):
 
 
 class RunsCode(Exception):
-    """A pickle holds more than tensors."""
+    """A pickle holds more than tensors: what it names."""
 
 
 def found_in(folder: Path, settings: Mapping[str, Any]) -> Path | None:
@@ -86,11 +86,11 @@ def _in_safetensors(file: Path) -> dict[str, str]:
     return dtypes
 
 
-def _in_pickle(file: Path) -> set[str]:
-    """All strings in a pickle of torch.save, among which are the names of its tensors."""
+def _in_pickle(file: Path) -> dict[str, None]:
+    """All strings in a pickle of torch.save, in their order; the names of its tensors are among them."""
     with open(file, "rb") as stream:
         if stream.read(len(LEGACY_TORCH)) == LEGACY_TORCH:
-            return set()
+            return {}
     try:
         with zipfile.ZipFile(file) as archive:
             [pickled] = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
@@ -99,5 +99,5 @@ def _in_pickle(file: Path) -> set[str]:
         raise DamagedFile("is not a complete file of torch.save") from None
     for name, value in instructions:
         if name in ("GLOBAL", "INST") and str(value).partition(" ")[0].partition(".")[0] not in TENSOR_PICKLES:
-            raise RunsCode
-    return {value for _, value in instructions if isinstance(value, str)}
+            raise RunsCode(str(value).replace(" ", "."))
+    return dict.fromkeys(value for _, value in instructions if isinstance(value, str))
