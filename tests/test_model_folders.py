@@ -135,7 +135,7 @@ def test_nothing_runs_with_weights_that_are_missing(lab, model):
 
 @pytest.mark.parametrize("family", tiny.ALL_CONFIGS)
 def test_what_a_family_leaves_out_is_not_missing(family, tmp_path):
-    """Also where the weights are saved without lm_head, which must then be tied, and with buffers of old versions."""
+    """Also where weights are saved without lm_head, which must then be tied, and with buffers of old versions."""
     tiny.build(family, tmp_path / "whole")
     whole: Any = load_model(str(tmp_path / "whole"), None, "bfloat16", False)
     whole.base_model.save_pretrained(tmp_path / "base")
@@ -317,3 +317,41 @@ def test_a_quantization_of_which_only_config_json_says_something(lab, model, cap
     assert "its weights are floats: the quantization in its config.json (gptq, 4 bits) is ignored" in caplog.text
     saved = json.loads((lab.root / record["merged_checkpoint"] / "config.json").read_text())
     assert "quantization_config" not in saved
+
+
+# Numbers that are not finite
+
+
+@pytest.mark.parametrize(
+    ("method", "weight", "reason"),
+    [
+        ("svdllm", "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj: its input is not finite"),
+        ("svdllm", "model.layers.1.input_layernorm", "model.layers.1.self_attn.q_proj: its input is not finite"),
+        ("kron", "model.norm", "model.layers.0.self_attn.q_proj: its gradient is not finite"),
+        ("dense quantization=awq", "model.embed_tokens", "block 0: the input of self_attn.q_proj is not finite"),
+        ("dense pruning=magnitude", "model.layers.2.self_attn.k_proj", "a weight to prune is not finite"),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_named(lab, model, method, weight, reason):
+    """And not only the linear in which it was noticed."""
+    rewrite(model, lambda tensors: {**tensors, f"{weight}.weight": tensors[f"{weight}.weight"] * torch.nan})
+    with pytest.raises(FloatingPointError):
+        lab.run(f"model.path={model}", *f"method={method}".split())
+    [record] = lab.results.records()
+    assert record["reason"].startswith(f"FloatingPointError: {weight}: the weight is not finite ({reason}")
+    lab.run(f"model.path={model}", "method=dense")
+    [dense] = [record for record in lab.results.records() if record["status"] == "done"]
+    assert dense["metrics"]["ppl"]["not_finite"] == weight
+
+
+def test_tokens_that_the_model_does_not_have(lab, model):
+    """A token that was added to the tokenizer alone matters where a text has it."""
+    added = {"id": 260, "content": "matrix", "special": False, "normalized": True}
+    added.update(single_word=False, lstrip=False, rstrip=False)
+    content = json.loads((model / "tokenizer.json").read_text())
+    change(model / "tokenizer.json", added_tokens=[*content["added_tokens"], added])
+    for method in ("dense", "svdllm"):
+        one_line(
+            lambda method=method: lab.run(f"model.path={model}", f"method={method}"),
+            r"its tokenizer gives token 260, but the model has only 260 \(vocab_size in config\.json\)",
+        )

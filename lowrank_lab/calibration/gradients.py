@@ -111,7 +111,7 @@ def make_gradients(
         for name, accumulator in of_block.items():
             for key, tensor in accumulator.tensors().items():
                 if not torch.isfinite(tensor).all():
-                    raise FloatingPointError(f"block {index}: the gradient of {name} is not finite")
+                    raise FloatingPointError(f"{tower.blocks}.{index}.{name}: its gradient is not finite")
                 tensors[f"{name}.{key}"] = tensor
         tokens = {name: accumulator.tokens for name, accumulator in of_block.items()}
         save_file(tensors, folder / block_file(index), metadata=tokens_metadata(tokens))

@@ -93,7 +93,8 @@ def make_statistics(
             tensors.update({f"{name}.{key}": tensor for key, tensor in means.items()})
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
-                raise FloatingPointError(f"block {index}: the input of {name} is not finite during calibration")
+                linear = f"{tower.blocks}.{index}.{name.rpartition('.')[0]}"
+                raise FloatingPointError(f"{linear}: its input is not finite during calibration")
         save_file(tensors, folder / block_file(index), metadata=tokens_metadata(tokens))
 
 

@@ -193,7 +193,18 @@ class Context:
                 bos_id=self.bos_id() if sampling.bos == "window" else None,
             ),
         )
-        return load_tokens(artifact)
+        return self._tokens_in(artifact)
+
+    def _tokens_in(self, artifact: Path) -> tuple[np.ndarray, dict[str, Any]]:
+        """The ids of a token artifact, and the facts about them. Raises UserError for ids that the model has not."""
+        ids, facts = load_tokens(artifact)
+        size = getattr(self.model_config, "vocab_size", None)
+        if size is not None and ids.size and ids.max() >= size:
+            raise UserError(
+                f"model.path={self.cell.cfg.model.path}: its tokenizer gives token {ids.max()}, but the model has only "
+                f"{size} (vocab_size in config.json); it is the tokenizer of another model"
+            )
+        return ids, facts
 
     def calibration_batches(self, samples: int | None = None) -> list[Batch]:
         """The calibration tokens, or the first ``samples`` of them, in batches (batch, seqlen)."""
@@ -286,7 +297,7 @@ class Context:
 
     def text_tokens(self) -> tuple[np.ndarray, dict[str, Any]]:
         """The tokens of the evaluation text, and what the protocol says about them."""
-        return load_tokens(self.cell.store.path("tokens", self.cell.keys.text_tokens(self.evaluator)))
+        return self._tokens_in(self.cell.store.path("tokens", self.cell.keys.text_tokens(self.evaluator)))
 
     def bos_id(self) -> int:
         if self.tokenizer.bos_token_id is None:

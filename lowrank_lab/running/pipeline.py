@@ -23,6 +23,7 @@ from lowrank_lab.records.rank_sizes import sizes_of_ranks
 from lowrank_lab.records.results import CHECKPOINTS, Record
 from lowrank_lab.records.sizes import sizes
 from lowrank_lab.running.context import Context, pick_device
+from lowrank_lab.running.culprits import weights_named
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +35,13 @@ def compute(cell: Cell, record: Record) -> None:
     context = _prepared(cell, record)
     _check(context)
     _read_texts(context)
-    for name, compression in cell.compressions.items():
-        context.facts.clear()
-        plan = compression.plan(context)
-        facts = compression.apply(context, plan)
-        context.model_was_changed()
-        record.data["compressions"][name] = {"plan": plan, **facts, **context.facts}
+    with weights_named(context):
+        for name, compression in cell.compressions.items():
+            context.facts.clear()
+            plan = compression.plan(context)
+            facts = compression.apply(context, plan)
+            context.model_was_changed()
+            record.data["compressions"][name] = {"plan": plan, **facts, **context.facts}
     saved = _describe(context)
     if "checkpoint" in cell.checkpoints:
         _save(context, "checkpoint", saved)
