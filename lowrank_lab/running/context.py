@@ -196,13 +196,13 @@ class Context:
         return self._tokens_in(artifact)
 
     def _tokens_in(self, artifact: Path) -> tuple[np.ndarray, dict[str, Any]]:
-        """The ids of a token artifact, and the facts about them. Raises UserError for ids that the model has not."""
+        """The ids of a token artifact, and its facts. Raises UserError for ids that the model does not have."""
         ids, facts = load_tokens(artifact)
         size = getattr(self.model_config, "vocab_size", None)
         if size is not None and ids.size and ids.max() >= size:
             raise UserError(
-                f"model.path={self.cell.cfg.model.path}: its tokenizer gives token {ids.max()}, but the model has only "
-                f"{size} (vocab_size in config.json); it is the tokenizer of another model"
+                f"model.path={self.cell.cfg.model.path}: its tokenizer gives token {ids.max()}, but the model has "
+                f"only {size} (vocab_size in config.json); it is the tokenizer of another model"
             )
         return ids, facts
 

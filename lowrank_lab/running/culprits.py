@@ -23,13 +23,13 @@ def weights_named(context: Context) -> Iterator[None]:
     except (ArithmeticError, ValueError, RuntimeError) as error:  # of torch.linalg they are RuntimeErrors
         if is_out_of_memory(error):
             raise
-        name = first_not_finite(context.dense_model())
+        name = weight_not_finite(context.dense_model())
         if name is None or str(error).startswith(f"{name}:"):
             raise
         raise FloatingPointError(f"{name}: the weight is not finite ({error})") from error
 
 
-def first_not_finite(model: nn.Module) -> str | None:
+def weight_not_finite(model: nn.Module) -> str | None:
     """The path of the first module with a weight or bias that is not finite; None if all are."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
