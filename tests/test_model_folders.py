@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from lowrank_lab.artifacts.store import Store
 from lowrank_lab.errors import UserError
@@ -79,6 +78,10 @@ DIFFERENCES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: rewrite(folder, renamed("model.", "module.model.")),
         r"30 missing \(lm_head\.weight",
     ),
+    "prefixed, in a pickle": (
+        lambda folder: (rewrite(folder, renamed("model.", "module.model.")), in_bin(folder)),
+        r"29 unknown \(module\.model\.embed_tokens",
+    ),
     "a classifier": (
         lambda folder: rewrite(folder, lambda tensors: {**tensors, "score.weight": torch.ones(2, 48)}),
         r"1 unknown \(score\.weight\)",
@@ -113,11 +116,8 @@ DIFFERENCES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize(("damage", "message"), DIFFERENCES.values(), ids=DIFFERENCES)
-@pytest.mark.parametrize("file", ["safetensors", "bin"])
-def test_weights_that_are_not_those_of_the_model(model, damage, message, file):
+def test_weights_that_are_not_those_of_the_model(model, damage, message):
     damage(model)
-    if file == "bin":
-        in_bin(model)
     one_line(lambda: check_model(str(model), None, False), message)
 
 
@@ -139,7 +139,6 @@ def test_what_a_family_leaves_out_is_not_missing(family, tmp_path):
     tiny.build(family, tmp_path / "whole")
     whole: Any = load_model(str(tmp_path / "whole"), None, "bfloat16", False)
     whole.base_model.save_pretrained(tmp_path / "base")
-    without_head = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16).state_dict()
     if not whole.config.tie_word_embeddings:
         one_line(
             lambda: load_model(str(tmp_path / "base"), None, "bfloat16", False), r"1 missing \(lm_head\.weight\)"
@@ -148,7 +147,6 @@ def test_what_a_family_leaves_out_is_not_missing(family, tmp_path):
     old = {f"h.0.attn.{name}": torch.ones(2) for name in ("masked_bias", "rotary_emb.inv_freq")}
     rewrite(tmp_path / "base", lambda tensors: {**tensors, **old})
     loaded = load_model(str(tmp_path / "base"), None, "bfloat16", False).state_dict()
-    assert loaded.keys() == without_head.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in whole.state_dict().items())
 
 
@@ -258,7 +256,7 @@ def quantized(write: Callable[[str, torch.Tensor], Tensors]) -> Callable[[Tensor
         for name, tensor in tensors.items():
             stem = name.removesuffix(".weight")
             found.update(write(stem, tensor) if stem.endswith("_proj") else {name: tensor})
-        return found
+        return {name: tensor.clone() for name, tensor in found.items()}
 
     return change
 
