@@ -318,13 +318,6 @@ def test_a_setting_that_one_cell_lacks_stops_the_grid(lab):
         lab.cells("method=asvd,svd", "metric.alpha=0.4,0.6", multirun=True)
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[]"])
-def test_a_config_that_is_none(lab, tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match="not one of a model"):
-        lab.cells(f"model.path={tmp_path}")
-
-
 def test_one_and_one_point_zero_are_one_value(lab):
     assert key(lab, "method=asvd", "metric.alpha=1") == key(lab, "method=asvd", "metric.alpha=1.0")
 
@@ -339,11 +332,6 @@ def test_options_of_ones_own_in_a_folder_of_ones_own(lab, tmp_path):
     assert answers_of(cell).metric.alpha == 0.1
     done = lab.cli("--config-dir", str(conf), "metric=mine", "calibration.samples=3")
     assert "done (perplexity" in done.stderr
-
-
-def test_a_folder_that_is_no_model(lab, tmp_path):
-    with pytest.raises(UserError, match=r"no config\.json"):
-        lab.cells(f"model.path={tmp_path}")
 
 
 def test_mistakes_on_the_command_line_exit_without_torch(lab):

@@ -147,6 +147,7 @@ def test_only_the_configuration_of_a_model_is_read_and_the_exit_status_tells(lab
     sizes = {"hidden_size": 2**17, "intermediate_size": 2**19, "num_hidden_layers": 2, "vocab_size": 1000}
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "bfloat16", **sizes}))
     save_file({}, folder / "model.safetensors")
+    byte_tokenizer().save_pretrained(folder)
     done = lab.cli(f"model.path={folder}", "dtype=bfloat16", "dry_run=true", check=False)
     assert done.returncode == 1
     [row, _] = rows(done.stdout)
