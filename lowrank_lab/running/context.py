@@ -285,19 +285,21 @@ class Context:
         return self.task.skeleton(self.model_config, self.cell.cfg.model.trust_remote_code)
 
     def make_text_tokens(self) -> Path:
-        """The artifact of the evaluation text's tokens."""
+        """The artifact of the evaluation text's tokens. Raises UserError for tokens that the model does not have."""
         corpus, part = corpus_part(self.cell.text_of(self.evaluator), "eval")
         special = self.cell.evaluators[self.evaluator].add_special_tokens
-        return self.cached_artifact(
+        artifact = self.cached_artifact(
             "evaluation tokens",
             "tokens",
             self.cell.keys.text_tokens(self.evaluator),
             lambda folder: make_text_tokens(folder, self.tokenizer, corpus, part, self.cell.cfg.data_root, special),
         )
+        self._tokens_in(artifact)
+        return artifact
 
     def text_tokens(self) -> tuple[np.ndarray, dict[str, Any]]:
         """The tokens of the evaluation text, and what the protocol says about them."""
-        return self._tokens_in(self.cell.store.path("tokens", self.cell.keys.text_tokens(self.evaluator)))
+        return load_tokens(self.cell.store.path("tokens", self.cell.keys.text_tokens(self.evaluator)))
 
     def bos_id(self) -> int:
         if self.tokenizer.bos_token_id is None:
