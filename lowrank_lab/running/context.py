@@ -285,7 +285,7 @@ class Context:
         return self.task.skeleton(self.model_config, self.cell.cfg.model.trust_remote_code)
 
     def make_text_tokens(self) -> Path:
-        """The artifact of the evaluation text's tokens. Raises UserError for tokens that the model does not have."""
+        """The artifact of the evaluation text's tokens. Raises UserError for those that the model does not have."""
         corpus, part = corpus_part(self.cell.text_of(self.evaluator), "eval")
         special = self.cell.evaluators[self.evaluator].add_special_tokens
         artifact = self.cached_artifact(
