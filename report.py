@@ -6,7 +6,8 @@ python report.py table=dobi/table2    a published table with our numbers (Markdo
 python report.py figure=dobi/figure8  a figure of a paper from our records (PNG, PDF, and the CSV that it shows)
 python report.py page                 all of it as one HTML file: <results>/index.html
 python report.py check                read all records, artifacts and checkpoints again: is any of them damaged?
-python report.py count                which tables and figures have published numbers, recipes and results
+python report.py count                which tables and figures have published numbers, recipes and results; status 1
+                                      where a recipe's cells cannot meet a number and the catalogue gives no reason
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def _folder(path: str) -> Path:
 def report(what: str, results: Results, out: Path, index: Path) -> list[Path]:
     """Print and write a report; returns the files. Raises UserError for an unknown name or no records."""
     from lowrank_lab.errors import UserError
-    from lowrank_lab.reporting import check, coverage, page, paper_figures, paper_tables, published
+    from lowrank_lab.reporting import check, coverage, page, paper_figures, paper_tables, published, reach
     from lowrank_lab.reporting.status import status
 
     kind, _, name = what.partition("=")
@@ -83,7 +84,10 @@ def report(what: str, results: Results, out: Path, index: Path) -> list[Path]:
             sys.exit(1)
         return []
     if what == "count":
-        print(coverage.markdown(results))
+        reached = reach.counts()
+        print(coverage.markdown(results, reached))
+        if any(reached["faults"]):
+            sys.exit(1)
         return []
     if kind == "table":
         files = paper_tables.write(name, results, out / "papers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,27 @@ def plan(config_dir: Path, config_name: str, overrides: list[str], multirun: boo
     range, a model or data that does not exist.
     """
     overrides = spelling.spelled_out(overrides)
+    with _hydra(config_dir, config_name, overrides):
+        if multirun:
+            return [Cell.from_config(cfg) for cfg in _swept(config_name, overrides)]
+        base = compose(config_name, overrides, True)
+        redaction.refuse_in(_without_hydra(base))
+        _refuse_grid(base, overrides)
+        return [cell_of(base)]
+
+
+def configurations(config_dir: Path, config_name: str, overrides: list[str]) -> list[DictConfig]:
+    """The configuration of each cell of a grid, whose models and data need not be there.
+
+    Raises UserError for an unknown option or key.
+    """
+    with _hydra(config_dir, config_name, overrides):
+        return list(_swept(config_name, overrides))
+
+
+@contextmanager
+def _hydra(config_dir: Path, config_name: str, overrides: list[str]) -> Iterator[None]:
+    """Hydra on the options in ``config_dir``, whose errors are UserErrors of one line."""
 
     def composed(some: list[str]) -> DictConfig:
         with initialize_config_dir(str(config_dir), version_base="1.3"):
@@ -37,21 +59,22 @@ def plan(config_dir: Path, config_name: str, overrides: list[str], multirun: boo
 
     try:
         with initialize_config_dir(str(config_dir), version_base="1.3"):
-            base = compose(config_name, _without_sweeps(overrides) if multirun else overrides, True)
-            if not multirun:
-                redaction.refuse_in(_without_hydra(base))
-                _refuse_grid(base, overrides)
-                return [cell_of(base)]
-            swept = [f"{key!s}={value}" for key, value in _params(base).items()] + overrides
-            redaction.refuse(swept)
-            parsed = OverridesParser.create().parse_overrides(swept)
-            return [Cell.from_config(cfg) for cfg in _composed(config_name, combinations(parsed), base)]
+            yield
     except UserError as error:
         raise UserError(hints.amended(str(error), overrides)) from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(hints.one_line(error, config_dir, overrides, composed)) from None
     finally:
         GlobalHydra.instance().clear()
+
+
+def _swept(config_name: str, overrides: list[str]) -> Iterator[DictConfig]:
+    """The configuration of each combination of the swept values."""
+    base = compose(config_name, _without_sweeps(overrides), True)
+    swept = [f"{key!s}={value}" for key, value in _params(base).items()] + overrides
+    redaction.refuse(swept)
+    parsed = OverridesParser.create().parse_overrides(swept)
+    yield from _composed(config_name, combinations(parsed), base)
 
 
 def _params(cfg: DictConfig) -> DictConfig:

@@ -35,10 +35,21 @@ def coverage(results: Results) -> pd.DataFrame:
                 "recipe": ", ".join(published.recipes(name)),
                 "ran": cells,
                 "ours": ours,
-                "waits for": published.entry(name).get("waits_for") or "",
+                "waits for": _waits_for(name),
             }
         )
     return pd.DataFrame(rows)
+
+
+def _waits_for(name: str) -> str:
+    """What lowrank_lab cannot do yet: of the whole table or figure, and of the numbers that are left out."""
+    entry = published.entry(name)
+    if name not in published.tables() or not entry.get("recipes"):
+        return str(entry.get("waits_for") or "")
+    table = published.load(name)
+    rows = table.rows[table.rows["value"] != ""].to_dict("records")
+    reasons = [entry.get("waits_for"), *(table.why_left_out(row) for row in rows)]
+    return "; ".join(dict.fromkeys(reason for reason in reasons if reason))
 
 
 def _matched(name: str, results: Results) -> int:
@@ -46,9 +57,14 @@ def _matched(name: str, results: Results) -> int:
     return int(((joined["status"] == "done") & (joined["published"] != "")).sum())
 
 
-def markdown(results: Results) -> str:
-    """The count by source, and all of it below."""
+def markdown(results: Results, reached: pd.DataFrame) -> str:
+    """The count by source, all of it below, and the faults of ``reached``, which reach.counts() has found.
+
+    Of the numbers of a table ``met`` can be met by cells of its recipes, and ``left out`` have a reason not to be.
+    """
     rows = coverage(results)
+    for position, what in enumerate(("met", "left out"), list(rows.columns).index("published") + 1):
+        rows.insert(position, what, [str(reached[what].get(name, "")) for name in rows["name"]])
     rows["source"] = rows["name"].str.partition("/")[0]
     lines = []
     for (source, kind), group in rows.groupby(["source", "kind"], sort=False):
@@ -65,4 +81,6 @@ def markdown(results: Results) -> str:
             }
         )
     count = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
-    return f"{count}\n\n{rows.drop(columns='source').to_markdown(index=False, disable_numparse=True)}\n"
+    whole = rows.drop(columns="source").to_markdown(index=False, disable_numparse=True)
+    faults = "".join(f"fault: {line}\n" for of_table in reached["faults"] for line in of_table)
+    return "\n\n".join(part for part in (count, f"{whole}\n", faults) if part)

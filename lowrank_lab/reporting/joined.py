@@ -9,7 +9,17 @@ import pandas as pd
 
 from lowrank_lab.records.results import Results, compression_of
 from lowrank_lab.reporting import derived, measured, models_of_papers
-from lowrank_lab.reporting.matching import Ours, is_cell, latest, of_model, setting, settings_in, within
+from lowrank_lab.reporting.matching import (
+    Ours,
+    is_cell,
+    latest,
+    matching,
+    named_as_in,
+    of_model,
+    setting,
+    settings_in,
+    within,
+)
 from lowrank_lab.reporting.protocols import differs, marks
 from lowrank_lab.reporting.published import Published
 from lowrank_lab.reporting.recipe_cells import Cell, recipe_cells
@@ -42,23 +52,28 @@ def join(table: Published, results: Results, methods: Collection[str] = ()) -> p
     A frame with COLUMNS. ``published`` is text as printed, ``ours`` a float in the unit of the row, the mean over
     seeds (``seeds`` of them) with the sample standard deviation as ``spread``; ``difference`` is ours − published.
     ``differs`` says in what our protocol is another than the published one. Where there is no number, ``status``
-    says what became of the cell, and is "missing" for one that nobody has run. ``keys`` are those of the records,
-    of one without a number too.
+    says what became of the cell, and is "missing" for one that nobody has run, "left out" with the reason for a
+    number that no recipe makes. ``keys`` are those of the records, of one without a number too.
     Ours are measured on the published model where records of it exist, else on one that no paper has (SmolLM2).
     Of runs with other settings the latest counts. Of ``methods`` all records count, not only those of the recipes.
     """
     cells = recipe_cells(table.recipes, results, methods)
     records = [cell.record for cell in cells if cell.record and cell.status == "done"]
-    numbers = [ours for record in records for ours in _numbers(record, table)]
-    rows = [_with_ours(row, table, cells, numbers) for row in _dicts(table.rows)]
+    return join_numbers(table, cells, [ours for record in records for ours in _numbers(record, table)])
+
+
+def join_numbers(table: Published, cells: list[Cell], numbers: list[Ours]) -> pd.DataFrame:
+    """The same with ``numbers`` of ours, which are those of ``cells``."""
+    numbers = named_as_in(table, numbers)
+    rows = [_with_ours(row, table, cells, numbers) for row in dicts(table.rows)]
     rows += _beyond(table, numbers)
-    derived.add(rows)
+    derived.add(rows, table.average)
     frame = pd.DataFrame(rows, columns=COLUMNS)
     frame["difference"] = frame["ours"] - pd.to_numeric(frame["published"].str.replace(",", ""), errors="coerce")
     return frame
 
 
-def _dicts(rows: pd.DataFrame) -> list[dict[str, Any]]:
+def dicts(rows: pd.DataFrame) -> list[dict[str, Any]]:
     return [dict(zip(rows.columns, row, strict=True)) for row in rows.itertuples(index=False)]
 
 
@@ -66,32 +81,26 @@ def _numbers(record: dict[str, Any], table: Published) -> Iterator[Ours]:
     """All numbers of a record; those of the dense model measured with a compressed one as of a dense record."""
     for (metric, dataset, variant, value), source in measured.numbers(record):
         protocol = source.get("protocol", {})
-        yield Ours(record, metric, dataset, variant, value, protocol, differs(record, source, table))
+        yield Ours(record, metric, dataset, variant, value, protocol, differs(record, metric, source, table))
     config = {**record["config"], "allocation": None, "quantization": None, "compressions": []}
     quantization = {"name": "none", "family": "none"}
     dense = {**record, "method": "dense", "ratio": 1.0, "quantization": quantization}
     dense |= {"config": config, "compressions": {}}
     for (metric, dataset, variant, value), source in measured.of_dense(record):
         protocol = source.get("protocol", {})
-        yield Ours(dense, metric, dataset, variant, value, protocol, differs(dense, source, table))
+        yield Ours(dense, metric, dataset, variant, value, protocol, differs(dense, metric, source, table))
 
 
 def _with_ours(row: dict[str, Any], table: Published, cells: list[Cell], numbers: list[Ours]) -> dict[str, Any]:
     """A published row as one of the frame."""
-    found = [
-        ours
-        for ours in numbers
-        if (ours.metric, ours.dataset) == (row["metric"], row["dataset"])
-        and within(row["variant"], ours.variant)
-        and is_cell(row, ours.record, table)
-    ]
-    found = of_model(row["model"], found, lambda ours: ours.record)
-    if found:
+    if found := matching(row, numbers, table):
         return _row(row, latest(found), "done")
     ran = [(cell.status, cell.record) for cell in cells if cell.record and is_cell(row, cell.record, table)]
     ran = of_model(row["model"], ran, lambda one: one[1])
     status = ran[0][0] if ran else "missing"
     keys = ran[0][1]["key"] if ran else ""
+    if status in ("done", "missing") and (why := table.why_left_out(row)):
+        return {**_row(row, [], f"left out ({why})"), "keys": keys}
     return {**_row(row, [], "not measured" if status == "done" else status), "keys": keys}
 
 
@@ -119,7 +128,7 @@ def _beyond(table: Published, numbers: list[Ours]) -> list[dict[str, Any]]:
     number of a paper's model that matches a row gets no second line, even where that row shows a later one. A
     setting that the table names for its lines is named for ours too.
     """
-    rows = _dicts(table.rows)
+    rows = dicts(table.rows)
 
     def matches(model: str, record: dict[str, Any], metric: str, dataset: str, variant: str) -> bool:
         return any(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from lowrank_lab.artifacts.store import fingerprint
@@ -13,7 +13,11 @@ from lowrank_lab.reporting.published import Published
 
 T = TypeVar("T")
 
-QUANTIZATIONS = {"NF4": "NF4 g64", "bnb4": "bitsandbytes NF4", "bnb8": "bitsandbytes INT8"}  # as records name them
+QUANTIZATIONS = {
+    "NF4": "NF4 g64",
+    "bnb4": "bitsandbytes NF4 g64",
+    "bnb8": "bitsandbytes INT8 sym",
+}  # as records name them
 HARDWARE = ("gpu",)  # variants that describe the machine
 
 
@@ -39,9 +43,10 @@ def is_cell(row: dict[str, Any], record: dict[str, Any], table: Published) -> bo
     quantization = table.also.get(row["quantization"], row["quantization"])
     quantization = QUANTIZATIONS.get(quantization, quantization) or "none"
     config = record["config"]
+    kept = table.ratio if row["ratio"] == "" else row["kept"]
     return (
         record["method"] == method
-        and (method == "dense" or record["ratio"] == row["kept"])
+        and (method == "dense" or record["ratio"] == kept)
         and record["quantization"]["name"] == quantization
         and not other_compressions(record)
         and all(setting(config, name) == value for name, value in settings_in(row["variant"]))
@@ -60,6 +65,24 @@ def setting(config: dict[str, Any], name: str) -> str:
     for part in name.split("."):
         found = found.get(part) if isinstance(found, dict) else None
     return f"{found:g}" if isinstance(found, int | float) else str(found)
+
+
+def named_as_in(table: Published, numbers: list[Ours]) -> list[Ours]:
+    """Our numbers with the table's names of data sets."""
+    names = {ours: theirs for theirs, ours in table.also.items()}
+    return [replace(ours, dataset=names.get(ours.dataset, ours.dataset)) for ours in numbers]
+
+
+def matching(row: dict[str, Any], numbers: list[Ours], table: Published) -> list[Ours]:
+    """Those of our ``numbers`` that are what a published row has: of its model, or of one that no paper has."""
+    found = [
+        ours
+        for ours in numbers
+        if (ours.metric, ours.dataset) == (row["metric"], row["dataset"])
+        and within(row["variant"], ours.variant)
+        and is_cell(row, ours.record, table)
+    ]
+    return of_model(row["model"], found, lambda ours: ours.record)
 
 
 def within(variant: str, ours: str) -> bool:
@@ -83,7 +106,7 @@ def latest(found: list[Ours]) -> list[Ours]:
 
     The protocol of the number has the evaluators' settings: two records may measure other things too.
     """
-    same = [ours for ours in found if _apart_from_seed(ours) == _apart_from_seed(found[0])]
+    same = [ours for ours in found if apart_from_seed(ours) == apart_from_seed(found[0])]
     of_seed: dict[int, Ours] = {}
     for ours in same:
         of_seed.setdefault(ours.record["seed"], ours)
@@ -94,7 +117,8 @@ def latest(found: list[Ours]) -> list[Ours]:
 NO_NUMBER = ("device", "tracker", "results", "artifacts", "save", "eval", "models", "scale", "data_root")
 
 
-def _apart_from_seed(ours: Ours) -> str:
+def apart_from_seed(ours: Ours) -> str:
+    """A hash of all that tells a number from others of the same name, but for its seed and for its value."""
     config = {name: node for name, node in ours.record["config"].items() if name not in NO_NUMBER}
     model = ours.record["content"]["model"]
     return fingerprint([_without_seeds(config), model, ours.variant, _without_seeds(ours.protocol)])

@@ -26,9 +26,13 @@ def numbers(record: dict[str, Any]) -> Iterator[tuple[Number, dict[str, Any]]]:
         elif kind == "speed":
             for number in _speeds(measured):
                 yield number, measured
+        elif kind == "output error":
+            for number in _storage_errors(measured):
+                yield number, measured
     sizes = record.get("sizes")
     if sizes:
         yield ("size", "", "", sizes["bytes"] / 1e9), {}
+        yield ("memory", "", "", sizes["bytes"] / 1e9), {}
         yield ("parameters", "", "", sizes["parameters"] / 1e9), {}
 
 
@@ -41,13 +45,32 @@ def of_dense(record: dict[str, Any]) -> Iterator[tuple[Number, dict[str, Any]]]:
 
 
 def _speeds(measured: dict[str, Any], of: str = "model") -> Iterator[Number]:
-    """Decoded tokens a second, and over those of the dense model, by batch size and prompt length."""
+    """Decoded tokens a second, and over those of the dense model, by batch size and prompt length; FLOPs in G."""
+    if macs := measured.get("macs", {}).get(of):  # None where memory ran out
+        yield "flops", "", "", 2 * (macs["linears"] + macs["steps"] + macs["attention"]) / 1e9
     for setting in measured["settings"]:
-        variant = f"batch={setting['batch_size']};prompt={setting['prompt']}"
+        variant = setting_variant(setting["batch_size"], setting["prompt"])
         if setting[of] is not None:
             yield "tokens_per_second", "", variant, float(setting[of]["decode"]["tokens_per_second"])
         if of == "model" and setting["decode_ratio"]:
             yield "speedup", "", variant, float(setting["decode_ratio"]["median"])
+
+
+def _storage_errors(measured: dict[str, Any]) -> Iterator[Number]:
+    """By linear, what the storage adds to its weight; nothing where the model is not finite."""
+    for path, errors in measured.get("storage", {}).items():
+        for kind, error in errors.items():
+            yield kind, "", linear_variant(path), _float(error)
+
+
+def setting_variant(batch: int, prompt: int) -> str:
+    """The variant of a speed by its batch size and the tokens of a prompt."""
+    return f"batch={batch};prompt={prompt}"
+
+
+def linear_variant(path: str) -> str:
+    """The variant of a linear by its path within the block."""
+    return f"linear={path.rpartition('.')[2]}"
 
 
 def _float(value: float | None) -> float:

@@ -24,5 +24,9 @@ OPTIONS = {
 @cache
 def paths() -> dict[str, str]:
     """By the published name of a model, where ours is on the hub."""
-    configs = {name: OmegaConf.load(MODELS / f"{option}.yaml") for name, option in OPTIONS.items()}
-    return {name: str(OmegaConf.select(config, "path")) for name, config in configs.items()}
+    return {name: path(option) for name, option in OPTIONS.items()}
+
+
+def path(option: str) -> str:
+    """Of the option of conf/model/, the place on the hub."""
+    return str(OmegaConf.select(OmegaConf.load(MODELS / f"{option}.yaml"), "path"))

@@ -60,6 +60,7 @@ def markdown(source: Published, joined: pd.DataFrame, results: Results) -> str:
         wide = lines(rows, marks)
         parts.append(f"## {model}\n\n{wide.to_markdown(index=False, disable_numparse=True)}")
     parts += [f"[{letter}] {text}" for text, letter in marks.items()]
+    parts += left_out(joined)
     parts += [
         f"- {row['method']} {row['ratio']} {_place(row)}: {row['note']}" for _, row in _noted(joined).iterrows()
     ]
@@ -130,10 +131,24 @@ def letters(joined: pd.DataFrame) -> dict[str, str]:
     return {text: _letter(number) for number, text in enumerate(texts)}
 
 
+def left_out(joined: pd.DataFrame) -> list[str]:
+    """Why no recipe makes some of the published numbers: a line a reason, with what it is true of."""
+    rows = joined[joined["status"].str.startswith("left out (")]
+    lines = []
+    for status, of_reason in rows.groupby("status", sort=False):
+        methods = dict.fromkeys(published.printed(method) for method in of_reason["method"])
+        models = dict.fromkeys(of_reason["model"])
+        reason = str(status).removeprefix("left out (").removesuffix(")")
+        what = f"{', '.join(methods)} on {', '.join(models)}"
+        lines.append(f"- left out: {what} ({len(of_reason)} numbers): {reason}")
+    return lines
+
+
 def ours_text(row: pd.Series, marks: dict[str, str]) -> str:
     """Our number with its spread over seeds and the letter of its protocol; or what became of the cell."""
     if row["status"] != "done":
-        return "—" if row["status"] == "missing" else str(row["status"]).partition(" (")[0]
+        state = str(row["status"]).partition(" (")[0]
+        return "—" if state in ("missing", "left out") else state
     text = _number(row["ours"], row["metric"], row["unit"])
     if row["seeds"] > 1 and pd.notna(row["spread"]):
         text += f" ± {row['spread']:.2g}"

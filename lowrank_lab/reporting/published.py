@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,8 +27,12 @@ class Published:
               in references/README.md). Two columns are added: ``number`` (float, nan where there is none) and
               ``kept`` (float, the ratio; nan where there is none)
     recipes   the experiments whose cells are ours
-    also      our names of methods and quantizations by the table's, where they differ
+    also      our names of methods, quantizations and data sets by the table's, where they differ
     expected  the protocol as far as known: window, samples, seqlen, calibration
+    ratio     that of ours where the source gives none
+    average   the tasks of its averages; empty: all that it has
+    ours_are  by our name of a method or a metric, in what ours is not the source's
+    left_out  which of its numbers no recipe makes: by column the values that they have, and ``why``
     """
 
     name: str
@@ -39,7 +44,16 @@ class Published:
     recipes: tuple[str, ...]
     also: dict[str, str]
     expected: dict[str, Any]
+    ratio: float | None
+    average: tuple[str, ...]
+    ours_are: dict[str, str]
+    left_out: tuple[dict[str, Any], ...]
     waits_for: str | None
+
+    def why_left_out(self, row: Mapping[str, Any]) -> str:
+        """Why no recipe makes our number for a row; "" for one that a recipe does make."""
+        rules = (rule for rule in self.left_out if all(row[name] in rule[name] for name in rule if name != "why"))
+        return next((str(rule["why"]) for rule in rules), "")
 
 
 @cache
@@ -108,6 +122,10 @@ def load(name: str) -> Published:
         recipes(name),
         {**source.get("also", {}), **facts.get("also", {})},
         {**source["protocol"], **facts.get("protocol", {})},
+        facts.get("ratio"),
+        tuple(facts.get("average", ())),
+        {**source.get("ours_are", {}), **facts.get("ours_are", {})},
+        (*source.get("left_out", ()), *facts.get("left_out", ())),
         facts.get("waits_for"),
     )
 

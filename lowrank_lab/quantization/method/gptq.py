@@ -32,7 +32,6 @@ class Gptq(WeightMethod):
     act_order  columns with large inputs first
     """
 
-    label = "GPTQ"
     needs_inputs = True
 
     def __init__(self, damping: float, act_order: bool) -> None:
@@ -40,6 +39,11 @@ class Gptq(WeightMethod):
         checks.flag(act_order=act_order)
         self.damping = damping
         self.act_order = act_order
+
+    @property
+    def label(self) -> str:  # type: ignore[override]
+        """GPTQ-R, with reordering, is AWQ's name (Lin et al. 2024) of act-order."""
+        return "GPTQ-R" if self.act_order else "GPTQ"
 
     def quantize(self, weight: Tensor, form: Format, inputs: Inputs | None) -> Quantized:
         assert inputs is not None

@@ -112,6 +112,8 @@ def _ours(row: pd.Series, source: Published, marks: dict[str, str]) -> Cell:
 
 def _without_number(status: str, keys: tuple[str, ...], method: str, source: Published) -> Cell:
     state, _, reason = status.partition(" (")
+    if state == "left out":
+        return Cell("—", title=reason.removesuffix(")"))
     ours = CONFIG_DIR / "method" / f"{source.also.get(method, method)}.yaml"
     if state == "missing" and not ours.is_file():
         return Cell("—", title="a method that lowrank_lab does not have")
