@@ -380,3 +380,73 @@ def test_settings_that_the_table_varies_tell_our_own_lines_apart(ran):
     assert sorted(own["variant"]) == ["storage.left_share=0", "storage.left_share=0.5"]
     assert own["ours"].nunique() == 2
     assert list(own["seeds"]) == [2, 2]
+
+
+def _recorded(root, experiment, **entries):
+    """The only record of a recipe, of dobi at 0.4, with other entries than those of ``_invented``."""
+    record = _invented("dobi", 0.4, {"piqa": 0.5}) | {"metrics": {}} | entries
+    record["config"]["dtype"] = "float32"
+    return _with_records(root, [record], experiment)
+
+
+def test_errors_of_the_storage_stand_beside_the_published_ones(tmp_path):
+    """Dobi-SVD's Table 8 gives no ratio, and names linears by their last part."""
+    errors = {"self_attn.q_proj": {"mse": 1e-7, "mae": 2e-4}, "mlp.up_proj": {"mse": 3e-8, "mae": 4e-4}}
+    measured = {"metric": "output error", "value": 0.1, "storage": errors, "protocol": {}}
+    frame = join(published.load("dobi/table8"), _recorded(tmp_path, "dobi_table8", metrics={"error": measured}))
+    ours = frame[frame["status"] == "done"].set_index(["metric", "variant"])
+    assert list(ours["ours"]) == [1e-7, 2e-4, 3e-8, 4e-4]
+    assert list(ours["published"]) == ["2.37e-07", "4e-04", "7.54e-08", "2e-04"]
+    assert "at ratio 0.4, the source gives none" in ours.loc[("mse", "linear=q_proj"), "differs"]
+    assert "incremental PCA" in ours.loc[("mse", "linear=q_proj"), "differs"]
+
+
+def test_memory_and_flops_are_in_the_units_of_the_tables_and_say_what_they_are(tmp_path):
+    macs = {"model": {"linears": 5 * 10**9, "steps": 0, "attention": 10**9, "context": 33}}
+    settings = [{"batch_size": batch, "prompt": 32, "model": None, "dense": None} for batch in (1, 16)]
+    speed = {"metric": "speed", "settings": settings, "macs": macs, "protocol": {}}
+    sizes = {"bytes": 5_500_000_000, "parameters": 10**9}
+    results = _recorded(tmp_path, "dobi_table21", metrics={"speed": speed}, sizes=sizes)
+    change(results, "dobi", lambda record: record["config"]["model"].update(path="meta-llama/Llama-2-7b-hf"))
+    frame = join(published.load("dobi/table21"), results).set_index(["method", "ratio", "metric", "variant"])
+    flops, size = (frame.loc[("dobi", "0.4", metric, "")] for metric in ("flops", "size"))
+    assert (flops["ours"], flops["published"]) == (12.0, "18.47")
+    assert "2 FLOPs a multiply-accumulate" in flops["differs"]
+    assert (size["ours"], size["published"]) == (5.5, "6.8")
+    assert "32 bits, not 16" in size["differs"]
+
+
+def test_the_slides_average_six_tasks_and_compare_with_asvd(tmp_path):
+    """Their ASVD is ours at one ratio, their TruthfulQA is no part of the average."""
+    tasks = ["openbookqa", "arc_easy", "winogrande", "hellaswag", "piqa", "mathqa"]
+    records = [
+        _invented("svdllm", 0.8, dict.fromkeys(tasks, 0.4) | {"truthfulqa_gen": 0.9, "gsm8k": 0.9}),
+        _invented("asvd_uniform", 0.8, dict.fromkeys(tasks, 0.2) | {"truthfulqa_gen": 0.5, "arc_challenge": 0.1}),
+    ]
+    for record, value in zip(records, (8.0, 10.0), strict=True):
+        protocol = {"dataset": "wikitext2", "window": 2048, "windows": 1, "windows_available": 1}
+        record["metrics"]["ppl"] = {"metric": "perplexity", "value": value, "protocol": protocol}
+    frame = join(published.load("slides/svdllm"), _with_records(tmp_path, records, "slides_svdllm"))
+    ours = frame[(frame["method"] == "svdllm") & (frame["ratio"] == "0.8")]
+    ours = ours.set_index(["metric", "dataset"])["ours"]
+    assert ours[("accuracy", "average")] == pytest.approx(0.4)
+    assert ours[("gain", "average")] == pytest.approx(100.0)
+    assert ours[("drop", "wikitext2")] == pytest.approx(20.0)
+    assert ours[("accuracy_difference", "truthfulqa")] == pytest.approx(0.4)
+    assert math.isnan(ours[("accuracy_difference", "gsm8k")])
+
+
+def test_our_dobi_svd_says_that_it_is_not_quite_the_papers(tmp_path):
+    table = published.load("dobi/table2")
+    results = _with_records(tmp_path, [_invented("dobi", 0.4, {"piqa": 0.5})])
+    text = paper_tables.markdown(table, join(table, results), results)
+    assert text.count("| Dobi-SVD † ") == 1
+    assert "Dobi-SVD †: ours has weights in SVD-LLM's closed form, not by the paper's incremental PCA" in text
+
+
+def test_a_record_of_gptq_with_act_order_has_its_name_whenever_it_was_written(tmp_path):
+    record = _invented("dense", 1.0, {})
+    record["config"]["quantization"] = {"method": {"act_order": True}}
+    record |= {"settings": {}, "quantization": {"name": "GPTQ INT4 g128", "family": "GPTQ"}}
+    [found] = _with_records(tmp_path, [record]).records()
+    assert found["quantization"] == {"name": "GPTQ-R INT4 g128", "family": "GPTQ-R"}

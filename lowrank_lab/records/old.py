@@ -23,7 +23,7 @@ def with_labels(record: dict[str, Any]) -> dict[str, Any]:
     Where parts of the configuration are missing, as in outdated schemas, the entries stay empty.
     """
     if "settings" in record:
-        return record
+        return _with_act_order(record)
     cfg, name = record["config"], _name(record)
     record = {
         **record,
@@ -38,6 +38,17 @@ def with_labels(record: dict[str, Any]) -> dict[str, Any]:
         record["counts"] = labels.counts(cfg, stored, cfg["quantization"] is not None)
         record["settings"] = labels.settings(cfg, _of_compressions(cfg, name), "calibration" in record)
     return record
+
+
+def _with_act_order(record: dict[str, Any]) -> dict[str, Any]:
+    """``record`` with the name that GPTQ with act-order has today; it had that of GPTQ without."""
+    act_order: Any = record["config"]
+    for name in ("quantization", "method", "act_order"):
+        act_order = act_order.get(name) if isinstance(act_order, dict) else None
+    names = record.get("quantization", {"name": ""})
+    if act_order is not True or "GPTQ-R" in names["name"]:
+        return record
+    return {**record, "quantization": {of: name.replace("GPTQ", "GPTQ-R") for of, name in names.items()}}
 
 
 def _of_compressions(cfg: dict[str, Any], quantization: str) -> dict[str, dict[str, Any]]:

@@ -18,6 +18,7 @@ LINE = ["ratio", "method", "quantization", "variant"]  # what distinguishes the 
 COLUMN = ["metric", "dataset", "setting"]  # what distinguishes its columns
 OF_COLUMN = ("batch", "prompt", "gpu", "linear", "shots")  # variants that belong to a column
 HIGHER_IS_BETTER = ("accuracy", "tokens_per_second", "speedup")
+OTHER = " †"  # beside the name of a method of ours that is not quite the source's
 NO_RANK = ("parameters", "size", "memory", "flops")  # nothing to be best at
 
 
@@ -57,9 +58,10 @@ def markdown(source: Published, joined: pd.DataFrame, results: Results) -> str:
         parts.append(f"Some of it waits for {source.waits_for}.")
     marks = letters(joined)
     for model, rows in joined.groupby("model", sort=False):
-        wide = lines(rows, marks)
+        wide = lines(rows, marks, source)
         parts.append(f"## {model}\n\n{wide.to_markdown(index=False, disable_numparse=True)}")
     parts += [f"[{letter}] {text}" for text, letter in marks.items()]
+    parts += [f"{published.printed(method)}{OTHER}: ours has {text}" for method, text in source.ours_are.items()]
     parts += left_out(joined)
     parts += [
         f"- {row['method']} {row['ratio']} {_place(row)}: {row['note']}" for _, row in _noted(joined).iterrows()
@@ -73,12 +75,14 @@ def markdown(source: Published, joined: pd.DataFrame, results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def lines(rows: pd.DataFrame, marks: dict[str, str]) -> pd.DataFrame:
+def lines(rows: pd.DataFrame, marks: dict[str, str], source: Published | None = None) -> pd.DataFrame:
     """The rows of one model as people read them: three lines (published, ours, difference) of a column a number.
 
     Where nothing is published there is one line, ours; where nothing of ours is there, what became of it stands in
-    its place. Columns that say nothing (no quantization, no variant) are left out.
+    its place. Columns that say nothing (no quantization, no variant) are left out. Methods of ours that are not
+    quite those of the ``source`` have a mark.
     """
+    other = source.ours_are if source is not None else {}
     shown = setting_apart(rows)
     filled = [name for name in LINE if name in ("ratio", "method") or (shown[name].replace("none", "") != "").any()]
     found = []
@@ -93,7 +97,8 @@ def lines(rows: pd.DataFrame, marks: dict[str, str]) -> pd.DataFrame:
         for kind, cells in of_line.items():
             empty = all(text == "—" for text in cells.values())
             if not empty or (kind == "published" and (line["published"] != "").any()):
-                found.append({**head, "": kind, **cells})
+                mark = OTHER if kind == "ours" and line["method"].iloc[0] in other else ""
+                found.append({**head, "method": head["method"] + mark, "": kind, **cells})
     columns = [*filled, "", *dict.fromkeys(column_name(row) for _, row in shown.iterrows())]
     return pd.DataFrame(found, columns=columns).fillna("—")
 
