@@ -104,6 +104,9 @@ def mirror(tmp_path_factory, known) -> Path:
     sums = [{"question": f"What is {n} and {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(8)]
     write(root, "openai/gsm8k/main/train", sums[2:])
     write(root, "openai/gsm8k/main/test", sums[:2])
+    truth = {"question": "Is it?", "best_answer": "It is.", "correct_answers": ["Yes.", "It is."]}
+    truth |= {"incorrect_answers": ["No."], "type": "x", "category": "x", "source": "x"}
+    write(root, "truthfulqa/truthful_qa/generation/validation", [truth])
     return root
 
 
@@ -335,6 +338,14 @@ def test_few_shot_examples_are_the_tasks_own(lab):
         "exact_match,strict-match",
         "exact_match,flexible-extract",
     }
+
+
+def test_an_answer_of_noise_is_no_true_one(lab):
+    """TruthfulQA's bleu_acc, which the slides' table has at 0.00, as no multiple choice would be."""
+    record = lab.run("eval=truthfulqa_gen")
+    measured = record["metrics"]["truthfulqa_gen"]
+    assert (measured["metric"], measured["value"]) == ("accuracy", 0.0)
+    assert measured["tasks"]["truthfulqa_gen"]["metric"] == "bleu_acc"
 
 
 @pytest.mark.parametrize("task", ["piqa", "gsm8k"])

@@ -50,18 +50,22 @@ def configurations(recipe: str) -> tuple[DictConfig, ...]:
     To compose one takes a tenth of a second. Other models and ratios of the recipe change nothing else in it.
     """
     models, ratios = _swept(recipe)
-    first = [f"model={models[0]}"] + [f"ratio={ratio}" for ratio in ratios[:1]]
+    first = [f"model={model}" for model in models[:1]] + [f"ratio={ratio}" for ratio in ratios[:1]]
     words = [f"experiment={recipe}", "scale=paper", *first]
     return tuple(grid.configurations(labels.CONFIG_DIR, "config", words))
 
 
 def _swept(recipe: str) -> tuple[list[str], list[str]]:
-    """The options of ``model`` and the ratios that a recipe asks for; no ratio where it has the usual one."""
+    """The options of ``model`` and the ratios that a recipe asks for; none where it has the usual one."""
     experiment = _experiment(recipe)
     ratios = OmegaConf.select(experiment, "hydra.sweeper.params.ratio")
     ratios = OmegaConf.select(experiment, "ratio") if ratios is None else ratios
-    models = str(OmegaConf.select(experiment, "models.paper"))
-    return models.split(","), [] if ratios is None else str(ratios).split(",")
+    models = OmegaConf.select(experiment, "models.paper")
+    return _split(models), _split(ratios)
+
+
+def _split(swept: Any) -> list[str]:
+    return [] if swept is None else str(swept).split(",")
 
 
 def _experiment(name: str) -> Any:
