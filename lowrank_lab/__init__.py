@@ -12,21 +12,22 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-_QUANTIZERS = "transformers.quantizers.auto"  # where transformers keeps the kinds of checkpoints that it loads
+# By the modules in which transformers keeps the kinds of models and of quantizations that it knows: the module of
+# ours that adds to them.
+_REGISTERING = {
+    "transformers.models.auto.configuration_auto": "lowrank_lab.checkpoints.auto_config",
+    "transformers.quantizers.auto": "lowrank_lab.checkpoints.checkpoint",
+}
 
 
-def _register() -> None:
-    importlib.import_module("lowrank_lab.checkpoints.checkpoint")
-
-
-# Registering with transformers takes importing that module, and with it torch: seconds, which neither a finished
-# grid nor a mistake on the command line should cost. transformers has no lighter place for it and no entry points,
-# so it is done right after transformers itself first imports the module, which it does before it can load a model.
-class _RegisterWithQuantizers(MetaPathFinder):
+# Registering with transformers takes importing these modules, and with them torch: seconds, which neither a
+# finished grid nor a mistake on the command line should cost. transformers has no lighter place for it and no entry
+# points, so it is done right after transformers itself first imports each, as it does before it can load a model.
+class _RegisterWithTransformers(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _QUANTIZERS:
+        if fullname not in _REGISTERING:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         spec = next((found for finder in others if (found := finder.find_spec(fullname, path, target))), None)
@@ -35,13 +36,13 @@ class _RegisterWithQuantizers(MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                _register()
+                importlib.import_module(_REGISTERING[fullname])
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-if _QUANTIZERS in sys.modules:
-    _register()
-else:
-    sys.meta_path.insert(0, _RegisterWithQuantizers())
+sys.meta_path.insert(0, _RegisterWithTransformers())
+for _theirs, _ours in _REGISTERING.items():
+    if _theirs in sys.modules:
+        importlib.import_module(_ours)

@@ -1,89 +1,55 @@
-"""Checkpoints of compressed models, which transformers loads like those of any other quantization method.
+"""Checkpoints of compressed models: what they say, and how they are written.
 
-config.json describes every module that replaces one of the model's original modules, under ``quantization_config``
-(description.py). Before ``from_pretrained`` reads the weights, this adds these modules to the model without values,
-and ``from_pretrained`` fills them by their names. The import of this module registers the method with transformers;
-``import lowrank_lab`` does it.
+The import of this module registers with transformers what loads them (loading.py), with the readers of old versions
+and all kinds of modules; ``import lowrank_lab`` does it. Where lowrank_lab is missing, the code beside a checkpoint
+loads it, which bundle.py takes out of the same files.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from torch import nn
 
-from lowrank_lab.checkpoints.description import QUANT_METHOD, Saved
-from lowrank_lab.errors import UserError
+from lowrank_lab.checkpoints import loading
+from lowrank_lab.checkpoints.bundle import code_of
+from lowrank_lab.checkpoints.description import QUANT_METHOD, Saved, in_present_version
+from lowrank_lab.checkpoints.loading import merge
 from lowrank_lab.modules.attention import cache_of, round_cache
-from lowrank_lab.modules.base import Described, Replacement, bias_of, dense_weight
+from lowrank_lab.modules.base import Replacement
 from lowrank_lab.modules.cache_format import CacheFormat
-from lowrank_lab.modules.factorized import factors_of
-from lowrank_lab.modules.rebuild import build_modules, check_kinds, describe_modules
+from lowrank_lab.modules.rebuild import check_kinds, describe_modules, register_kinds
 from lowrank_lab.modules.site import Sites
 
+__all__ = ["describe", "merge", "save"]  # loading.py is not imported before this module, which transformers imports
 
-@register_quantization_config(QUANT_METHOD)
-class LowRankConfig(QuantizationConfigMixin):
-    """``quantization_config`` of config.json. Raises UserError for one that this version cannot read."""
 
-    quant_method = QUANT_METHOD
+class LowRankConfig(loading.LowRankConfig):
+    """Reads old versions too."""
 
     def __init__(self, **content: Any) -> None:
-        self.saved = Saved.from_dict(content)
-
-    def to_dict(self) -> dict[str, Any]:
-        return self.saved.to_dict()
+        super().__init__(**in_present_version(content))
 
 
-@register_quantizer(QUANT_METHOD)
-class LowRankQuantizer(HfQuantizer):
-    """Puts empty modules into a model before ``from_pretrained`` reads its weights.
+class LowRankQuantizer(loading.LowRankQuantizer):
+    """Knows the modules of checkpoints from before caches were listed among them."""
 
-    Tensors get the requested dtype, as in any model, except those whose format has a fixed dtype.
-    """
-
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-        saved = self.quantization_config.saved
-        build_modules(model, _paths_in(model, saved.modules))
-        if saved.kv_cache is not None:
-            round_cache(model, CacheFormat(**saved.kv_cache))
-        self._shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
+    def _process_model_before_weight_loading(self, model: Any, **rest: Any) -> Any:
+        model = super()._process_model_before_weight_loading(model, **rest)
+        cache = self.quantization_config.saved.kv_cache
+        if cache is not None and cache_of(model) is None:
+            round_cache(model, CacheFormat(**cache))
         return model
 
-    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        # transformers leaves the shapes of quantized tensors to the quantizer.
-        for name, tensor in model.named_parameters():
-            if tensor.shape != self._shapes.get(name, tensor.shape):
-                raise UserError(
-                    f"the checkpoint is damaged: {name} is {tuple(tensor.shape)}, not {tuple(self._shapes[name])}"
-                )
-        for module in model.modules():
-            if isinstance(module, Described) and not getattr(module, "trainable", False):
-                for parameter in module.parameters(recurse=False):
-                    parameter.requires_grad_(False)
-        return model
+    def code(self, model: Any) -> str | None:
+        return code_of(model)
 
-    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        return merge(model, self.quantization_config.saved)
 
-    def is_serializable(self, **_: Any) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        kinds = {description["kind"] for description in self.quantization_config.saved.modules.values()}
-        return not self.quantization_config.saved.is_quantized and all(
-            Replacement.of_kind(kind).trainable for kind in kinds
-        )
+register_kinds()
+loading.register(QUANT_METHOD, LowRankConfig, LowRankQuantizer)
 
 
 def describe(model: nn.Module, sites: Sites, ranks: dict[str, int | None], method: str, ratio: float) -> Saved:
@@ -114,70 +80,13 @@ def save(folder: Path, model: Any, tokenizer: Any, use_cache: bool, saved: Saved
     config. Tied tensors are stored once.
     """
     # transformers has old names for tensors of some dense models; tensors of factors have the names of modules.
-    model.save_pretrained(folder, save_original_format=saved is None)
+    type(model).save_pretrained(model, folder, save_original_format=saved is None)
     tokenizer.save_pretrained(folder)
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config["use_cache"] = use_cache
     if saved is not None:
         config["quantization_config"] = saved.to_dict()
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def merge(model: Any, saved: Saved) -> Any:
-    """Replace all factors of ``model`` by dense linears, in its dtype; their products are computed in float32.
-
-    Raises UserError for a model whose forward does more than multiply by weights.
-    """
-    if saved.online:
-        raise UserError("dense weights cannot hold the changes of inputs, keys or values in this model")
-    with torch.device("meta"):
-        skeleton = type(model)(model.config)  # it knows whether a linear is a Linear or a Conv1D
-    dtype = model.get_input_embeddings().weight.dtype
-    for path, weight in _dense_weights(model, saved):
-        linear: Any = skeleton.get_submodule(path)
-        weight = weight.to(dtype)
-        weight = weight.T if isinstance(linear, Conv1D) else weight
-        linear.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
-        if (bias := bias_of(model.get_submodule(path))) is not None:
-            linear.bias = nn.Parameter(bias.detach())
-        model.set_submodule(path, linear)
-    if getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.remove_quantization_config(model)
-    return model
-
-
-def _dense_weights(model: Any, saved: Saved) -> Iterator[tuple[str, Tensor]]:
-    """By path the weight (out, in), float32, of every compressed linear; factors are multiplied once a site."""
-    outermost = [_path(model, path) for path in saved.modules if not _within(path, saved.modules)]
-    for name, site in saved.sites.items():
-        prefix = _path(model, name).removesuffix(site.key)
-        factors = factors_of(model.get_submodule(prefix.removesuffix(".")), site)
-        if factors is not None:
-            left, right = factors
-            rows = (left.float() @ right.float()).split(site.outs)
-            for member, weight in zip(site.members, rows, strict=True):
-                outermost.remove(f"{prefix}{member}")
-                yield f"{prefix}{member}", weight
-    for path in outermost:
-        yield path, dense_weight(model.get_submodule(path))
-
-
-def _within(path: str, modules: Collection[str]) -> bool:
-    """Whether the module at ``path`` is a part of another one of ``modules``."""
-    names = path.split(".")
-    return any(".".join(names[:count]) in modules for count in range(1, len(names)))
-
-
-def _paths_in(model: Any, modules: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """``modules`` by their paths in ``model``, which may also be a model without lm_head."""
-    in_model = {_path(model, path): dict(description) for path, description in modules.items()}
-    for description in in_model.values():
-        if "borrows" in description:
-            description["borrows"] = {name: _path(model, shared) for name, shared in description["borrows"].items()}
-    return in_model
-
-
-def _path(model: Any, path: str) -> str:
-    """The path in ``model``, which may be without lm_head, of a module of the model with lm_head."""
-    return path.removeprefix(f"{model.base_model_prefix}.") if model.base_model is model else path
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if saved is not None:
+        loading.finish(folder, code_of(model))

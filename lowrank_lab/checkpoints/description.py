@@ -8,11 +8,11 @@ from typing import Any
 
 from lowrank_lab.checkpoints import old_versions
 from lowrank_lab.errors import UserError
+from lowrank_lab.models.own_config import MODEL_TYPE
 from lowrank_lab.modules.site import Site
 
-QUANT_METHOD = "lowrank_lab"  # the name under which transformers knows these checkpoints
+QUANT_METHOD = MODEL_TYPE  # the name under which transformers knows these checkpoints
 VERSION = 4  # raise when a checkpoint of the present kind could no longer be read
-READABLE = (*old_versions.READABLE, VERSION)
 
 
 @dataclass(frozen=True)
@@ -54,39 +54,58 @@ class Saved:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Saved:
         """The inverse of ``to_dict``. Raises UserError for an unknown version and for damaged data."""
-        if data.get("version") not in READABLE:
+        if data.get("version") != VERSION:
             raise UserError(
                 f"a lowrank_lab checkpoint of version {data.get('version')} cannot be read: "
                 f"this lowrank_lab reads version {VERSION} and older ones; use the one that wrote it"
             )
         try:
-            content = data if data["version"] == VERSION else old_versions.converted(data)
-            named = [_site_from_dict(entry) for entry in content["sites"]]
-            modules = {str(path): dict(description) for path, description in content["modules"].items()}
+            named = [_site_from_dict(entry) for entry in data["sites"]]
+            modules = {str(path): dict(description) for path, description in data["modules"].items()}
             for description in modules.values():
                 str(description["kind"])
             return cls(
-                str(content["method"]),
-                float(content["ratio"]),
+                str(data["method"]),
+                float(data["ratio"]),
                 {name: site for name, site, _ in named},
                 {name: rank for name, _, rank in named},
                 modules,
-                bool(content["quantized"]),
-                bool(content["online"]),
-                None if content["kv_cache"] is None else dict(content["kv_cache"]),
+                bool(data["quantized"]),
+                bool(data["online"]),
+                None if data["kv_cache"] is None else dict(data["kv_cache"]),
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"a lowrank_lab checkpoint whose quantization_config is damaged ({type(error).__name__}: {error})"
-            ) from None
+        except DAMAGED as error:
+            raise damaged(error) from None
+
+
+DAMAGED = (AttributeError, KeyError, TypeError, ValueError)  # what damaged data raise
+
+
+def damaged(error: Exception) -> UserError:
+    return UserError(
+        f"a lowrank_lab checkpoint whose quantization_config is damaged ({type(error).__name__}: {error})"
+    )
+
+
+def in_present_version(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The description ``data``, of the present version or an older one. Raises UserError for damaged data."""
+    if data.get("version") not in old_versions.READABLE:
+        return data
+    try:
+        return {**old_versions.converted(data), "version": VERSION}
+    except DAMAGED as error:
+        raise damaged(error) from None
 
 
 def saved_in(config: Mapping[str, Any]) -> Saved | None:
-    """How the model of a config.json was compressed by lowrank_lab; None where it was not. May raise UserError."""
+    """How the model of a ModelSource's settings was compressed by lowrank_lab; None where it was not.
+
+    May raise UserError.
+    """
     quantization = config.get("quantization_config")
     if not isinstance(quantization, Mapping) or quantization.get("quant_method") != QUANT_METHOD:
         return None
-    return Saved.from_dict(quantization)
+    return Saved.from_dict(in_present_version(quantization))
 
 
 def _site_to_dict(name: str, site: Site, rank: int | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from lowrank_lab.errors import UserError
 from lowrank_lab.models import quantized_by_others, weight_files
+from lowrank_lab.models.own_config import unguarded
 from lowrank_lab.models.weight_files import NAMES, DamagedFile, RunsCode
 
 ADAPTER = "adapter_config.json"
@@ -82,7 +83,10 @@ def _config(folder: Path) -> dict[str, Any]:
     settings = _object(folder, "config.json")
     if not isinstance(settings.get("model_type"), str):
         raise UserError(f"model.path={folder}: its config.json is not one of a model (no model_type)")
-    return settings
+    try:
+        return unguarded(settings)
+    except ValueError as error:
+        raise UserError(f"model.path={folder}: {error}") from None
 
 
 def _object(folder: Path, name: str) -> dict[str, Any]:

@@ -33,7 +33,8 @@ class ModelSource:
     """A model that was found. ``content`` identifies its weights and tokenizer, independent of its path.
 
     ``kind`` is ``hub``, ``folder``, ``gguf`` or ``tiny``. ``location`` is the argument for ``from_pretrained`` (for
-    ``gguf`` the file, for ``tiny`` the family). ``settings`` is its config.json, None for these two.
+    ``gguf`` the file, for ``tiny`` the family). ``settings`` is its config.json, where it is compressed that of its
+    dense model; None for these two.
     """
 
     kind: str

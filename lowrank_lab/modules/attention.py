@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lowrank_lab.errors import SkippedCell
 from lowrank_lab.models.discovery import family_of
 from lowrank_lab.models.families import head_size, kv_cache_shape
+from lowrank_lab.modules.base import Replacement
 from lowrank_lab.modules.cache_format import CacheFormat
 from lowrank_lab.modules.steps import Hadamard, Round
 
@@ -33,15 +34,7 @@ def round_cache(model: Any, cache: CacheFormat) -> None:
     """
     if kv_cache_shape(model.config) is None:
         raise SkippedCell(f"{type(model).__name__} caches no keys and values")
-    implementation = model.config._attn_implementation
-    if implementation not in NAMES:
-        raise SkippedCell(
-            f"keys and values cannot be rounded in attention '{implementation}', only in sdpa and eager"
-        )
-    _register(implementation)
-    model.set_attn_implementation(NAMES[implementation])
-    if model.config._attn_implementation != NAMES[implementation]:
-        raise SkippedCell(f"{type(model).__name__} does not let its attention be replaced")
+    RoundedCache.set_up(model)
     for attention in _attentions(model):
         attention.kv_cache = RoundedCache(CacheFormat(**asdict(cache)), head_size(model.config))
 
@@ -51,14 +44,40 @@ def cache_of(model: Any) -> CacheFormat | None:
     return next((module.cache for module in model.modules() if isinstance(module, RoundedCache)), None)
 
 
-class RoundedCache(nn.Module):
-    """Rounds keys and values (batch, heads, length, head size), perhaps after a rotation of queries and keys."""
+class RoundedCache(Replacement):
+    """Rounds keys and values (batch, heads, length, head size), perhaps after a rotation of queries and keys.
+
+    It is added to a module with attention as ``kv_cache``.
+    """
+
+    kind = "rounded_cache"
+    online = True
 
     def __init__(self, cache: CacheFormat, head_size: int) -> None:
         super().__init__()
-        self.cache = cache
+        self.cache, self.head_size = cache, head_size
         self.rotation = Hadamard(head_size, 1) if cache.rotate else None
         self.rounding = Round(asdict(cache.form))
+
+    @classmethod
+    def empty(cls, description: dict[str, Any], replaced: Any) -> RoundedCache:
+        return cls(CacheFormat(**description["format"]), description["head_size"])
+
+    def describe(self) -> dict[str, Any]:
+        return {"format": asdict(self.cache), "head_size": self.head_size}
+
+    @classmethod
+    def set_up(cls, model: Any) -> None:
+        """Raises SkippedCell where the attention of ``model`` is none of ``NAMES``."""
+        implementation = model.config._attn_implementation
+        if implementation not in NAMES:
+            raise SkippedCell(
+                f"keys and values cannot be rounded in attention '{implementation}', only in sdpa and eager"
+            )
+        _register(implementation)
+        model.set_attn_implementation(NAMES[implementation])
+        if model.config._attn_implementation != NAMES[implementation]:
+            raise SkippedCell(f"{type(model).__name__} does not let its attention be replaced")
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.rotation is not None:

@@ -86,7 +86,7 @@ class Described(nn.Module):
 
 
 class Replacement(Described):
-    """A module that replaces one of the model's original modules.
+    """A module that replaces one of the model's original modules, or is added to one.
 
     All its tensors are parameters, which are saved, counted and moved between devices. Its bias, if it has one, is
     the parameter ``bias``.
@@ -106,9 +106,14 @@ class Replacement(Described):
     def empty(cls, description: dict[str, Any], replaced: Any) -> Replacement:
         """An instance without values for a checkpoint to fill, instead of ``replaced`` (on the meta device).
 
-        Modules within it that have a kind are added afterwards, each from its own description.
+        ``replaced`` is None for a module that is added to the model. Modules within it that have a kind are added
+        afterwards, each from its own description.
         """
         raise NotImplementedError
+
+    @classmethod
+    def set_up(cls, model: Any) -> None:
+        """Have ``model``, which has modules of this kind, use them. By default it does already."""
 
     def borrow(self, name: str, module: nn.Module) -> None:
         """Use ``module`` as ``name`` without listing it as a submodule; another module lists it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lowrank_lab import checks
+from lowrank_lab.checks import flag, whole
 from lowrank_lab.modules.formats import Format, Granularity
 
 
@@ -27,9 +27,9 @@ class CacheFormat:
     scale_dtype: Literal["float32", "float16", "bfloat16"]
 
     def __post_init__(self) -> None:
-        checks.flag(symmetric=self.symmetric, rotate=self.rotate)
+        flag(symmetric=self.symmetric, rotate=self.rotate)
         if self.granularity != "head":
-            checks.whole(1, granularity=self.granularity)
+            whole(1, granularity=self.granularity)
         _ = self.form
 
     @property

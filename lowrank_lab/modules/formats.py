@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from lowrank_lab import checks
+from lowrank_lab.checks import flag, is_count, one_of, whole
 
 Grid = Literal["integer", "nf4", "fp4", "codebook"]
 Granularity = Literal["tensor", "channel"] | int
@@ -31,15 +31,15 @@ class Format:
     scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
 
     def __post_init__(self) -> None:
-        if not (checks.is_count(self.bits, 2) and self.bits <= 8):
+        if not (is_count(self.bits, 2) and self.bits <= 8):
             raise ValueError(f"bits={self.bits} is not valid; it must be a whole number from 2 to 8")
-        checks.one_of(("integer", "nf4", "fp4", "codebook"), grid=self.grid)
+        one_of(("integer", "nf4", "fp4", "codebook"), grid=self.grid)
         if self.grid in ("nf4", "fp4") and self.bits != 4:
             raise ValueError(f"bits={self.bits} is not valid with grid={self.grid}, which has 4")
-        checks.flag(symmetric=self.symmetric)
+        flag(symmetric=self.symmetric)
         if self.granularity not in ("tensor", "channel"):
-            checks.whole(1, granularity=self.granularity)
-        checks.one_of(("float32", "float16", "bfloat16"), scale_dtype=self.scale_dtype)
+            whole(1, granularity=self.granularity)
+        one_of(("float32", "float16", "bfloat16"), scale_dtype=self.scale_dtype)
 
     @property
     def name(self) -> str:

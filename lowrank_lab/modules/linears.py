@@ -25,8 +25,7 @@ from lowrank_lab.modules.base import (
 )
 from lowrank_lab.modules.counts import count
 from lowrank_lab.modules.factorized import SharedLatent, to_plain
-from lowrank_lab.modules.steps import describe as describe_steps
-from lowrank_lab.modules.steps import empty as empty_steps
+from lowrank_lab.modules.steps import describe_steps, empty_steps
 
 
 class PreparedLinear(CompressedLinear):

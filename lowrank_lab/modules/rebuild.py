@@ -32,7 +32,7 @@ def describe_modules(model: nn.Module) -> dict[str, dict[str, Any]]:
     return description
 
 
-def _register_kinds() -> None:
+def register_kinds() -> None:
     """Import the files of this package, which registers the kinds that they define."""
     for file in iter_modules(package.__path__):
         import_module(f"{package.__name__}.{file.name}")
@@ -43,20 +43,22 @@ def build_modules(model: Any, modules: Mapping[str, dict[str, Any]]) -> None:
 
     Raises UserError for a kind that is not known.
     """
-    _register_kinds()
     for path in sorted(modules, key=lambda path: path.count(".")):  # a module before those within it
         description = {name: value for name, value in modules[path].items() if name not in ("kind", "borrows")}
-        replacement = Replacement.of_kind(modules[path]["kind"]).empty(description, model.get_submodule(path))
+        parent, _, name = path.rpartition(".")
+        replaced = getattr(model.get_submodule(parent), name, None)
+        replacement = Replacement.of_kind(modules[path]["kind"]).empty(description, replaced)
         model.set_submodule(path, replacement)
-        if isinstance(replacement, CompressedLinear):
-            parent = model.get_submodule(path.rpartition(".")[0])
-            # transformers initializes a parent: GPT-2 the weights of its linears, which it would not find here;
-            # GPT-Neo the buffers that no checkpoint has, which would stay without values.
-            if not parent._non_persistent_buffers_set:
-                parent._is_hf_initialized = True
+        owner = model.get_submodule(parent)
+        # transformers initializes a parent: GPT-2 the weights of its linears, which it would not find here;
+        # GPT-Neo the buffers that no checkpoint has, which would stay without values.
+        if isinstance(replacement, CompressedLinear) and not owner._non_persistent_buffers_set:
+            owner._is_hf_initialized = True
     for path, description in modules.items():
         for name, shared in description.get("borrows", {}).items():
             model.get_submodule(path).borrow(name, model.get_submodule(shared))
+    for kind in {description["kind"] for description in modules.values()}:
+        Replacement.of_kind(kind).set_up(model)
 
 
 def check_kinds(linear: nn.Module, path: str) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_lab.modules import hadamard
 from lowrank_lab.modules.base import Counts, Described, nbytes
 from lowrank_lab.modules.codec import decode, encode, grids, spread
 from lowrank_lab.modules.formats import Format
+from lowrank_lab.modules.hadamard import transform
 
 
 class Step(Described):
@@ -99,7 +99,7 @@ class Hadamard(Step):
 
     def forward(self, x: Tensor) -> Tensor:
         strided = x.unflatten(-1, (self.width // self.stride, self.stride))
-        return hadamard.transform(strided.mT).mT.flatten(-2)
+        return transform(strided.mT).mT.flatten(-2)
 
 
 class Round(Step):
@@ -149,12 +149,12 @@ def steps_in(model: nn.Module) -> dict[str, Step]:
     return {path: module for path, module in model.named_modules() if isinstance(module, Step)}
 
 
-def describe(steps: nn.Sequential) -> list[dict[str, Any]]:
+def describe_steps(steps: nn.Sequential) -> list[dict[str, Any]]:
     """Their kinds and settings, as plain data for JSON."""
     return [{"step": step.kind, **step.describe()} for step in steps if isinstance(step, Step)]
 
 
-def empty(description: Iterable[dict[str, Any]]) -> list[Step]:
+def empty_steps(description: Iterable[dict[str, Any]]) -> list[Step]:
     """Steps without memory, on the meta device, for a checkpoint to fill. Raises UserError for an unknown kind."""
     with torch.device("meta"):
         return [Step.of_kind(one["step"])(**{k: v for k, v in one.items() if k != "step"}) for one in description]
