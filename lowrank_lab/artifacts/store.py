@@ -22,6 +22,7 @@ from typing import Any
 
 from lowrank_lab.artifacts.locks import locked
 from lowrank_lab.environment import versions
+from lowrank_lab.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ class Store:
         A file whose modification time has changed is checked against its SHA-256.
         """
         path = self.path(kind, key)
+        if (place := not_readable(path)) is not None:
+            raise UserError(f"{place} is not readable for you; ask its owner to run: chmod -R a+rX {path}")
         if not path.exists():
             return None
         manifest, wrong = examine(path)
@@ -93,7 +96,10 @@ class Store:
                 seconds = time.perf_counter() - start
                 for leftover in (work / ELAPSED, *work.glob(".*.tmp-*")):  # of runs that were stopped
                     leftover.unlink(missing_ok=True)
-                files = {str(f.relative_to(work)): _file_facts(f) for f in work.rglob("*") if f.is_file()}
+                made = [file for file in work.rglob("*") if file.is_file()]
+                for file in made:
+                    open_to_others(file)
+                files = {str(file.relative_to(work)): _file_facts(file) for file in made}
                 manifest = {
                     "kind": kind,
                     "key": key,
@@ -160,6 +166,28 @@ def examine(folder: Path, thorough: bool = False) -> tuple[dict[str, Any] | None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None, f"its {MANIFEST} cannot be read"
     return manifest, ""
+
+
+def open_to_others(file: Path) -> None:
+    """Let those read (and write) ``file`` who may its folder; safetensors gives it to its owner alone."""
+    file.chmod(file.parent.stat().st_mode & 0o666)
+
+
+def not_readable(folder: Path) -> Path | None:
+    """What this user may not read: ``folder`` (or file), a file in it, or a folder above it; None where it may all.
+
+    Libraries say of such a file that it does not exist.
+    """
+    for place in reversed((folder, *folder.absolute().parents)):
+        if os.path.isdir(place) and not _allowed(place, os.X_OK):  # os.path, as pathlib raises for odd names
+            return place
+    if not os.path.isdir(folder) or not _allowed(folder, os.R_OK):
+        return folder if os.path.exists(folder) and not _allowed(folder, os.R_OK) else None
+    return next((Path(entry) for entry in os.scandir(folder) if not _allowed(Path(entry), os.R_OK)), None)
+
+
+def _allowed(place: Path, how: int) -> bool:
+    return os.access(place, how, effective_ids=os.access in os.supports_effective_ids) or not os.path.lexists(place)
 
 
 def disk_full(error: BaseException) -> bool:

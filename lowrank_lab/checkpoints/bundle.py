@@ -35,6 +35,9 @@ from __future__ import annotations
 FOOT = """
 # A process may load models with other files like this one: each has its own name.
 register(__name__)
+CompressedConfig.is_trusted = True
+if QUANT_METHOD in AUTO_QUANTIZER_MAPPING:  # lowrank_lab is imported, and was asked to trust this file
+    CompressedConfig.quant_method = QUANT_METHOD
 """
 
 Name: TypeAlias = tuple[str, str]  # of a definition: its module, and its name there

@@ -8,6 +8,8 @@ loads it, which bundle.py takes out of the same files.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from lowrank_lab.checkpoints import loading
 from lowrank_lab.checkpoints.bundle import code_of
 from lowrank_lab.checkpoints.description import QUANT_METHOD, Saved, in_present_version
 from lowrank_lab.checkpoints.loading import merge
+from lowrank_lab.models.generation_settings import saveable
 from lowrank_lab.modules.attention import cache_of, round_cache
 from lowrank_lab.modules.base import Replacement
 from lowrank_lab.modules.cache_format import CacheFormat
@@ -79,14 +82,30 @@ def save(folder: Path, model: Any, tokenizer: Any, use_cache: bool, saved: Saved
     ``saved`` describes how it was compressed (None: it is dense), ``use_cache`` is the value in its original
     config. Tied tensors are stored once.
     """
-    # transformers has old names for tensors of some dense models; tensors of factors have the names of modules.
-    type(model).save_pretrained(model, folder, save_original_format=saved is None)
+    with _saveable_generation_config(model):
+        # transformers has old names for tensors of some dense models; tensors of factors have the names of modules.
+        type(model).save_pretrained(model, folder, save_original_format=saved is None)
     tokenizer.save_pretrained(folder)
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
+    for part in (config, *config.values()):
+        if isinstance(part, dict):  # that of a model which others had quantized is no longer true
+            part.pop("quantization_config", None)
     config["use_cache"] = use_cache
     if saved is not None:
         config["quantization_config"] = saved.to_dict()
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if saved is not None:
         loading.finish(folder, code_of(model))
+
+
+@contextmanager
+def _saveable_generation_config(model: Any) -> Iterator[None]:
+    original = getattr(model, "generation_config", None)
+    if original is not None:
+        model.generation_config = saveable(original)
+    try:
+        yield
+    finally:
+        if original is not None:
+            model.generation_config = original

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -106,7 +107,8 @@ def save_pretrained(model: Any, save_directory: Any, **rest: Any) -> None:
 def finish(folder: Path, code: str | None) -> None:
     """Guard the config.json in ``folder``, whose ``quantization_config`` is ours, and add the ``code``."""
     file = folder / "config.json"
-    config = guarded(json.loads(file.read_text(encoding="utf-8")), code is not None)
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config = guarded(config, config["model_type"] in CONFIG_MAPPING, code is not None)
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if code is not None:
         (folder / f"{CODE}.py").write_text(code, encoding="utf-8")

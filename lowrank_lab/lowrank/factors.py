@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lowrank_lab.artifacts.store import open_to_others
 from lowrank_lab.lowrank.spectra import blocks_with_sites, check_finite
 from lowrank_lab.lowrank.storage.base import Storage
 from lowrank_lab.models.families import Tower
@@ -30,6 +31,7 @@ def save_factors(folder: Path, index: int, factors: Mapping[str, tuple[Tensor, T
         tensors[f"{key}.right"] = right.float().cpu().contiguous()
     work = folder / f".{block_file(index)}.tmp"
     save_file(tensors, work)
+    open_to_others(work)  # another user may go on from it
     os.replace(work, folder / block_file(index))
 
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_lab.artifacts.store import disk_full
 from lowrank_lab.errors import UserError
-from lowrank_lab.models import quantized_by_others, tiny
+from lowrank_lab.models import generation_settings, quantized_by_others, tiny
 from lowrank_lab.models.differences import differences
 from lowrank_lab.models.folder_check import MERGE
 from lowrank_lab.models.source import ModelSource
@@ -99,6 +99,8 @@ def load_tokenizer(location: str, revision: str | None, trust_remote_code: bool)
 def _loaded(location: str, revision: str | None, trust_remote_code: bool, **how: Any) -> Any:
     """The model of ``location``, whose weights are all its own: transformers draws at random what a file lacks."""
     model_config = load_config(location, revision, trust_remote_code)
+    if (generation := generation_settings.readable(location, revision)) is not None:
+        how["generation_config"] = generation
     with _one_line(location, "its weights"), _without_report():
         # transformers reads .bin files, which are pickles, with torch's weights_only.
         model, found = AutoModelForCausalLM.from_pretrained(

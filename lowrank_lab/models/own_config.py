@@ -10,17 +10,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-MODEL_TYPE = "lowrank_lab"  # of every compressed model, and the name of its quantization
+MODEL_TYPE = "lowrank_lab"  # of a compressed model, and the name of its quantization
+WITH_CODE = (
+    "lowrank_lab_with_code"  # the type where the dense model has code of its own, which runs if it is trusted
+)
 CODE = "modeling_lowrank_lab"  # the file with its code, and its class of configurations:
 CONFIG_CLASS = "CompressedConfig"
 ORIGINAL = ("model_type", "auto_map")  # what is kept of the dense model, as original_…
 
 
-def guarded(config: Mapping[str, Any], has_code: bool) -> dict[str, Any]:
-    """The config.json of ``config``, whose ``quantization_config`` is ours; ``has_code``: CODE is beside it."""
+def guarded(config: Mapping[str, Any], known: bool, has_code: bool) -> dict[str, Any]:
+    """The config.json of ``config``, whose ``quantization_config`` is ours.
+
+    ``known``: transformers knows the dense model; ``has_code``: CODE is beside the file.
+    """
     quantization = {name: value for name, value in config["quantization_config"].items() if name != "quant_method"}
     quantization |= {f"original_{name}": config[name] for name in ORIGINAL if name in config}
-    changed = {**config, "model_type": MODEL_TYPE, "quantization_config": quantization}
+    model_type = MODEL_TYPE if known else WITH_CODE
+    changed = {**config, "model_type": model_type, "quantization_config": quantization}
     changed.pop("auto_map", None)
     if has_code:
         changed["auto_map"] = {"AutoConfig": f"{CODE}.{CONFIG_CLASS}"}
@@ -32,7 +39,7 @@ def unguarded(config: Mapping[str, Any], quant_method: str = MODEL_TYPE) -> dict
 
     Raises ValueError for a damaged one.
     """
-    if config.get("model_type") != MODEL_TYPE:
+    if config.get("model_type") not in (MODEL_TYPE, WITH_CODE):
         return dict(config)
     found = config.get("quantization_config")
     if not isinstance(found, Mapping) or "original_model_type" not in found:

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lowrank_lab.artifacts.store import MANIFEST, Store, fingerprint
+from lowrank_lab.artifacts.store import MANIFEST, Store, fingerprint, not_readable
 from lowrank_lab.errors import UserError
 from lowrank_lab.models.folder_check import MERGE, check_snapshot, settings_of
 from lowrank_lab.models.hub import hub_commit
@@ -52,6 +52,8 @@ def resolve(path: str, revision: str | None, store: Store) -> ModelSource:
     if path.startswith("package:"):
         return _gguf(_package_gguf(path.removeprefix("package:")), store)
     local = Path(path)
+    if (place := not_readable(local)) is not None:
+        raise UserError(f"model.path={path}: {place} is not readable for you; ask its owner to run: chmod -R a+rX")
     if os.path.isdir(local):  # os.path, as pathlib raises for names that are too long
         return _folder(local, store)
     if os.path.isfile(local) and local.suffix == ".gguf":

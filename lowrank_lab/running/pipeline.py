@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,12 @@ from typing import Any
 import torch
 
 from lowrank_lab import environment
-from lowrank_lab.artifacts.store import Store
+from lowrank_lab.artifacts.locks import LockedByAnother
+from lowrank_lab.artifacts.store import Store, disk_full
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.checkpoints import checkpoint
 from lowrank_lab.checkpoints.description import Saved
-from lowrank_lab.errors import SkippedCell
+from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.records.rank_sizes import sizes_of_ranks
 from lowrank_lab.records.results import CHECKPOINTS, Record
 from lowrank_lab.records.sizes import sizes
@@ -42,13 +46,18 @@ def compute(cell: Cell, record: Record) -> None:
             facts = compression.apply(context, plan)
             context.model_was_changed()
             record.data["compressions"][name] = {"plan": plan, **facts, **context.facts}
-    saved = _describe(context)
-    if "checkpoint" in cell.checkpoints:
-        _save(context, "checkpoint", saved)
+    ranks = _count(context)
+    saved = None
+    with _failing_alone(context, *cell.checkpoints):
+        saved = _describe(context, ranks)
+    if saved is not None and "checkpoint" in cell.checkpoints:
+        with _failing_alone(context, "checkpoint"):
+            _save(context, "checkpoint", saved)
     _evaluate(context)
     if saved is not None and "merged_checkpoint" in cell.checkpoints:
-        checkpoint.merge(context.model, saved)  # changes the model, so it comes last
-        _save(context, "merged_checkpoint", None)
+        with _failing_alone(context, "merged_checkpoint"):
+            checkpoint.merge(context.model, saved)  # changes the model, so it comes last
+            _save(context, "merged_checkpoint", None)
 
 
 def _prepared(cell: Cell, record: Record) -> Context:
@@ -97,15 +106,37 @@ def _read_texts(context: Context) -> None:
             context.make_text_tokens()
 
 
-def _describe(context: Context) -> Saved | None:
-    """Count the sizes of the compressed model, and describe it for a checkpoint; None where it is dense."""
-    cell, ranks = context.cell, _ranks(context)
+def _count(context: Context) -> dict[str, int | None]:
+    """Count the sizes of the compressed model; returns its ranks."""
+    ranks = _ranks(context)
     tower, sites = (context.tower, context.sites) if ranks else (None, {})
-    of_ranks = sizes_of_ranks(context.model, tower, sites, ranks, cell.ratio)
+    of_ranks = sizes_of_ranks(context.model, tower, sites, ranks, context.cell.ratio)
     context.record.data["sizes"] = {**of_ranks, **sizes(context.model, tower, sites)}
+    return ranks
+
+
+def _describe(context: Context, ranks: dict[str, int | None]) -> Saved | None:
+    """Describe the compressed model for a checkpoint; None where it is dense, or none is wanted."""
+    cell = context.cell
     if ranks and cell.checkpoints:
-        return checkpoint.describe(context.model, sites, ranks, cell.method_in_words, cell.ratio)
+        return checkpoint.describe(context.model, context.sites, ranks, cell.method_in_words, cell.ratio)
     return cell.saved
+
+
+@contextmanager
+def _failing_alone(context: Context, *checkpoints: str) -> Iterator[None]:
+    """An error of the body is why these checkpoints are not saved; the cell goes on to its numbers."""
+    try:
+        yield
+    except LockedByAnother:
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        if disk_full(error):
+            reason = f"no space left for results={context.cell.cfg.results}"
+        elif not isinstance(error, (UserError, OSError)):
+            log.error("%s", traceback.format_exc().rstrip())
+        context.record.data.setdefault("not_saved", {}).update(dict.fromkeys(checkpoints, reason))
 
 
 def _ranks(context: Context) -> dict[str, int | None]:

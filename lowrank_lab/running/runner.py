@@ -82,6 +82,9 @@ def _compute_and_record(cell: Cell, results: Results, grid: str | None) -> dict[
         if SEAL in record:  # it is written, which the record of an interrupted cell is not
             log.info("%s: %s (%s), %.0f s", cell.label, record["status"], summary(record), record["seconds"])
             config.build(cfg.tracker)(record, results.path(cell.key))
+    if not_saved := record.get("not_saved"):
+        what = "; ".join(f"no {name.replace('_', ' ')} is saved: {why}" for name, why in not_saved.items())
+        raise UserError(f"{cell.label}: {what}; its numbers are kept, and the same command only saves")
     return record
 
 
