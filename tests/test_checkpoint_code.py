@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_lab.checkpoints import bundle
+from lowrank_lab.models import tiny
 from lowrank_lab.modules.base import CompressedLinear, Described
 from lowrank_lab.modules.factorized import FactorizedLinear, plain_linear
 
@@ -65,6 +66,9 @@ print("\\n" + json.dumps(found))
 """
 
 
+WITHOUT = "import sys; sys.modules['lowrank_lab'] = None\n"
+
+
 def alone(python: str, folders: list[Path], cache: Path, before: str = "") -> dict[str, Any]:
     """What ``ALONE`` finds in ``folders``, in a process of its own outside of the repository."""
     command = [python, "-c", before + ALONE, json.dumps(IDS), *map(str, folders)]
@@ -97,8 +101,7 @@ def assert_the_same(folder: Path, found: dict[str, Any]) -> None:
 
 
 def test_transformers_alone_generates_the_same_text_or_refuses(saved, tmp_path):
-    without = "import sys; sys.modules['lowrank_lab'] = None\n"
-    found = alone(sys.executable, list(saved.values()), tmp_path / "modules", without)
+    found = alone(sys.executable, list(saved.values()), tmp_path / "modules", WITHOUT)
     for folder in saved.values():
         assert_the_same(folder, found[str(folder)])
 
@@ -117,7 +120,6 @@ def test_in_a_fresh_environment(saved, tmp_path):
 
 
 LM_EVAL = """
-import sys; sys.modules['lowrank_lab'] = None
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 model = HFLM(pretrained=sys.argv[1], trust_remote_code=True, device="cpu", batch_size=1)
@@ -129,11 +131,9 @@ print(model.loglikelihood([request])[0][0])
 @pytest.mark.slow
 def test_lm_eval_reads_it(saved, tmp_path):
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", LM_EVAL, str(saved["remapped"])]
+    command = [sys.executable, "-c", WITHOUT + LM_EVAL, str(saved["remapped"])]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
-    from transformers import AutoTokenizer
-
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(saved["remapped"]),
         AutoTokenizer.from_pretrained(saved["remapped"]),
@@ -144,6 +144,53 @@ def test_lm_eval_reads_it(saved, tmp_path):
     with torch.no_grad():
         logs = model(whole).logits.log_softmax(-1)[0, :-1].gather(1, whole[0, 1:, None])
     assert float(done.stdout.split()[-1]) == pytest.approx(float(logs[context.shape[1] - 1 :].sum()), rel=1e-4)
+
+
+OWN_CODE = {
+    "configuration_mine.py": """
+from transformers import LlamaConfig
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+""",
+    "modeling_mine.py": """
+from transformers import LlamaForCausalLM
+from .configuration_mine import MineConfig
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+""",
+}
+AUTO_MAP = {"AutoConfig": "configuration_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+
+
+@pytest.mark.slow
+def test_a_model_with_code_of_its_own(lab, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    tiny.build("llama", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "architectures": ["MineForCausalLM"], "auto_map": AUTO_MAP}
+    (folder / "config.json").write_text(json.dumps(config))
+    for name, text in OWN_CODE.items():
+        (folder / name).write_text(text)
+    record = lab.run(f"model.path={folder}", "model.trust_remote_code=true", "method=svd", "save=true")
+    saved = lab.root / record["checkpoint"]
+    found = alone(sys.executable, [saved], tmp_path / "modules", WITHOUT)[str(saved)]
+    assert found["texts"][0] == found["texts"][1]
+    assert all("trust_remote_code=True" in reason for reason in found["refused"])
+    again = lab.run(f"model.path={saved}", "model.trust_remote_code=true")
+    assert again["metrics"]["ppl"]["value"] == record["metrics"]["ppl"]["value"]
+    assert again["sizes"] == record["sizes"]
+
+
+def test_no_code_of_a_folder_runs_in_our_name(tmp_path):
+    """What names our type of model is read by us, who are not asked whether code of the folder may run."""
+    quantization = {"original_model_type": "mine", "original_auto_map": AUTO_MAP}
+    config = {"model_type": "lowrank_lab", "quantization_config": quantization}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "configuration_mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ValueError, match="transformers does not know the compressed model's type 'mine'"):
+        AutoConfig.from_pretrained(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def kinds() -> list[type[Described]]:

@@ -159,5 +159,5 @@ def test_an_artifact_that_may_not_be_read_is_said_to_be_so(shared, data_root):
     with umask(0):
         lab.run("method=svd")
     [file] = (shared / "results" / "artifacts" / "spectra").glob("*/*0.safetensors")
-    with locked_out(file), pytest.raises(UserError, match=rf"{file} is not readable for you; ask its owner"):
+    with locked_out(file), pytest.raises(UserError, match=rf"{file} is not readable for you; its owner can"):
         lab.cells("method=svd")[0].store.get("spectra", file.parent.name)

@@ -61,7 +61,7 @@ class Store:
         """
         path = self.path(kind, key)
         if (place := not_readable(path)) is not None:
-            raise UserError(f"{place} is not readable for you; ask its owner to run: chmod -R a+rX {path}")
+            raise UserError(f"{place} is not readable for you; its owner can mend that: chmod -R a+rX {path}")
         if not path.exists():
             return None
         manifest, wrong = examine(path)
@@ -163,6 +163,8 @@ def examine(folder: Path, thorough: bool = False) -> tuple[dict[str, Any] | None
         float(manifest["seconds"])
     except FileNotFoundError as error:
         return None, f"{Path(error.filename).name} is missing"
+    except PermissionError as error:
+        return None, f"{Path(error.filename).name} is not readable for you"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None, f"its {MANIFEST} cannot be read"
     return manifest, ""

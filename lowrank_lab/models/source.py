@@ -53,7 +53,9 @@ def resolve(path: str, revision: str | None, store: Store) -> ModelSource:
         return _gguf(_package_gguf(path.removeprefix("package:")), store)
     local = Path(path)
     if (place := not_readable(local)) is not None:
-        raise UserError(f"model.path={path}: {place} is not readable for you; ask its owner to run: chmod -R a+rX")
+        raise UserError(
+            f"model.path={path}: {place} is not readable for you; its owner can mend that: chmod -R a+rX {path}"
+        )
     if os.path.isdir(local):  # os.path, as pathlib raises for names that are too long
         return _folder(local, store)
     if os.path.isfile(local) and local.suffix == ".gguf":

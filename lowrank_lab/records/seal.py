@@ -31,6 +31,8 @@ def examine(file: Path, entries: set[str]) -> tuple[dict[str, Any] | None, str]:
     """The record or grid in ``file`` if it is unchanged; else None, and what is wrong with the file."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
+    except PermissionError:
+        return None, "is not readable for you"
     except (ValueError, OSError):
         return None, "cannot be read"
     without_number = isinstance(value, dict) and value.get("status") in ("failed", "skipped")
