@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from lowrank_lab.artifacts.store import Store
 from lowrank_lab.checkpoints import checkpoint
 from lowrank_lab.errors import UserError
 from lowrank_lab.models import tiny
 from lowrank_lab.models.load import load_model
-from lowrank_lab.running.runner import summary
 
 from .conftest import Lab
 
@@ -64,23 +64,21 @@ def test_a_generation_config_that_is_no_mapping(odd_model):
     assert load_model(str(odd_model([1, 2])), None, "float32", False).can_generate()
 
 
-@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), ValueError("odd tokenizer")])
 @pytest.mark.own_artifacts
-def test_a_failure_to_save_costs_no_number(lab, monkeypatch, error):
+def test_a_failure_to_save_costs_no_number(lab, monkeypatch):
     def fail(*_: Any) -> None:
-        raise error
+        raise ValueError("odd tokenizer")
 
     overrides = ("method=svd", "save=true", "save.merge=true")
-    expected = lab.run("method=dense")["status"]
     with monkeypatch.context() as patch:
         patch.setattr(type(tiny.byte_tokenizer()), "save_pretrained", fail)
         with pytest.raises(UserError, match=r"no checkpoint is saved: .*its numbers are kept") as raised:
             lab.run(*overrides)
     assert "\n" not in str(raised.value)
-    [record] = [record for record in lab.results.records() if record["method"] == "svd"]
-    assert (record["status"], set(record["not_saved"])) == (expected, {"checkpoint", "merged_checkpoint"})
+    [record] = lab.results.records()
+    assert record["status"] == "done"
+    assert record["not_saved"] == {"checkpoint": "odd tokenizer", "merged_checkpoint": "odd tokenizer"}
     assert record["metrics"]["ppl"]["value"] > 0
-    assert "not_saved" not in summary(record) and "perplexity" in summary(record)
     again = lab.run(*overrides)
     assert again["metrics"] == record["metrics"] and "not_saved" not in again
     made = {stage["stage"] for stage in again["stages"] if not stage.get("reused", True)}
@@ -109,9 +107,9 @@ def modes(folder: Path) -> dict[str, int]:
     return {str(file): stat.S_IMODE(file.stat().st_mode) for file in files}
 
 
-@pytest.mark.parametrize("mask", [0o002, 0o027])
 @pytest.mark.own_artifacts
-def test_all_files_follow_the_umask(lab, mask):
+def test_all_files_follow_the_umask(lab):
+    mask = 0o026
     with umask(mask):
         lab.run("method=svdllm", "save=true", "refinement=sequential_update")
     assert any(name.endswith(".safetensors") for name in modes(lab.root))
@@ -160,4 +158,4 @@ def test_an_artifact_that_may_not_be_read_is_said_to_be_so(shared, data_root):
         lab.run("method=svd")
     [file] = (shared / "results" / "artifacts" / "spectra").glob("*/*0.safetensors")
     with locked_out(file), pytest.raises(UserError, match=rf"{file} is not readable for you; its owner can"):
-        lab.cells("method=svd")[0].store.get("spectra", file.parent.name)
+        Store(lab.root / "artifacts").get("spectra", file.parent.name)
