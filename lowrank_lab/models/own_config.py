@@ -11,9 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MODEL_TYPE = "lowrank_lab"  # of a compressed model, and the name of its quantization
-WITH_CODE = (
-    "lowrank_lab_with_code"  # the type where the dense model has code of its own, which runs if it is trusted
-)
+WITH_CODE = "lowrank_lab_with_code"  # the type where the dense model has code of its own
 CODE = "modeling_lowrank_lab"  # the file with its code, and its class of configurations:
 CONFIG_CLASS = "CompressedConfig"
 ORIGINAL = ("model_type", "auto_map")  # what is kept of the dense model, as original_…
