@@ -14,7 +14,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from lowrank_lab.cells import config, grid, spelling
-from lowrank_lab.cells.cell import Cell
 from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.answers import answers_of
 from lowrank_lab.models import tiny
@@ -300,7 +299,8 @@ def test_a_planned_cell_has_the_configuration_that_hydra_will_compose(words, tmp
         file.write_text(text)
     words = [f"hydra.searchpath=[file://{tmp_path}]", *re.split(r" (?=[+~]?[\w/.@]+(?:=|$))", words)]
     jobs = [[*words, f"save.checkpoint={swept}"] for swept in ("true", "false")]
-    monkeypatch.setattr(Cell, "from_config", lambda cfg: cfg)  # not all of them are cells
+    monkeypatch.setattr(grid, "cell_from", lambda cfg, _words: cfg)  # not all of them are cells
+    monkeypatch.setattr(grid, "told_apart", list)
     planned = grid.plan(CONF, "config", [*words, "save.checkpoint=true,false"], multirun=True)
     for found, job in zip(planned, jobs, strict=True):
         with initialize_config_dir(str(CONF), version_base="1.3"):

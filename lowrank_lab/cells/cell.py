@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lowrank_lab.artifacts.store import Store
 from lowrank_lab.calibration.corpora import Corpus, Part
-from lowrank_lab.cells import config, paths
+from lowrank_lab.cells import config, paths, told
 from lowrank_lab.cells.compression import Compression
 from lowrank_lab.cells.evaluator import Evaluator
 from lowrank_lab.cells.keys import Keys
@@ -33,6 +33,8 @@ class Cell:
     ``calibration_data`` is the content hash of the calibration text (None where nothing reads it),
     ``training_data`` that of each other text that a compression reads, ``evaluation_data`` that of the text of each
     evaluator that reads one. ``parts`` has what each evaluator measures separately, with all that it depends on.
+    ``words`` are those of the command line that made the cell, by name, and ``apart`` has the names of those that
+    tell it from other cells of its grid.
     """
 
     cfg: DictConfig
@@ -46,6 +48,8 @@ class Cell:
     left_out: tuple[str, ...]
     evaluation_data: dict[str, str | None]
     parts: dict[str, dict[str, Any]]
+    words: dict[str, str] = field(default_factory=dict)
+    apart: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> Cell:
@@ -149,12 +153,15 @@ class Cell:
             model = "a model that is compressed already, whose dense original is not known"
         return f"eval={','.join(self.left_out)} measures nothing on {model}"
 
-    @property
+    @cached_property
     def label(self) -> str:
+        """One line for logs, status and tables: "asvd ratio=0.6 INT4 metric.alpha=0.25 SmolLM2 wikitext2"."""
         name = self.cfg.method.name
         what = f"{name} ratio={self.ratio:g}" if self.is_factored else name
         what += self.method_in_words.removeprefix(redacted(name))
-        return f"{what} {self.source.name} {self.cfg.dataset.name}"
+        shown = (*told.told(self), *self.apart)
+        words = [redacted(f"{name}={value}") for name, value in self.words.items() if name in shown]
+        return " ".join([what, *words, self.source.name, self.cfg.dataset.name])
 
     @property
     def method_in_words(self) -> str:

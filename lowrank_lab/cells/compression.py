@@ -22,6 +22,7 @@ class Compression:
     components      the names of its versions in versions.py, if it has some there
     makes_factors   whether it replaces a linear by two factors
     on_checkpoints  whether it may be applied to a checkpoint of lowrank_lab, which is already compressed
+    in_name         its settings that its name says, so that labels need not tell them
     site_rules      its grouping, targets and storage, where it does not take those of the configuration
     """
 
@@ -31,6 +32,7 @@ class Compression:
     components: tuple[str, ...] = ()
     makes_factors = False
     on_checkpoints = True
+    in_name: tuple[str, ...] = ()
     site_rules: tuple[Any, Any, Any] | None = None
 
     @property

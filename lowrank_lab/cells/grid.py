@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lowrank_lab import redaction
 from lowrank_lab.cells import hints, spelling
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.hydra_private import combinations
+from lowrank_lab.cells.told import told_apart, words_of
 from lowrank_lab.errors import UserError
 
 NAME = "LOWRANK_LAB_GRID"  # variable with the name of a grid, for its processes and their records
@@ -33,11 +35,11 @@ def plan(config_dir: Path, config_name: str, overrides: list[str], multirun: boo
     overrides = spelling.spelled_out(overrides)
     with _hydra(config_dir, config_name, overrides):
         if multirun:
-            return [Cell.from_config(cfg) for cfg in _swept(config_name, overrides)]
+            return told_apart([cell_from(cfg, words) for cfg, words in _swept(config_name, overrides)])
         base = compose(config_name, overrides, True)
         redaction.refuse_in(_without_hydra(base))
         _refuse_grid(base, overrides)
-        return [cell_of(base)]
+        return [cell_of(base, overrides)]
 
 
 def configurations(config_dir: Path, config_name: str, overrides: list[str]) -> list[DictConfig]:
@@ -46,7 +48,7 @@ def configurations(config_dir: Path, config_name: str, overrides: list[str]) -> 
     Raises UserError for an unknown option or key.
     """
     with _hydra(config_dir, config_name, overrides):
-        return list(_swept(config_name, overrides))
+        return [cfg for cfg, _ in _swept(config_name, overrides)]
 
 
 @contextmanager
@@ -68,13 +70,14 @@ def _hydra(config_dir: Path, config_name: str, overrides: list[str]) -> Iterator
         GlobalHydra.instance().clear()
 
 
-def _swept(config_name: str, overrides: list[str]) -> Iterator[DictConfig]:
-    """The configuration of each combination of the swept values."""
+def _swept(config_name: str, overrides: list[str]) -> Iterator[tuple[DictConfig, list[str]]]:
+    """The configuration of each combination of the swept values, and the overrides that make it."""
     base = compose(config_name, _without_sweeps(overrides), True)
     swept = [f"{key!s}={value}" for key, value in _params(base).items()] + overrides
     redaction.refuse(swept)
     parsed = OverridesParser.create().parse_overrides(swept)
-    yield from _composed(config_name, combinations(parsed), base)
+    jobs = combinations(parsed)
+    yield from zip(_composed(config_name, jobs, base), jobs, strict=True)
 
 
 def _params(cfg: DictConfig) -> DictConfig:
@@ -105,9 +108,14 @@ def _without_sweeps(overrides: list[str]) -> list[str]:
     return first
 
 
-def cell_of(cfg: DictConfig) -> Cell:
+def cell_of(cfg: DictConfig, overrides: list[str]) -> Cell:
     """The cell of a composed configuration, Hydra's part included. Raises UserError as ``plan`` does."""
-    return Cell.from_config(OmegaConf.create(_without_hydra(cfg)))
+    return cell_from(OmegaConf.create(_without_hydra(cfg)), overrides)
+
+
+def cell_from(cfg: DictConfig, overrides: list[str]) -> Cell:
+    """The cell of a configuration that ``overrides`` have made; its label tells some of them."""
+    return replace(Cell.from_config(cfg), words=words_of(overrides))
 
 
 def _composed(config_name: str, jobs: list[list[str]], base: DictConfig) -> Iterator[DictConfig]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lowrank_lab.cells.options import name_of
+
 ANSWERS = ("metric", "grouping", "targets", "allocation", "refinement", "storage")
 # Settings that a name already says, or that change no number.
 EXCLUDED = (
@@ -21,14 +23,15 @@ EXCLUDED = (
 def flattened(name: str, value: Any) -> dict[str, Any]:
     """The settings of a node ``name``, which is plain data.
 
-    The value of a node is its class, its settings follow below it. The name of a data set says its corpus.
+    The value of a node is the name of its option, or its class where it is no axis; its settings follow below it.
+    The name of a data set says its corpus.
     """
     if not isinstance(value, dict):
         return {name: value}
     found: dict[str, Any] = {}
     for inner_name, inner in value.items():
         if inner_name == "_target_":
-            found[name] = str(inner).rpartition(".")[2]
+            found[name] = name_of(name, value) if name in ANSWERS else str(inner).rpartition(".")[2]
         elif inner_name != "corpus" and f"{name}.{inner_name}" not in EXCLUDED:
             found |= flattened(f"{name}.{inner_name}", inner)
     return found

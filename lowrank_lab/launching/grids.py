@@ -25,6 +25,7 @@ from lowrank_lab import progress
 from lowrank_lab.cells import grid
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.hydra_private import argument_parser
+from lowrank_lab.cells.told import told_apart
 from lowrank_lab.environment import cores
 from lowrank_lab.errors import UserError
 from lowrank_lab.launching import jobs, slurm
@@ -61,9 +62,9 @@ class Grid:
         Raises UserError for cells whose keys depend on the process that measures them.
         """
         cells, overrides_of_cell = {}, {}
-        for cfg in configs:
-            words = list(cfg.hydra.overrides.task)
-            cell = grid.cell_of(cfg)
+        words_of_all = [list(cfg.hydra.overrides.task) for cfg in configs]
+        all_cells = told_apart([grid.cell_of(cfg, words) for cfg, words in zip(configs, words_of_all, strict=True)])
+        for cell, words in zip(all_cells, words_of_all, strict=True):
             if timed := [name for name, evaluator in cell.evaluators.items() if evaluator.of_this_machine]:
                 raise UserError(
                     f"eval={timed[0]} depends on the machine and the process that measures it; run it without "

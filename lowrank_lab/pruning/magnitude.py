@@ -38,6 +38,7 @@ class Magnitude(Compression):
     axis = "pruning"
     kind = "pruned"
     kind_in_words = "a pruned model"
+    in_name = ("sparsity",)
 
     def __init__(self, sparsity: float) -> None:
         checks.share(sparsity=sparsity)

@@ -5,17 +5,18 @@ Tables compare these entries, so they need neither the classes nor the YAML of t
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from lowrank_lab.cells import config
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.hydra_private import composed
-from lowrank_lab.cells.settings import flattened
+from lowrank_lab.cells.options import CONFIG_DIR, names
+from lowrank_lab.cells.settings import ANSWERS, flattened
+from lowrank_lab.cells.told import told
 from lowrank_lab.redaction import redacted_settings
 
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"
 SETTING_OF = {"lowrank": "allocation"}  # the setting that is "none" without a compression, if not its own
 OLD_COMPRESSIONS = ("lowrank", "quantization")  # of records that do not list their compressions
 COMMON = ("dtype", "calibration", "seed")  # settings that do not belong to a method
@@ -33,6 +34,8 @@ def labels(cell: Cell) -> dict[str, Any]:
     factors = any(one.makes_factors for one in cell.compressions.values())
     of_compressions = {name: one.settings(plain) for name, one in cell.compressions.items()}
     of_cell = settings(plain, of_compressions, calibrated=cell.calibration_data is not None)
+    typed = {axis: cell.words[axis] for axis in ANSWERS if axis in of_cell and axis in cell.words}
+    of_cell |= {axis: option for axis, option in typed.items() if option not in names(axis)}  # somebody's own
     quantization = cell.compressions.get("quantization")
     return {
         "quantization": {
@@ -41,7 +44,7 @@ def labels(cell: Cell) -> dict[str, Any]:
         },
         "counts": counts(plain, cell.site_rules[2].counts if factors else None, bool(cell.compressions)),
         "settings": of_cell,
-        "variant": variant(of_cell, of_method(cell.cfg.method.name)),
+        "variant": variant(of_cell, of_method(cell.cfg.method.name), told(cell)),
     }
 
 
@@ -77,18 +80,24 @@ def counts(cfg: dict[str, Any], stored: str | None, compressed: bool) -> dict[st
     return {"unit": f"{stored}{of_role}{in_blocks}", "whole": everything and not in_blocks}
 
 
-def variant(of_cell: dict[str, Any], of_its_method: dict[str, Any] | None) -> dict[str, Any]:
-    """The settings of a cell that differ from those of its method; empty where the method has no YAML file.
+def variant(
+    of_cell: dict[str, Any], of_its_method: dict[str, Any] | None, told_in_label: Collection[str] = ()
+) -> dict[str, Any]:
+    """The settings of a cell that differ from those of its method, where the method has a YAML file.
 
-    Where a part of the method is replaced (another metric, say), the new part is listed without its settings.
+    Where a part of the method is replaced (another metric, say), the new part is listed with those of its settings
+    that the cell's label tells.
     """
-    if of_its_method is None:
-        return {}
     found = {}
     for name, value in of_cell.items():
         answer = name.split(".")[0]
-        of_same_answer = name == answer or of_its_method.get(answer) == of_cell.get(answer)
-        if answer not in COMMON and of_same_answer and of_its_method.get(name) != value:
+        if answer in COMMON:
+            continue
+        if of_its_method is not None and (name == answer or of_its_method.get(answer) == of_cell.get(answer)):
+            differs = of_its_method.get(name) != value
+        else:
+            differs = name in told_in_label
+        if differs:
             found[name] = value
     return found
 
@@ -96,7 +105,7 @@ def variant(of_cell: dict[str, Any], of_its_method: dict[str, Any] | None) -> di
 @cache
 def of_method(method: str) -> dict[str, Any] | None:
     """The settings of a method in its YAML file; None for a method that is not in conf/."""
-    if method not in {file.stem for file in (CONFIG_DIR / "method").glob("*.yaml")}:
+    if method not in names("method"):
         return None
     cfg = composed(CONFIG_DIR, "config", [f"method={method}"])
     plain = config.plain(cfg)

@@ -10,7 +10,8 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from lowrank_lab.cells.settings import lowrank_settings, quantization_settings
+from lowrank_lab.cells.options import name_of
+from lowrank_lab.cells.settings import ANSWERS, lowrank_settings, quantization_settings
 from lowrank_lab.modules.formats import Format
 from lowrank_lab.records import labels
 
@@ -23,7 +24,7 @@ def with_labels(record: dict[str, Any]) -> dict[str, Any]:
     Where parts of the configuration are missing, as in outdated schemas, the entries stay empty.
     """
     if "settings" in record:
-        return _with_act_order(record)
+        return _with_option_names(_with_act_order(record))
     cfg, name = record["config"], _name(record)
     record = {
         **record,
@@ -49,6 +50,19 @@ def _with_act_order(record: dict[str, Any]) -> dict[str, Any]:
     if act_order is not True or "GPTQ-R" in names["name"]:
         return record
     return {**record, "quantization": {of: name.replace("GPTQ", "GPTQ-R") for of, name in names.items()}}
+
+
+def _with_option_names(record: dict[str, Any]) -> dict[str, Any]:
+    """``record`` with the names of options where it has those of classes."""
+    named = {
+        axis: name_of(axis, record["config"].get(axis))
+        for axis in ANSWERS
+        if axis in record["settings"] and record["settings"][axis] == _class(record["config"].get(axis))
+    }
+    if not named:
+        return record
+    in_variant = {axis: name for axis, name in named.items() if axis in record["variant"]}
+    return {**record, "settings": record["settings"] | named, "variant": record["variant"] | in_variant}
 
 
 def _of_compressions(cfg: dict[str, Any], quantization: str) -> dict[str, dict[str, Any]]:

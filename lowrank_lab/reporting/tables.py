@@ -11,6 +11,7 @@ import pandas as pd
 
 from lowrank_lab.artifacts.store import fingerprint
 from lowrank_lab.cells import versions
+from lowrank_lab.cells.options import default
 from lowrank_lab.records.labels import word
 from lowrank_lab.records.results import other_compressions
 from lowrank_lab.reporting.frame import frame
@@ -201,5 +202,12 @@ def variants(records: list[dict[str, Any]]) -> dict[str, str]:
             for name, value in record["settings"].items()
             if name in record["variant"] or any(other.get(name, value) != value for other in same_method)
         }
-        texts[record["key"]] = ", ".join(f"{name}={word(value)}" for name, value in shown.items())
+        told = [f"{name}={word(value)}" for name, value in shown.items() if not _is_implied(name, value, shown)]
+        texts[record["key"]] = ", ".join(told)
     return texts
+
+
+def _is_implied(name: str, value: Any, shown: dict[str, Any]) -> bool:
+    """Whether the name of an option, which is shown too, already says this setting."""
+    axis, _, entry = name.partition(".")
+    return bool(entry) and axis in shown and default(axis, shown[axis], entry) == value

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from lowrank_lab.records.labels import CONFIG_DIR
+from lowrank_lab.cells.options import CONFIG_DIR
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import published
 from lowrank_lab.reporting.joined import join
