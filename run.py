@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -31,6 +32,7 @@ OmegaConf.register_new_resolver("described", lambda group: hints.described(CONFI
 
 _cells: list[Cell] = []  # those of this command in the order of Hydra's jobs
 _postponed: list[Cell] = []  # cells that wait for another process
+_finished: dict[str, dict[str, Any]] = {}  # by key, the records that were there before
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -53,7 +55,7 @@ def job(_cfg: DictConfig) -> None:
             sys.exit(f"error: {error}")
         raise CompactHydraException(f"error: {cell.label}: {error}") from error
     finally:
-        if not postponed:
+        if not postponed and cell.key not in _finished:
             progress.cell_done()
 
 
@@ -82,7 +84,7 @@ def main() -> None:
                 _cells.extend(_plan(arguments))
                 if not _cells:
                     return
-                with progress.grid(len(_cells)):
+                with progress.grid(sum(cell.key not in _finished for cell in _cells)):
                     _run()
             else:
                 job()
@@ -119,24 +121,22 @@ def _plan(arguments: argparse.Namespace) -> list[Cell]:
         from lowrank_lab.planning.dry_run import print_needs
 
         sys.exit(0 if print_needs(cells) else 1)
-    finished = {cell.key: (cell.label, record) for cell in cells if (record := runner.finished(cell)) is not None}
-    count = sum(cell.key in finished for cell in cells)  # two cells may have one label
+    _finished.update({cell.key: record for cell in cells if (record := runner.finished(cell)) is not None})
+    count = sum(cell.key in _finished for cell in cells)  # two cells may have one key
     if not any(word.startswith("hydra/launcher=slurm") for word in overrides):  # else jobs run elsewhere
-        runner.check_devices(cell for cell in cells if cell.key not in finished)
+        runner.check_devices(cell for cell in cells if cell.key not in _finished)
     print(f"{len(cells)} cells, {count} finished already", file=sys.stderr)
     if grid.NAME not in os.environ:  # else a launcher has written down the grid of this process
-        _check_models([cell for cell in cells if cell.key not in finished])
+        _check_models([cell for cell in cells if cell.key not in _finished])
         for root in dict.fromkeys(cell.cfg.results for cell in cells):
             of_root = [cell for cell in cells if cell.cfg.results == root]
             os.environ[grid.NAME] = Results(root).write_grid(arguments.overrides, of_root)
     if count < len(cells):
         return cells
-    for label, record in finished.values():
-        print(f"{label}: {record['status']} ({runner.summary(record)})", file=sys.stderr)
-    for cell in cells:
-        config.build(cell.cfg.tracker).track_existing(
-            finished[cell.key][1], Results(cell.cfg.results).path(cell.key)
-        )
+    for cell in {cell.key: cell for cell in cells}.values():
+        record = _finished[cell.key]
+        print(f"{cell.label}: {record['status']} ({runner.summary(record)})", file=sys.stderr)
+        config.build(cell.cfg.tracker).track_existing(record, Results(cell.cfg.results).path(cell.key))
     print("nothing to do; python report.py makes the table", file=sys.stderr)
     return []
 

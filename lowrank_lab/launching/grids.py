@@ -189,8 +189,6 @@ def _wait(unfinished: Grid, active: dict[str, set[str]], submitted: list[str]) -
 
 def _report_progress(unfinished: Grid, is_active: Callable[[], bool], where: str) -> None:
     """Log each cell when it is finished, until all are, or until no process ``is_active``."""
-    for _ in range(unfinished.finished):
-        progress.cell_done()
     # Without warnings about damaged records, which ``Results.find`` gives before and after this.
     record_of = lambda key: examine(unfinished.results.path(key), RECORD_ENTRIES)[0]
     before = {key: record_of(key) for key in unfinished.cells}

@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from lowrank_lab import environment, out_of_memory
+from lowrank_lab import environment, out_of_memory, progress
 from lowrank_lab.artifacts.locks import LockedByAnother
 from lowrank_lab.artifacts.store import Artifact, disk_full, fingerprint, write_json
 from lowrank_lab.cells import config, versions
@@ -104,7 +104,8 @@ class Record:
     def stage(self, name: str) -> Iterator[None]:
         """Measure the time of a stage that keeps no artifact, without that of the stages within it."""
         start, before = time.perf_counter(), len(self.data["stages"])
-        yield
+        with progress.doing(name):
+            yield
         within = sum(stage["seconds"] for stage in self.data["stages"][before:])
         self._add_stage(name, max(0.0, time.perf_counter() - start - within))
 

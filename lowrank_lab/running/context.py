@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lowrank_lab import progress
 from lowrank_lab.artifacts.store import fingerprint
 from lowrank_lab.calibration.gradients import make_gradients
 from lowrank_lab.calibration.statistics import make_statistics
@@ -76,6 +77,7 @@ class Context:
 
     @cached_property
     def model(self) -> nn.Module:
+        log.info("loading %s", self.cell.source.name)
         with self.record.stage("model loading"):
             model = self.task.load(self.location, dtype=self.cell.cfg.dtype, **self._remote)
         self._snapshot = Snapshot(model)
@@ -269,7 +271,9 @@ class Context:
         self, stage: str, kind: str, key: str, make: Callable[[Path], None], resumable: bool = False
     ) -> Path:
         """The folder of an artifact, which is computed if it does not exist; the record lists it as ``stage``."""
-        return self.record.artifact(stage, self.cell.store.get_or_make(kind, key, make, resumable)).path
+        with progress.doing(stage):
+            made = self.cell.store.get_or_make(kind, key, make, resumable)
+        return self.record.artifact(stage, made).path
 
     @cached_property
     def tokenizer(self) -> Any:

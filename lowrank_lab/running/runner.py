@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections import Counter, deque
 from collections.abc import Iterable
 from typing import Any
@@ -60,6 +61,7 @@ def run(cell: Cell, grid: str | None = None, wait: bool = True) -> dict[str, Any
 def _compute_and_record(cell: Cell, results: Results, grid: str | None) -> dict[str, Any]:
     """Compute a cell, write its record, and track a copy."""
     cfg = cell.cfg
+    progress.cell_starts(cell.label)
     log.info("%s: starting", cell.label)
     if cell.left_out and cell.evaluators:
         log.info("%s", cell.left_out_message)
@@ -69,8 +71,11 @@ def _compute_and_record(cell: Cell, results: Results, grid: str | None) -> dict[
     previous = results.find(cell.key) or {}
     recording.data.update({what: previous[what] for what in CHECKPOINT_NAMES if what in previous})
     try:
-        with results.recording(recording), stopping.heeded():
-            from lowrank_lab.running.pipeline import compute
+        with progress.never_silent(), results.recording(recording), stopping.heeded():
+            if "torch" not in sys.modules:
+                log.info("importing torch and transformers")
+            with progress.doing("importing torch and transformers"):
+                from lowrank_lab.running.pipeline import compute
 
             compute(cell, recording)
     except Exception as error:
