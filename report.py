@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lowrank_lab.records.results import Results
+
+WIDTH = 120  # of tables that are printed where there is no terminal and no COLUMNS
 
 
 def main() -> None:
@@ -113,7 +116,7 @@ def everything(results: Results, out: Path) -> list[Path]:
     records = results.records()
     if not records:
         raise UserError(f"no records in {results.root}; run something first: python run.py")
-    print(tables.markdown(records))
+    print(tables.markdown(records, shutil.get_terminal_size(fallback=(WIDTH, 24)).columns))
     files = _wrote([*tables.write(records, out), *figures.write(records, out), *generation.write(records, out)])
     for name in (name for name, cells in coverage.ran(results).items() if cells):
         write = paper_tables.write if name in published.tables() else paper_figures.write

@@ -135,8 +135,8 @@ def _plan(arguments: argparse.Namespace) -> list[Cell]:
         return cells
     for cell in {cell.key: cell for cell in cells}.values():
         record = _finished[cell.key]
-        print(f"{cell.label}: {record['status']} ({runner.summary(record)})", file=sys.stderr)
-        config.build(cell.cfg.tracker).track_existing(record, Results(cell.cfg.results).path(cell.key))
+        told = f"{cell.label}: {record['status']} ({runner.summary(record)}){runner.tracked(cell, record)}"
+        print(told, file=sys.stderr)
     print("nothing to do; python report.py makes the table", file=sys.stderr)
     return []
 

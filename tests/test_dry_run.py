@@ -153,7 +153,7 @@ def test_only_the_configuration_of_a_model_is_read_and_the_exit_status_tells(lab
     [row, _] = rows(done.stdout)
     assert row[1] == "does not fit"
     assert float(row[5]) > 1e18
-    assert "does not fit: svdllm ratio=0.8 huge wikitext2: decomposition needs" in done.stdout
+    assert "does not fit: svdllm ratio=0.8 dtype=bfloat16 huge wikitext2: decomposition needs" in done.stdout
     assert not (lab.root / "records").exists()
 
 

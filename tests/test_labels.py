@@ -98,8 +98,8 @@ def test_a_label_tells_what_was_changed_of_a_method_as_it_was_typed(lab):
         "method=asvd metric=abs_max metric.alpha=0.25": "asvd ratio=0.6 metric=abs_max metric.alpha=0.25",
         "method=svdllm_lora refinement.micro_batch=1": "svdllm_lora ratio=0.6",  # changes no number
         "method=dense metric.cholesky=true metric=second_moment": "dense",  # which has no metric
-        "method=dense quantization=gptq quantization.method.act_order=true": (
-            "dense GPTQ INT4 quantization.method.act_order=true"
+        "method=dense quantization=gptq quantization.method.damping=0.1": (
+            "dense GPTQ INT4 quantization.method.damping=0.1"
         ),
         "method=dense quantization=int4 quantization.weights.bits=3": "dense INT3",
     }

@@ -94,6 +94,8 @@ def test_an_offline_run_can_be_read_back(lab):
     assert history["seconds/decomposition"] == seconds["decomposition"]
     assert found.config["key"] == record["key"]
     assert found.config["ratio"] == 0.8
+    assert found.config["protocol"] == {"ppl": record["metrics"]["ppl"]["protocol"]}
+    assert found.config["ranks"] == record["compressions"]["lowrank"]["plan"]
 
 
 def report(lab: Lab, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -176,10 +178,17 @@ def test_a_cell_of_a_sweep_is_the_run_that_the_agent_asked_for(lab, tmp_path, mo
         assert found.config["key"] == record["key"]
 
 
-def test_a_finished_cell_outside_a_sweep_is_not_copied_again(lab):
-    for _ in range(2):
-        lab.cli("method=svd", "tracker=wandb")
-    assert len(list((lab.root / "wandb").glob("offline-run-*"))) == 1
+def test_a_finished_cell_is_copied_once_and_the_command_says_so(lab):
+    words = ("metric=abs_mean", "metric.alpha=0.25", "method=svd")
+    lab.cli(*words)
+    told = [lab.cli(*words, "tracker=wandb").stderr for _ in range(2)]
+    assert "copied to W&B (offline)" in told[0]
+    assert "copied to W&B before" in told[1]
+    grid = lab.cli("-m", "ratio=0.8,0.6", *words, "tracker=wandb")  # one finished, one to compute
+    assert "copied to W&B before" in grid.stderr
+    runs = [offline_run(file).run for file in (lab.root / "wandb").glob("offline-run-*/*.wandb")]
+    words_in_name = "metric=abs_mean metric.alpha=0.25 tiny-llama"
+    assert sorted(run.display_name for run in runs) == [f"svd 0.6 {words_in_name}", f"svd 0.8 {words_in_name}"]
 
 
 def test_whether_somebody_is_logged_in_is_told_without_a_server(monkeypatch, tmp_path):

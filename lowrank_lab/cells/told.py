@@ -64,7 +64,8 @@ def _is_told(cell: Any, settings: dict[str, Any], name: str, value: str) -> bool
         axis, _, entry = entry.partition(".")
     if axis not in cell.compressions or not entry:
         return False
-    return name in settings or entry.partition(".")[0] not in cell.compressions[axis].in_name
+    in_name = cell.compressions[axis].in_name
+    return entry not in in_name and (name in settings or entry.partition(".")[0] not in in_name)
 
 
 def _draws_random_numbers(cell: Any, settings: dict[str, Any]) -> bool:

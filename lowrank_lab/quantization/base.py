@@ -87,7 +87,7 @@ class Quantization(Compression):
     kind = "quantized"
     kind_in_words = "a dense model in few bits"
     components = ("QUANTIZATION",)
-    in_name = ("weights", "left", "right", "activations")
+    in_name = ("weights", "left", "right", "activations", "method.act_order")
 
     def __init__(
         self,

@@ -10,12 +10,14 @@ import json
 import logging
 import netrc
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from lowrank_lab import environment
+from lowrank_lab.records.results import compression_of
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +30,9 @@ class NoTracker:
     def __call__(self, record: dict[str, Any], file: Path) -> None:
         """Do nothing: the record on disk is enough."""
 
-    def track_existing(self, record: dict[str, Any], file: Path) -> None:
-        """The same for a record that existed before."""
+    def track_existing(self, record: dict[str, Any], file: Path) -> str:
+        """The same for a record that existed before; returns what was done, in a few words."""
+        return ""
 
 
 class WandbTracker:
@@ -45,13 +48,41 @@ class WandbTracker:
         self.timeout = timeout
 
     def __call__(self, record: dict[str, Any], file: Path) -> None:
-        if not _copy(["record", str(file)], self.project, self.entity, self.timeout):
-            log.warning("W&B: this record could not be copied; it is safe in %s", file)
+        self._copied(record, file)
 
-    def track_existing(self, record: dict[str, Any], file: Path) -> None:
-        """Copy a record that existed before only in a W&B sweep, whose run would otherwise have no numbers."""
-        if os.environ.get("WANDB_SWEEP_ID"):
-            self(record, file)
+    def track_existing(self, record: dict[str, Any], file: Path) -> str:
+        """Copy a record that existed before, unless this was done; returns which, in a few words.
+
+        In a W&B sweep it is always copied, as the run that the agent asked for would otherwise have no numbers.
+        """
+        mark = self._mark(file)
+        if mark.is_file() and mark.read_text() == _identity(record) and not os.environ.get("WANDB_SWEEP_ID"):
+            return f"copied to W&B before; delete {mark} to copy it again"
+        mode = self._copied(record, file)
+        if mode == "disabled":
+            return "not copied to W&B, which WANDB_MODE disables"
+        return f"copied to W&B ({mode})" if mode else "not copied to W&B"
+
+    def _copied(self, record: dict[str, Any], file: Path) -> str:
+        """Copy a record and note it; returns how, "" where it could not be copied."""
+        mode = _copy(["record", str(file)], self.project, self.entity, self.timeout)
+        if not mode:
+            log.warning("W&B: this record could not be copied; it is safe in %s", file)
+        elif mode != "disabled":
+            mark = self._mark(file)
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.write_text(_identity(record))
+        return mode
+
+    def _mark(self, file: Path) -> Path:
+        """The file that says that the record in ``file`` was copied to the project."""
+        project = "-".join(filter(None, (self.entity, self.project)))
+        return file.parent.parent / "wandb" / "copied" / re.sub(r"[^\w.-]", "_", project) / file.stem
+
+
+def _identity(record: dict[str, Any]) -> str:
+    """What tells a record from a later one of the same cell."""
+    return str(record.get("started"))
 
 
 def log_report(what: str, root: Path, files: list[Path], project: str) -> None:
@@ -60,18 +91,18 @@ def log_report(what: str, root: Path, files: list[Path], project: str) -> None:
         log.warning("W&B: the report could not be copied; its files are safe")
 
 
-def _copy(what: list[str], project: str, entity: str | None, timeout: float) -> bool:
-    """Copy online if possible, else offline; returns whether it worked, True also where W&B is disabled."""
+def _copy(what: list[str], project: str, entity: str | None, timeout: float) -> str:
+    """Copy online if possible, else offline; returns "online", "offline" or "disabled", "" where it failed."""
     global _unreachable
     mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
     if mode == "disabled":
-        return True
+        return mode
     if mode == "online" and not _unreachable:
         if _upload(what, project, entity, timeout, "online"):
-            return True
+            return mode
         _unreachable = True
         log.warning("W&B: from now on copies are written offline below <results>/wandb; wandb sync uploads them")
-    return _upload(what, project, entity, timeout, "offline")
+    return "offline" if _upload(what, project, entity, timeout, "offline") else ""
 
 
 def _upload(what: list[str], project: str, entity: str | None, timeout: float, mode: str) -> bool:
@@ -108,7 +139,7 @@ def _run(root: Path, mode: str, **named: Any) -> Any:
 
 
 def upload(file: Path, project: str, entity: str | None, mode: str) -> None:
-    """Copy one record to W&B: its config, its numbers as summary, and its stages' seconds."""
+    """Copy one record to W&B: its config with protocols and ranks, its numbers as summary, its stages' seconds."""
     record = json.loads(file.read_text(encoding="utf-8"))
     run = _run(
         file.parent.parent,
@@ -116,13 +147,15 @@ def upload(file: Path, project: str, entity: str | None, mode: str) -> None:
         project=project,
         entity=entity,
         group=(record["grid"] or "single")[:128],
-        name=f"{record['method']} {record['ratio']:g} {record['model']}",
+        name=_name(record),
         tags=[record["method"], record["dataset"], record["status"]],
         config={
             **record["config"],
             "key": record["key"],
             "git": record["git"],
             "versions": record["versions"],
+            "protocol": {name: metric["protocol"] for name, metric in record["metrics"].items()},
+            "ranks": compression_of(record, "lowrank").get("plan", {}),
         },
     )
     summary: dict[str, Any] = {
@@ -136,6 +169,13 @@ def upload(file: Path, project: str, entity: str | None, mode: str) -> None:
         summary[f"seconds/{stage['stage']}"] = stage["seconds"]
     run.log(summary)
     run.finish()
+
+
+def _name(record: dict[str, Any]) -> str:
+    """The method, the ratio, what else its label tells, and the model."""
+    ratio = f"{record['ratio']:g}"
+    told = record["label"].removeprefix(record["method"]).removeprefix(f" ratio={ratio}")
+    return f"{record['method']} {ratio}" + told.removesuffix(f" {record['dataset']}")
 
 
 def upload_report(what: str, root: Path, files: list[Path], project: str, entity: str | None, mode: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,8 @@ class Section:
 
     metric        the evaluators' ``metric`` that it shows
     title         what stands in captions: "<model>, <title> <describe(protocol)>"
-    must_agree    the entries of the protocol that must agree for two numbers to stand in one table
+    must_agree    the entries of the protocol that must agree for two numbers to stand in one table; None: all of it
+    entries       those of the measurement that ``cells`` cannot do without
     describe      the protocol in one line
     cells         the measurement's columns as people read them, in order; of a measurement in several settings one
                   dict for each, which has its row
@@ -25,11 +27,23 @@ class Section:
 
     metric: str
     title: str
-    must_agree: tuple[str, ...]
+    must_agree: tuple[str, ...] | None
     describe: Callable[[Mapping[str, Any]], str]
     cells: Callable[[Measured], dict[str, str] | list[dict[str, str]]]
     details: Callable[[Measured], dict[str, float]] = lambda measured: {}
     ascending: bool = True
+    entries: tuple[str, ...] = ()
+
+    def shows(self, measured: Measured) -> bool:
+        """Whether this is its kind of measurement, with all that it reads: others may use the same name."""
+        protocol = measured.get("protocol") or {}
+        known = set(self.must_agree or ()) <= protocol.keys() and set(self.entries) <= measured.keys()
+        return measured["metric"] == self.metric and known
+
+    @property
+    def file(self) -> str:
+        """The name of its CSV."""
+        return re.sub(r"[^\w.-]+", "_", self.metric) + ".csv"
 
 
 def number(value: float | None, form: str = "{:.4g}") -> str:

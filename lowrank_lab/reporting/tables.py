@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import pandas as pd
@@ -14,9 +15,10 @@ from lowrank_lab.cells import versions
 from lowrank_lab.cells.options import default
 from lowrank_lab.records.labels import word
 from lowrank_lab.records.results import other_compressions
+from lowrank_lab.reporting.fitting import as_markdown, fitted
 from lowrank_lab.reporting.frame import frame
 from lowrank_lab.reporting.section import Section
-from lowrank_lab.reporting.sections import PERPLEXITY, SECTIONS
+from lowrank_lab.reporting.sections import PERPLEXITY, section_of, sections_of
 
 
 def comparison(records: list[dict[str, Any]], section: Section = PERPLEXITY) -> pd.DataFrame:
@@ -29,18 +31,23 @@ def comparison(records: list[dict[str, Any]], section: Section = PERPLEXITY) -> 
     """
     done = {r["key"]: r for r in records if r["status"] == "done" and not outdated(r)}
     rows = frame(list(done.values()))
-    if rows.empty or not (rows["metric"] == section.metric).any():
-        return pd.DataFrame()
-    rows = rows[rows["metric"] == section.metric].copy()
+    if rows.empty:
+        return rows
+    rows = rows[rows["evaluator"].notna()].copy()
     rows["measured"] = [
         done[key]["metrics"][name] for key, name in zip(rows["key"], rows["evaluator"], strict=True)
     ]
+    rows = rows[[section_of(measured) == section for measured in rows["measured"]]].copy()
+    if rows.empty:
+        return pd.DataFrame()
+    rows["protocol"] = [protocol or {} for protocol in rows["protocol"]]
     rows["protocol_text"] = rows["protocol"].map(section.describe)
     model = rows["key"].map(lambda key: done[key]["content"]["model"])
-    shared = zip(rows["model"], model, rows["protocol"], strict=True)
     rows["identity"] = [
-        fingerprint([name, content, *(protocol[k] for k in section.must_agree)])
-        for name, content, protocol in shared
+        fingerprint([name, content, *_must_agree(section, evaluator, protocol)])
+        for name, content, evaluator, protocol in zip(
+            rows["model"], model, rows["evaluator"], rows["protocol"], strict=True
+        )
     ]
     # One measurement may be in several records (another task was added to the job), and twice in one.
     rows["same"] = [
@@ -57,13 +64,20 @@ def comparison(records: list[dict[str, Any]], section: Section = PERPLEXITY) -> 
     rows["bits"] = rows["key"].map(lambda key: bits(done[key]))
     rows["quantized"] = rows["key"].map(lambda key: done[key]["quantization"]["family"])
     rows["others"] = rows["key"].map(lambda key: other_compressions(done[key]))
-    rows["value"] = rows["value"].astype(float)
+    rows["value"] = pd.to_numeric(rows["value"], errors="coerce")
     rows["_dense_first"] = rows["method"] != "dense"
     rows["_whole_first"] = ~rows["whole"]  # a ratio of a part of the model means less
     order_of_rows = ["group", "_dense_first", "_whole_first", "ratio", "value", "method", "variant"]
     rising = [section.ascending if name == "value" else name != "ratio" for name in order_of_rows]
     rows = rows.sort_values(order_of_rows, ascending=rising, kind="stable")
     return rows.drop(columns=["_dense_first", "_whole_first"]).reset_index(drop=True)
+
+
+def _must_agree(section: Section, evaluator: str, protocol: dict[str, Any]) -> list[Any]:
+    """What two measurements must share to be comparable."""
+    if section.must_agree is None:
+        return [evaluator, protocol]
+    return [protocol[name] for name in section.must_agree]
 
 
 def bits(record: dict[str, Any]) -> float:
@@ -92,7 +106,7 @@ def groups(records: list[dict[str, Any]], section: Section) -> Iterator[tuple[st
 
 def all_groups(records: list[dict[str, Any]]) -> Iterator[tuple[Section, str, pd.DataFrame]]:
     """The comparable sets of every section."""
-    for section in SECTIONS:
+    for section in sections_of(records):
         for caption, group in groups(records, section):
             yield section, caption, group
 
@@ -130,12 +144,18 @@ def presentable(group: pd.DataFrame, section: Section) -> pd.DataFrame:
     return pd.concat([part.reset_index(drop=True) for part in columns], axis=1).set_axis(place)
 
 
-def markdown(records: list[dict[str, Any]]) -> str:
-    """Every comparable set as a Markdown table, and below them the cells that have no number."""
+def markdown(records: list[dict[str, Any]], width: int | None = None) -> str:
+    """Every comparable set as a Markdown table, and below them the cells that have no number.
+
+    With a ``width`` in characters, tables that are wider lack some columns, and say which.
+    """
     parts = []
     for section, caption, group in all_groups(records):
-        table = presentable(group, section).to_markdown(index=False, disable_numparse=True)
-        parts.append(f"**{caption}**\n\n{table}")
+        shown = presentable(group, section)
+        table = as_markdown(shown) if width is None else fitted(shown, width, section.file)
+        parts.append(
+            f"**{caption}**\n\n{table}" if width is None else f"{fill(f'**{caption}**', width)}\n\n{table}"
+        )
     unfinished = [r for r in records if r["status"] != "done" or outdated(r)]
     if unfinished:
         old = "outdated (made by other component versions; run it again)"
@@ -179,7 +199,7 @@ def write(records: list[dict[str, Any]], folder: Path) -> list[Path]:
     """Write table.md, table.tex and a CSV a section; returns the files written."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = {"table.md": markdown(records), "table.tex": latex(records)}
-    texts |= {f"{section.metric.replace(' ', '_')}.csv": csv(records, section) for section in SECTIONS}
+    texts |= {section.file: csv(records, section) for section in sections_of(records)}
     files = []
     for name, text in texts.items():
         if text:

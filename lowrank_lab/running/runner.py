@@ -54,8 +54,14 @@ def run(cell: Cell, grid: str | None = None, wait: bool = True) -> dict[str, Any
             raise UserError(
                 f"no space left for results={cfg.results} or artifacts={cfg.artifacts}; finished results are kept"
             ) from error
-    log.info("%s: %s already (%s)", cell.label, record["status"], summary(record))
+    log.info("%s: %s already (%s)%s", cell.label, record["status"], summary(record), tracked(cell, record))
     return record
+
+
+def tracked(cell: Cell, record: dict[str, Any]) -> str:
+    """Give a record that was there before to the tracker; returns what it did, for the end of a line."""
+    did = config.build(cell.cfg.tracker).track_existing(record, Results(cell.cfg.results).path(cell.key))
+    return f"; {did}" if did else ""
 
 
 def _compute_and_record(cell: Cell, results: Results, grid: str | None) -> dict[str, Any]:

@@ -53,4 +53,5 @@ ACCURACY = Section(
     cells=_accuracy_cells,
     details=_accuracy_details,
     ascending=False,
+    entries=("tasks",),
 )

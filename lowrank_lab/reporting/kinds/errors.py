@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lowrank_lab.reporting.kinds.perplexity import PERPLEXITY, describe_windows
+from lowrank_lab.reporting.kinds.perplexity import OF_WINDOWS, describe_windows
 from lowrank_lab.reporting.section import Measured, Section, number
 
 
@@ -46,7 +46,7 @@ def _error_cells(measured: Measured) -> dict[str, str]:
 OUTPUT_ERROR = Section(
     metric="output error",
     title="relative output error of the last block, and of each linear (mean over blocks), on",
-    must_agree=PERPLEXITY.must_agree,
+    must_agree=OF_WINDOWS,
     describe=describe_windows,
     cells=_error_cells,
     details=_error_details,
@@ -64,7 +64,7 @@ def _truncation_cells(measured: Measured) -> dict[str, str]:
 TRUNCATION = Section(
     metric="truncation",
     title="one linear's weight truncated against its activations, on",
-    must_agree=(*PERPLEXITY.must_agree, "linears", "blocks", "ratios"),
+    must_agree=(*OF_WINDOWS, "linears", "blocks", "ratios"),
     describe=describe_windows,
     cells=_truncation_cells,
     ascending=False,

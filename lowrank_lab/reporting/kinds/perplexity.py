@@ -7,6 +7,7 @@ from typing import Any
 
 from lowrank_lab.reporting.section import Section, number
 
+OF_WINDOWS = ("dataset", "split", "join", "documents", "sha256", "window", "stride", "windows", "bos")
 JOINS = {"\n\n": "blank lines", " ": "spaces"}
 
 
@@ -23,7 +24,7 @@ def describe_windows(protocol: Mapping[str, Any]) -> str:
 PERPLEXITY = Section(
     metric="perplexity",
     title="perplexity on",
-    must_agree=("dataset", "split", "join", "documents", "sha256", "window", "stride", "windows", "bos"),
+    must_agree=OF_WINDOWS,
     describe=describe_windows,
     cells=lambda measured: {"perplexity": number(measured["value"])},
 )

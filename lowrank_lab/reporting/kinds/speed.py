@@ -55,4 +55,5 @@ SPEED = Section(
     cells=_speed_cells,
     details=_speed_details,
     ascending=False,
+    entries=("settings", "ideal"),
 )
