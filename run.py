@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lowrank_lab import __version__, progress, redaction, stopping
 from lowrank_lab.artifacts.locks import LockedByAnother
-from lowrank_lab.cells import config, grid, hints, spelling
+from lowrank_lab.cells import grid, hints, spelling
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.hydra_private import argument_parser, hide_private_options
 from lowrank_lab.errors import UserError
