@@ -128,8 +128,8 @@ def test_the_same_grid_again_computes_nothing(grid_lab):
     assert seconds < 2 + 8  # the interpreter's start, and at most a second a cell
 
 
-def test_a_finished_cell_does_not_stand_for_others_of_its_label(lab):
-    """A label tells neither the seed nor all settings: what differs in these is a cell of its own, and runs."""
+def test_a_finished_cell_does_not_stand_for_others_of_its_method(lab):
+    """What differs in a setting is a cell of its own, and runs."""
     lab.cli("method=dense", "quantization=gptq")
     done = lab.cli("-m", "method=dense", "quantization=gptq", "quantization.sequential=true,false")
     assert "2 cells, 1 finished already" in done.stderr
