@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+LARGEST_COUNT = 2**31 - 1  # of samples, tokens, steps, ...: more than any run has
 LARGEST_SEED = 2**64 - 1  # torch's; numpy has no bound
 SEED_IN_WORDS = "a whole number from 0 to 2^64 - 1"
 
@@ -20,7 +21,7 @@ def is_number(value: Any) -> bool:
 
 
 def is_count(value: Any, smallest: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= smallest
+    return isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= LARGEST_COUNT
 
 
 def whole(smallest: int, optional: bool = False, **settings: Any) -> None:
@@ -32,7 +33,7 @@ def whole(smallest: int, optional: bool = False, **settings: Any) -> None:
 
 
 def is_seed(value: Any) -> bool:
-    return is_count(value, 0) and value <= LARGEST_SEED
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_SEED
 
 
 def seeds(**settings: Any) -> None:
@@ -70,6 +71,13 @@ def indices(**settings: Any) -> None:
     for name, value in settings.items():
         for index in value or ():
             whole(0, **{name: index})
+
+
+def text(optional: bool = False, **settings: Any) -> None:
+    """Raise ValueError for a setting that is no text (or None, where ``optional``)."""
+    for name, value in settings.items():
+        if not (isinstance(value, str) or (optional and value is None)):
+            raise ValueError(f"{name}={value} is not valid; it must be {'null or ' if optional else ''}text")
 
 
 def one_of(options: tuple[str, ...], **settings: Any) -> None:

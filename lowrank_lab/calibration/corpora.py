@@ -16,6 +16,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Protocol
 
+from lowrank_lab import checks
 from lowrank_lab.artifacts.store import Store, fingerprint
 from lowrank_lab.calibration import jsonl
 from lowrank_lab.errors import UserError
@@ -109,6 +110,14 @@ class HubCorpus:
         revision: str | None = None,
         templates: Sequence[str] | None = None,
     ) -> None:
+        checks.text(mirror=mirror, hub=hub)
+        checks.text(optional=True, name=name, field=field, revision=revision)
+        if not (templates is None or isinstance(templates, list)) or any(
+            not isinstance(t, str) for t in templates or ()
+        ):
+            raise ValueError(f"templates={templates} is not valid; it must be a list of texts")
+        if files is not None and not isinstance(files, Mapping):
+            raise ValueError(f"files={files} is not valid; it must be a file for each split")
         if (field is None) == (not templates):
             raise ValueError("a corpus needs either a field or templates")
         self.mirror = mirror

@@ -58,9 +58,9 @@ class Cell:
         Interpolations in ``cfg`` and ~ in its paths are resolved in place, not at every access.
         """
         OmegaConf.resolve(cfg)
-        paths.expand(cfg)
         cfg = config.with_chosen_evaluators(config.with_save(cfg))
         compressions, chosen = config.validated(cfg)
+        paths.expand(cfg)
         store = Store(cfg.artifacts)
         source = resolve(cfg.model.path, cfg.model.revision, store)
         saved = _saved(cfg.model.path, source)
@@ -232,5 +232,5 @@ def _for_checkpoint(cfg: DictConfig, saved: Saved) -> DictConfig:
 
 
 def _content(dataset: DictConfig, which: str, data_root: str | None, store: Store) -> str:
-    corpus, part = corpus_part(dataset, which)
+    corpus, part = config.build_checked("corpus", dataset.corpus), Part(**config.plain(dataset[which]))
     return corpus.content(part.split, data_root, store)

@@ -10,6 +10,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from lowrank_lab.cells import paths, schema
 from lowrank_lab.cells.moved import original_target
 from lowrank_lab.checks import SEED_IN_WORDS, is_count, is_number, is_seed
 from lowrank_lab.errors import UserError
@@ -72,22 +73,25 @@ def validated(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(f"{missing[0]} must be given, for example {missing[0]}=...")
     for group in ("model", "method", "dataset", "calibration", "tracker", "eval"):
         _check(group, cfg.get(group), bool(cfg.get(group)), "one of its options; see python run.py --help")
+    schema.check(cfg)
     _check("compressions", cfg.compressions, OmegaConf.is_dict(cfg.compressions), "the compressions by name")
     for name, node in cfg.compressions.items():
         if name in cfg:
             check_same(f"compressions.{name}", node, str(name), cfg[name])
     _check_values(cfg)
     _check_texts(cfg)
-    _build_checked("tracker", cfg.tracker)
+    build_checked("tracker", cfg.tracker)
     compressions = build_all(cfg.compressions)
     for compression in compressions.values():
         compression.check_settings(cfg)
-    return compressions, {str(name): _build_checked(f"eval.{name}", node) for name, node in cfg.eval.items()}
+    evaluators = {str(name): build_checked(f"eval.{name}", node) for name, node in cfg.eval.items()}
+    schema.check_finite(cfg)
+    return compressions, evaluators
 
 
 def build_all(nodes: DictConfig) -> dict[str, Any]:
     """The objects that ``nodes`` describe, by name, without None. Raises UserError for a wrong value."""
-    found = {str(name): _build_checked(str(name), node) for name, node in nodes.items() if node is not None}
+    found = {str(name): build_checked(str(name), node) for name, node in nodes.items() if node is not None}
     return {name: one for name, one in found.items() if one is not None}
 
 
@@ -107,7 +111,7 @@ def _check_values(cfg: DictConfig) -> None:
     for name in ("results", "artifacts"):
         valid = isinstance(cfg[name], str) and cfg[name].strip() != "" and "\0" not in cfg[name]
         _check(name, cfg[name], valid, "a folder")
-        _check_writable(name, Path(cfg[name]))
+        _check_writable(name, Path(paths.expanded(cfg[name])))
     _check("model.path", cfg.model.path, isinstance(cfg.model.path, str), "a hub name, a folder or package:NAME")
     _check("data_root", cfg.data_root, isinstance(cfg.data_root, str | None), "a folder, or null for the hub")
 
@@ -132,7 +136,7 @@ def _check_texts(cfg: DictConfig) -> None:
     check_part("calibration.dataset", cfg.calibration.dataset, "calibration")
 
 
-def _build_checked(name: str, node: DictConfig) -> Any:
+def build_checked(name: str, node: DictConfig) -> Any:
     """The object that ``node`` describes. Raises UserError, named as on the command line, for a wrong value."""
     try:
         return build(node)

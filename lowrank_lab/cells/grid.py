@@ -55,6 +55,8 @@ def configurations(config_dir: Path, config_name: str, overrides: list[str]) -> 
 def _hydra(config_dir: Path, config_name: str, overrides: list[str]) -> Iterator[None]:
     """Hydra on the options in ``config_dir``, whose errors are UserErrors of one line."""
 
+    _refuse_no_names(config_dir, overrides)
+
     def composed(some: list[str]) -> DictConfig:
         with initialize_config_dir(str(config_dir), version_base="1.3"):
             return compose(config_name, _without_sweeps(some), True)
@@ -78,6 +80,18 @@ def _swept(config_name: str, overrides: list[str]) -> Iterator[tuple[DictConfig,
     parsed = OverridesParser.create().parse_overrides(swept)
     jobs = combinations(parsed)
     yield from zip(_composed(config_name, jobs, base), jobs, strict=True)
+
+
+def _refuse_no_names(config_dir: Path, overrides: list[str]) -> None:
+    """Raises UserError for an axis whose options are no names, on which Hydra fails."""
+    for word in overrides:
+        if not spelling.is_parsed(word) or "glob(" in word:
+            continue
+        override = OverridesParser.create().parse_override(word)
+        value = override.value()
+        is_axis = (config_dir / override.key_or_group).is_dir() and override.key_or_group
+        if is_axis and isinstance(value, list) and not all(isinstance(option, str) for option in value):
+            raise UserError(f"{word}: the options of {override.key_or_group} are names, as --help lists them")
 
 
 def _params(cfg: DictConfig) -> DictConfig:
