@@ -20,8 +20,8 @@ def is_number(value: Any) -> bool:
         return False
 
 
-def is_count(value: Any, smallest: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= LARGEST_COUNT
+def is_count(value: Any, smallest: int, largest: float = LARGEST_COUNT) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= largest
 
 
 def whole(smallest: int, optional: bool = False, **settings: Any) -> None:
@@ -33,7 +33,7 @@ def whole(smallest: int, optional: bool = False, **settings: Any) -> None:
 
 
 def is_seed(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_SEED
+    return is_count(value, 0, LARGEST_SEED)
 
 
 def seeds(**settings: Any) -> None:

@@ -112,9 +112,7 @@ class HubCorpus:
     ) -> None:
         checks.text(mirror=mirror, hub=hub)
         checks.text(optional=True, name=name, field=field, revision=revision)
-        if not (templates is None or isinstance(templates, list)) or any(
-            not isinstance(t, str) for t in templates or ()
-        ):
+        if isinstance(templates, str) or not all(isinstance(template, str) for template in templates or ()):
             raise ValueError(f"templates={templates} is not valid; it must be a list of texts")
         if files is not None and not isinstance(files, Mapping):
             raise ValueError(f"files={files} is not valid; it must be a file for each split")

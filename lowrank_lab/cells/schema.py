@@ -26,13 +26,14 @@ PART = ("split", "join", "max_documents")
 
 
 def check(cfg: DictConfig) -> None:
-    """Raise UserError, one line with the name on the command line, for an entry that is missing or of another kind."""
+    """Raise UserError for an entry that is missing, or of another kind than cells need."""
     for name in (*ENTRIES, *AXES, *OF_NODES, "dataset", "tracker", "eval", "compressions"):
         _present(cfg, name, name)
     for node, names in OF_NODES.items():
         _is_node(node, cfg[node])
         for name in names:
             _present(cfg[node], name, f"{node}.{name}")
+        _no_others(node, cfg[node], names)
     _check_names(cfg)
     for name in (*AXES, "tracker"):
         _is_built(name, cfg[name], optional=True)
@@ -87,9 +88,7 @@ def _check_part(name: str, node: Any) -> None:
     _is_node(name, node)
     for entry in PART:
         _present(node, entry, f"{name}.{entry}")
-    for entry in node:
-        if entry not in PART:
-            raise UserError(f"{name}.{entry}: no such setting; a part of a data set has {', '.join(PART)}")
+    _no_others(name, node, PART)
     _is_text(f"{name}.split", node.split)
     _is_text(f"{name}.join", node.join)
 
@@ -97,6 +96,12 @@ def _check_part(name: str, node: Any) -> None:
 def _present(node: DictConfig, entry: str, name: str) -> None:
     if entry not in node:
         raise UserError(f"{name} is missing; every cell needs it, so leave ~{name} out")
+
+
+def _no_others(name: str, node: DictConfig, known: tuple[str, ...]) -> None:
+    for entry in node:
+        if entry not in known:
+            raise UserError(f"{name}.{entry}: no such setting; {name} has {', '.join(known)}")
 
 
 def _is_node(name: str, value: Any) -> None:

@@ -6,6 +6,7 @@ counts. Both name *roles*, for which models/families.py lists the linears of eac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -115,7 +116,7 @@ def check_costs(storage: Any, out: int, inp: int) -> None:
     costs = [storage.cost(out, inp, rank) for rank in ranks]
     for i, (rank, cost) in enumerate(zip(ranks, costs, strict=True)):
         what = f"storage: {type(storage).__name__} says that rank {rank} of a {out}x{inp} linear costs {cost}"
-        if not checks.is_count(cost, min(rank, 1)):
+        if not checks.is_count(cost, min(rank, 1), math.inf):
             raise UserError(f"{what}; it must be a whole number{', above 0' if rank else ' from 0'}")
         if i and cost < costs[i - 1]:
             raise UserError(f"{what}, less than the {costs[i - 1]} of rank {ranks[i - 1]}; a cost must never fall")
