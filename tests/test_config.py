@@ -13,12 +13,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from lowrank_lab import __version__
 from lowrank_lab.cells import config, grid, spelling
 from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.answers import answers_of
 from lowrank_lab.models import tiny
 
-from .conftest import REPOSITORY
+from .conftest import FORKS, REPOSITORY
 
 CONF = REPOSITORY / "conf"
 GROUPS = sorted(f.name for f in CONF.iterdir() if f.is_dir() and f.name != "hydra")
@@ -147,6 +148,19 @@ LOW_RANK = (
         ("data_root=/no/such", "data_root=/no/such: no file /no/such/wikitext/wikitext-2-raw-v1/"),
         ("quantization/transform=quarot", "choose an option of quantization as well"),
         ("dataset=c4", "no file"),
+        ("~seed", "seed is missing; every cell needs it"),
+        ("~dataset.eval.join", "dataset.eval.join is missing"),
+        ("+calibration.sample=3", "calibration.sample: no such setting; calibration has dataset, samples"),
+        ("~metric._target_", "metric names no class"),
+        ("eval.ppl=5", "eval.ppl=5 is not valid"),
+        ("dataset.eval=text", "dataset.eval=text is not valid"),
+        ("dataset.name=nan", "dataset.name=nan is not valid; it must be text"),
+        ("dataset.corpus.mirror=5", "corpus: mirror=5 is not valid; it must be text"),
+        ("model.trust_remote_code=1", "model.trust_remote_code=1 is not valid; it must be true or false"),
+        ("model=[1]", "the options of model are names"),
+        ("sparsity=1.5", "sparsity=1.5 is not valid"),
+        ("calibration.samples=2147483648", "calibration.samples=2147483648 is not valid"),
+        ("+mine.value=inf", "mine.value=inf is not valid; it must be a finite number"),
         ("dataset.eval.split=dev", "dev.jsonl"),
     ],
 )
@@ -352,11 +366,40 @@ def test_mistakes_on_the_command_line_exit_without_torch(lab):
 
 def test_help_shows_axes_options_and_five_examples(lab):
     text = lab.cli("--help").stdout
-    for group in ("method", "metric", "allocation", "dataset", "eval"):
-        options = sorted(option for of, option in OPTIONS if of == group)
+    for group in ("method", "metric", "allocation", "dataset", "eval", "experiment"):
+        options = sorted(option for of, option in OPTIONS if of == group and not option.startswith("_"))
+        for option in options if group in ("method", "experiment") else ():
+            assert re.search(rf"^  {option} +[A-Z].+\.$", text, re.MULTILINE), option
         assert f"{group}: {', '.join(options)}" in text.splitlines()
     examples = text.split("Examples")[1].split("--cfg")[0]
     assert sum("python run.py" in line for line in examples.splitlines()) >= 5
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--method svdllm", "error: --method: no such flag; settings have no dashes, write method=svdllm"),
+        ("--ratio=0.8", "error: --ratio=0.8: no such flag; settings have no dashes, write ratio=0.8"),
+        ("device=cuda:99", "error: device=cuda:99: this machine has"),
+        ("device=mps", "error: device=mps is not valid"),
+    ],
+)
+def test_what_run_py_refuses_before_it_starts(lab, words, said):
+    done = lab.cli(*words.split(), check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(said)
+    assert "starting" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_version_is_ours(lab):
+    assert lab.cli("--version").stdout == f"lowrank_lab {__version__}\n"
+
+
+def test_completion_offers_no_private_option(lab, monkeypatch):
+    monkeypatch.setenv("COMP_LINE", "python run.py experiment=")
+    monkeypatch.setenv("COMP_POINT", "25")
+    done = FORKS.run("run.py", "-sc", "query=bash")
+    assert "experiment=demo" in done.stdout and "experiment=_" not in done.stdout
 
 
 def key(lab, *overrides: str) -> str:
@@ -475,6 +518,18 @@ def test_an_experiment_can_be_narrowed_from_the_command_line(lab):
     assert [(c.cfg.method.name, c.cfg.ratio) for c in cells] == [
         (method, 0.4) for method in ("dense", "svd", "asvd_uniform", "svdllm")
     ]
+
+
+EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment" and not option.startswith("_")]
+
+
+@pytest.mark.slow  # 34 experiments
+@pytest.mark.parametrize("evaluator", ["ppl", "output_error"])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_can_be_narrowed_to_any_evaluator(lab, experiment, evaluator):
+    """Every cell of it; what it sets of other evaluators leaves nothing behind."""
+    cells = lab.cells(f"experiment={experiment}", f"eval={evaluator}", multirun=True)
+    assert {name for cell in cells for name in cell.cfg.eval} == {evaluator}
 
 
 def test_what_an_experiment_sets_of_evaluators_that_are_left_out_does_not_count(lab):

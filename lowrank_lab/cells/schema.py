@@ -101,7 +101,7 @@ def _present(node: DictConfig, entry: str, name: str) -> None:
 def _no_others(name: str, node: DictConfig, known: tuple[str, ...]) -> None:
     for entry in node:
         if entry not in known:
-            raise UserError(f"{name}.{entry}: no such setting; {name} has {', '.join(known)}")
+            raise UserError(f"{name}.{entry!s}: no such setting; {name} has {', '.join(known)}")
 
 
 def _is_node(name: str, value: Any) -> None:
