@@ -50,7 +50,7 @@ def job(_cfg: DictConfig) -> None:
         log.info("%s; this cell runs later", error)
         _postponed.append(cell)
         postponed = True
-    except UserError as error:
+    except (UserError, FloatingPointError) as error:
         if hydra_cfg.mode == RunMode.RUN:
             sys.exit(f"error: {error}")
         raise CompactHydraException(f"error: {cell.label}: {error}") from error

@@ -1,4 +1,4 @@
-"""The two exceptions for users; every other exception is a bug and keeps its traceback."""
+"""The two exceptions for users. FloatingPointError says in one line what is not finite; all others are bugs."""
 
 
 class UserError(Exception):

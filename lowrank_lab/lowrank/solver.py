@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Eigenvalues below this fraction of the largest are rounding noise of the float64 decomposition.
-NOISE = 1e-12
+from lowrank_lab.modules.positive import NOISE, eigh, regular_cholesky
+
 # Far enough from 1 / NOISE that no eigenvalue of a better conditioned metric is mistaken for noise.
 WELL_CONDITIONED = 1e10
 
@@ -87,19 +87,16 @@ def decompose_by_cholesky(weight: Tensor, input_metric: Tensor) -> Spectrum:
 
     ``weight`` (out, in), ``input_metric`` C (in, in), float64. For a regular C the W' are those of ``decompose``.
     Where C is not positive definite, this does what the authors' code does: it adds to the diagonal what the lowest
-    eigenvalue lacks, and 1e-6. Raises FloatingPointError for non-finite input.
+    eigenvalue lacks, and 1e-6; and more where that is rounded away. Raises FloatingPointError for non-finite input.
     """
     if not (torch.isfinite(weight).all() and torch.isfinite(input_metric).all()):
         raise FloatingPointError("the weight or the input metric is not finite")
-    root, failed = torch.linalg.cholesky_ex(input_metric)
-    if failed:
-        lacking = 1e-6 - torch.linalg.eigvalsh(input_metric)[0]
-        identity = torch.eye(len(input_metric), dtype=weight.dtype, device=weight.device)
-        root = torch.linalg.cholesky(input_metric + lacking.clamp(min=0) * identity)
+    root = regular_cholesky(input_metric)
     u, sigma, vt = torch.linalg.svd(weight @ root, full_matrices=False)
     out, inp = weight.shape
-    # Where out > in, the left factor is W · basis: U = W (S V Σ⁻¹).
-    basis = u if out <= inp else root @ vt.T / sigma.clamp(min=sigma[0] * NOISE)
+    # Where out > in, the left factor is W · basis: U = W (S V Σ⁻¹). Of a zero weight any basis is right.
+    least = torch.where(sigma[0] > 0, sigma[0] * NOISE, 1.0)
+    basis = u if out <= inp else root @ vt.T / sigma.clamp(min=least)
     return Spectrum(sigma.square(), basis, None)
 
 
@@ -115,20 +112,24 @@ def _decompose(
         # R = P Pᵀ; then Pᵀ W C Wᵀ P has the eigenvectors U, and P^-T U takes the place of R^-½ U.
         root, inverse_root = _roots(output_metric)
         scaled = weight if root is None else _apply_transposed(root, weight)
-        eigenvalues, vectors = _eigh(_apply_right(scaled, input_metric) @ scaled.T)
+        eigenvalues, vectors = eigh(_apply_right(scaled, input_metric) @ scaled.T)
         kept = _above_noise(eigenvalues, scale)
         return Spectrum(eigenvalues, _apply(inverse_root, vectors), output_metric), kept
     # C = S Sᵀ; then Sᵀ Wᵀ R W S has the eigenvectors V, and R^-½ U = W S V Σ^-1.
     root = _root(input_metric)
     scaled = _apply_right(weight, root)
-    eigenvalues, vectors = _eigh(scaled.T @ _apply(output_metric, scaled))
+    eigenvalues, vectors = eigh(scaled.T @ _apply(output_metric, scaled))
     kept = _above_noise(eigenvalues, scale)
     basis = torch.zeros_like(vectors)
     basis[:, :kept] = _apply(root, vectors[:, :kept]) / eigenvalues[:kept].sqrt()
     # Dividing by a small σ magnifies rounding. Make the left factors orthonormal in R again; a triangular
     # correction leaves the span of the first k columns as it is, for every k.
     left = weight @ basis[:, :kept]
-    cholesky = torch.linalg.cholesky(left.T @ _apply(output_metric, left))
+    cholesky, failed = torch.linalg.cholesky_ex(left.T @ _apply(output_metric, left))
+    if failed:  # R is summed in float32, whose rounding leaves it eigenvalues below zero: from here on all is that
+        kept = int(failed) - 1
+        basis[:, kept:] = 0
+        cholesky = cholesky[:kept, :kept]
     basis[:, :kept] = torch.linalg.solve_triangular(cholesky, basis[:, :kept].T, upper=False).T
     return Spectrum(eigenvalues, basis, output_metric), kept
 
@@ -159,12 +160,6 @@ def _above_noise(eigenvalues: Tensor, scale: Tensor | None) -> int:
     return int((eigenvalues > NOISE * (eigenvalues[0] if scale is None else scale)).sum())
 
 
-def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, descending and not below zero, and eigenvectors of a positive semi-definite matrix."""
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    return values.flip(0).clamp(min=0), vectors.flip(1)
-
-
 def _root(metric: Tensor | None) -> Tensor | None:
     """Any P with P Pᵀ = metric, up to noise; None and vectors as in ``decompose``.
 
@@ -183,7 +178,7 @@ def _roots(metric: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """P with P Pᵀ = metric, and its pseudo-inverse transposed; None and vectors as in ``decompose``."""
     if metric is None:
         return None, None
-    values, vectors = (metric, None) if metric.ndim == 1 else _eigh(metric)
+    values, vectors = (metric, None) if metric.ndim == 1 else eigh(metric)
     kept = values > NOISE * values.max()
     root = torch.where(kept, values, torch.zeros_like(values)).sqrt()
     inverse = torch.where(kept, values, torch.ones_like(values)).rsqrt() * kept

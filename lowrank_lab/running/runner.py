@@ -28,7 +28,7 @@ def run(cell: Cell, grid: str | None = None, wait: bool = True) -> dict[str, Any
     """Return the record of a cell. A finished one is found without importing torch.
 
     Raises UserError for what a user can repair, before any model is loaded; any other failure is written into
-    the record with its traceback and raised again. Where another process computes the cell, or an artifact
+    the record with its traceback and raised again: FloatingPointError where a number is not finite. Where another process computes the cell, or an artifact
     that it needs, this waits for it; with ``wait`` False it raises LockedByAnother instead.
     """
     cfg = cell.cfg
@@ -85,7 +85,7 @@ def _compute_and_record(cell: Cell, results: Results, grid: str | None) -> dict[
 
             compute(cell, recording)
     except Exception as error:
-        if "traceback" in recording.data:
+        if "traceback" in recording.data and not isinstance(error, FloatingPointError):
             log.error("%s", recording.data["traceback"].rstrip())
         raise without_frames(error)  # noqa: B904 - it is the same error
     finally:
@@ -123,7 +123,7 @@ def run_postponed(cells: list[Cell], grid: str | None) -> bool:
             waiting.append(cell)
             locked_in_a_row += 1
             continue
-        except UserError as error:
+        except (UserError, FloatingPointError) as error:
             log.error("error: %s: %s", cell.label, error)
             success = False
         except Exception:

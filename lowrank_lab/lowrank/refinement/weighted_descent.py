@@ -16,6 +16,7 @@ multiplications, and lower than two sweeps of exact alternating least squares, f
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from lowrank_lab.calibration import gradients
     from lowrank_lab.lowrank import factors, spectra
     from lowrank_lab.models import walk
-    from lowrank_lab.modules import factorized
+    from lowrank_lab.modules import factorized, positive
     from lowrank_lab.running.context import Context
 else:
     torch = LazyModule("torch")
@@ -42,6 +43,7 @@ else:
     spectra = LazyModule("lowrank_lab.lowrank.spectra")
     walk = LazyModule("lowrank_lab.models.walk")
     factorized = LazyModule("lowrank_lab.modules.factorized")
+    positive = LazyModule("lowrank_lab.modules.positive")
 
 RIDGE = 1e-6  # of the preconditioner, relative to its mean: float32 must factor it where a direction is empty
 
@@ -148,7 +150,7 @@ def _step(target: Tensor, importance: Tensor, left: Tensor, right: Tensor) -> Te
     gram = right @ right.T
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())
     downhill = (importance * (target - left @ right)) @ right.T
-    direction = torch.cholesky_solve(downhill.T, torch.linalg.cholesky(gram)).T
+    direction = positive.solve_positive(gram, downhill.T).T
     change = direction @ right
     curvature = (importance * change.square()).sum(1)
     length = torch.where(curvature > 0, (downhill * direction).sum(1) / curvature, 0.0)  # 0: the row is at rest
@@ -159,7 +161,9 @@ def _refined(
     weight: Tensor, importance: Tensor, left: Tensor, right: Tensor, steps: int
 ) -> tuple[tuple[Tensor, Tensor], dict[str, float]]:
     """The refined factors in float32, their start if that is better, and the errors before and after."""
-    u, sigma_vt, sigma = factorized.orthogonal_factors(left, right)
+    unit = _unit_of(weight)
+    weight = (weight.double() / unit).float()
+    u, sigma_vt, sigma = factorized.orthogonal_factors(left, right / unit)
     start = (u.float(), sigma_vt.float())
     before = weighted_error(weight, importance, *start)
     # √Σ in each factor: what both preconditioners invert is then as well conditioned as it can be.
@@ -169,7 +173,15 @@ def _refined(
     after = weighted_error(weight, importance, *found)
     if not after < before:
         found, after = start, before
-    return found, {"before": before, "after": after}
+    return (found[0], (found[1].double() * unit).float()), {"before": before, "after": after}
+
+
+def _unit_of(weight: Tensor) -> float:
+    """The power of 4, which rounds nothing, that brings the largest weight near 1; 1 for a zero weight.
+
+    The descent multiplies squares of weights, which may be beyond the range of float32.
+    """
+    return 4.0 ** (math.frexp(float(weight.abs().max()))[1] // 2)
 
 
 def _facts_of(folder: Path, index: int) -> Path:

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from lowrank_lab.modules import positive
     from lowrank_lab.quantization.inputs import Inputs
 else:
     torch = LazyModule("torch")
+    positive = LazyModule("lowrank_lab.modules.positive")
 
 BLOCK = 128  # columns whose errors reach the columns after them at once: speed alone
 
@@ -67,7 +69,7 @@ def gptq(
     weight, energy = weight.double(), second_moment.diagonal().double()
     added = torch.where(energy > 0, damping * energy.mean(), torch.ones_like(energy))
     order = energy.argsort(descending=True) if act_order else torch.arange(width, device=weight.device)
-    upper = _inverse_factor((second_moment.double() + torch.diag(added))[order][:, order])
+    upper = positive.inverse_cholesky((second_moment.double() + torch.diag(added))[order][:, order])
 
     scale, zero = grids(weight, form)
     in_groups = isinstance(form.granularity, int) and not act_order  # then a group's grid is that of its last state
@@ -97,7 +99,3 @@ def gptq(
     unordered[:, order] = codes
     return Quantized(form, unordered, scale.float(), None if zero is None else zero.float())
 
-
-def _inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper triangular U with Uᵀ U = H⁻¹."""
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
