@@ -144,6 +144,18 @@ def test_fit_at_ratio_one_is_dense_and_too_small_a_budget_is_skipped():
         fit(here, wanted, 10)
 
 
+def test_fit_without_any_importance_gives_all_the_same_ratio():
+    here = sites({f"{name}{i}": shape for i in range(4) for name, shape in SHAPES.items()})
+    limit = budget(here, 0.6)
+    same = uniform(here, 0.6)
+    for name, rank in fit(here, dict.fromkeys(here, 0.0), limit).items():
+        assert same[name] <= rank <= same[name] + 1  # what rounding leaves buys further ranks
+    tiny = dict.fromkeys(here, 1e-40)
+    assert fit(here, tiny, limit) == fit(here, dict.fromkeys(here, 1.0), limit)
+    with pytest.raises(FloatingPointError, match=next(iter(here))):
+        fit(here, dict.fromkeys(here, math.nan), limit)
+
+
 def layers(count: int) -> dict[str, Site]:
     """Sites of several blocks, two types of matrix in each."""
     return {

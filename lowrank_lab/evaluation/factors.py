@@ -59,12 +59,14 @@ class Factors(Evaluator):
         found: list[dict[str, Any]] = []
         for site in self._chosen(context).values():
             pair = base.factors_of_linear(blocks[site.block].get_submodule(site.key))
-            if pair is not None:
+            if pair is not None and all(factor.std() > 0 for factor in pair):  # a zero weight has no distribution
                 role = "mlp" if site.key in context.tower.roles.get("mlp", ()) else "attention"
                 left, right = (distribution(factor, self.bins) for factor in pair)
                 found.append({"linear": site.key, "role": role, "block": site.block, "left": left, "right": right})
         if not found:
-            raise SkippedCell("eval=factors: none of the linears asked for is factored")
+            raise SkippedCell(
+                "eval=factors: none of the linears asked for is factored, or a factor of each has one value"
+            )
         kurtoses = [one[factor]["excess_kurtosis"] for one in found for factor in ("left", "right")]
         return {
             "metric": "excess kurtosis of factors",

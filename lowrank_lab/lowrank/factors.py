@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowrank_lab.artifacts.store import open_to_others
+from lowrank_lab.errors import named
 from lowrank_lab.lowrank.spectra import blocks_with_sites, check_finite
 from lowrank_lab.lowrank.storage.base import Storage
 from lowrank_lab.models.families import Tower
@@ -60,4 +61,5 @@ def install_factors(
                 continue
             left, right = (factor.to(device, torch.float64) for factor in load_factors(factors, site))
             check_finite(name, left, right)
-            storage.install(block, site, *orthogonal_factors(left, right))
+            with named(name):
+                storage.install(block, site, *orthogonal_factors(left, right))

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lowrank_lab.errors import named
 from lowrank_lab.lowrank.spectra import load_spectrum
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.lowrank.truncation import smooth_truncation
@@ -42,15 +43,17 @@ class MaskedLatent(nn.Module):
 class TruncatedActivation(nn.Module):
     """W x of all tokens of a batch as one matrix, with its singular values multiplied by the mask (Dobi-SVD)."""
 
-    def __init__(self, linear: nn.Linear, mask: Mask) -> None:
+    def __init__(self, linear: nn.Linear, mask: Mask, name: str = "a linear") -> None:
         super().__init__()
+        self.name = name
         self.linear = linear
         self.mask = mask
 
     def forward(self, x: Tensor) -> Tensor:
         activation = self.linear(x)
         rows = activation.flatten(0, -2).float()
-        truncated = smooth_truncation(rows, self.mask(min(rows.shape)).to(rows))
+        with named(self.name):
+            truncated = smooth_truncation(rows, self.mask(min(rows.shape)).to(rows))
         return truncated.to(activation).view_as(activation)
 
 
@@ -88,7 +91,7 @@ def mask_directions(
 def mask_activations(model: nn.Module, tower: Tower, sites: Sites, masks: Mapping[str, Mask]) -> None:
     """Replace every site, in place, by one whose outputs are truncated batch by batch under ``masks``."""
     for block, name, site in _sites_with_blocks(model, tower, sites):
-        truncated = TruncatedActivation(plain_linear(site_weight(block, site), None), masks[name])
+        truncated = TruncatedActivation(plain_linear(site_weight(block, site), None), masks[name], name)
         install(block, site, truncated, Rows)
 
 

@@ -113,17 +113,20 @@ def fit(sites: Sites, wanted: Mapping[str, float], limit: int) -> Ranks:
     The wanted ranks are scaled by one common factor, each kept between 1 and the last rank that saves anything,
     until they cost ``limit``; then rounded down. What rounding leaves unspent buys ranks in the order of the
     largest remainders: one for every site whose next rank fits, and again while one fits. Less is spent only where
-    every site has its last rank. A site for which no rank saves anything stays dense, and counts so. Raises
-    SkippedCell where rank 1 everywhere else costs more than ``limit``, FloatingPointError where ``wanted`` is 0
-    everywhere or not finite.
+    every site has its last rank. A site for which no rank saves anything stays dense, and counts so. Where
+    ``wanted`` is 0 everywhere it says nothing, and all get the same ratio. Raises SkippedCell where rank 1
+    everywhere else costs more than ``limit``, FloatingPointError, naming the site, where ``wanted`` is not finite.
     """
     dense: Ranks = dict.fromkeys(sites)
     if limit >= sum(site.dense for site in sites.values()):
         return dense
     limit, sites = budget_of_ranks(sites, limit), compressible(sites)
-    wishes = [wanted[name] for name in sites]
-    if not all(math.isfinite(wish) for wish in wishes) or not any(wish > 0 for wish in wishes):
-        raise FloatingPointError("the importances of all linears are zero, or one is not finite")
+    for name in sites:
+        if not math.isfinite(wanted[name]):
+            raise FloatingPointError(f"{name}: its importance is not finite")
+    if not any(wanted[name] > 0 for name in sites):
+        share = limit / sum(site.dense for site in sites.values())
+        wanted = {name: rank_at(site, share * site.dense) for name, site in sites.items()}
 
     def scaled(factor: float) -> dict[str, float]:
         return {name: min(max(factor * wanted[name], 1.0), site.last) for name, site in sites.items()}
@@ -134,7 +137,7 @@ def fit(sites: Sites, wanted: Mapping[str, float], limit: int) -> Ranks:
     low, high = 0.0, 1.0
     while cost(scaled(high)) < limit and any(scaled(high)[name] < site.last for name, site in sites.items()):
         high *= 2
-        if high > 1e18:
+        if high > 1e300:  # a site whose importance is zero stays at rank 1
             break
     for _ in range(200):
         middle = (low + high) / 2

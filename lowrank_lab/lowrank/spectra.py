@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lowrank_lab import progress
 from lowrank_lab.calibration.gradients import load_gradients
 from lowrank_lab.calibration.statistics import load_statistics
+from lowrank_lab.errors import named
 from lowrank_lab.lowrank.metric.base import Metric, OutputStatistics
 from lowrank_lab.lowrank.solver import Spectrum, decompose, decompose_by_cholesky
 from lowrank_lab.lowrank.storage.base import Storage
@@ -85,12 +86,10 @@ def _spectrum(
         outputs = _stack([load_gradients(gradients, site.block, linear, device) for linear in site.members])
     c, r = metric(inputs, outputs)
     samples = inputs.tokens if inputs is not None and c is not None and c.ndim == 2 else None
-    try:
+    with named(name):
         if c is not None and getattr(metric, "cholesky", False):
             return decompose_by_cholesky(weight, c)
         return decompose(weight, c, r, samples)
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{name}: {error}") from None
 
 
 def _stack(members: list[OutputStatistics]) -> OutputStatistics:
@@ -145,7 +144,8 @@ def compress_block(
         spectrum = load_spectrum(spectra, site, device)
         left, right, singular_values = spectrum.factors(site_weight(block, site).to(device, torch.float64), rank)
         check_finite(name, left, right)
-        storage.install(block, site, left, right, singular_values)
+        with named(name):
+            storage.install(block, site, left, right, singular_values)
         squared_error += spectrum.squared_error(rank)
     return squared_error
 

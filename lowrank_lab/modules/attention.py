@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowrank_lab.errors import SkippedCell
+from lowrank_lab.errors import SkippedCell, named
 from lowrank_lab.models.discovery import family_of
 from lowrank_lab.models.families import head_size, kv_cache_shape
 from lowrank_lab.modules.base import Replacement
@@ -35,8 +35,8 @@ def round_cache(model: Any, cache: CacheFormat) -> None:
     if kv_cache_shape(model.config) is None:
         raise SkippedCell(f"{type(model).__name__} caches no keys and values")
     RoundedCache.set_up(model)
-    for attention in _attentions(model):
-        attention.kv_cache = RoundedCache(CacheFormat(**asdict(cache)), head_size(model.config))
+    for name, attention in _attentions(model):
+        attention.kv_cache = RoundedCache(CacheFormat(**asdict(cache)), head_size(model.config), name)
 
 
 def cache_of(model: Any) -> CacheFormat | None:
@@ -53,9 +53,10 @@ class RoundedCache(Replacement):
     kind = "rounded_cache"
     online = True
 
-    def __init__(self, cache: CacheFormat, head_size: int) -> None:
+    def __init__(self, cache: CacheFormat, head_size: int, name: str = "attention") -> None:
         super().__init__()
         self.cache, self.head_size = cache, head_size
+        self.name = name  # of the attention, for messages
         self.rotation = Hadamard(head_size, 1) if cache.rotate else None
         self.rounding = Round(asdict(cache.form))
 
@@ -83,16 +84,17 @@ class RoundedCache(Replacement):
         if self.rotation is not None:
             query = self.rotation(query.float()).to(query.dtype)
             key = self.rotation(key.float()).to(key.dtype)
-        return query, self.rounding(key), self.rounding(value)
+        with named(self.name):
+            return query, self.rounding(key), self.rounding(value)
 
 
-def _attentions(model: Any) -> Iterator[nn.Module]:
-    """The modules of ``model`` that hold the query projections."""
+def _attentions(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of ``model`` that hold the query projections, with their names."""
     attention = family_of(model).tower.attention
     if attention is None:
         raise SkippedCell(f"it is not known which linears give the keys and values of {type(model).__name__}")
     query = attention.query.rpartition(".")[2]
-    return (module for module in model.modules() if query in module._modules)
+    return ((name, module) for name, module in model.named_modules() if query in module._modules)
 
 
 def _attend(

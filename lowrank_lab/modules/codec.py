@@ -120,9 +120,9 @@ def decode(codes: Tensor, form: Format, scale: Tensor, zero: Tensor | None) -> T
     return (codes - (float(2 ** (form.bits - 1)) if zero is None else zero)) * scale
 
 
-def check_finite(x: Tensor) -> None:
+def check_finite(x: Tensor, what: str = "a weight to be quantized") -> None:
     if not torch.isfinite(x).all():
-        raise FloatingPointError("a weight to be quantized is not finite")
+        raise FloatingPointError(f"{what} is not finite")
 
 
 def spread(values: Tensor, form: Format, width: int) -> Tensor:

@@ -166,9 +166,14 @@ def install(
 
 
 def factorize(block: nn.Module, site: Site, left: Tensor, right: Tensor) -> None:
-    """Replace the dense members of ``site`` by ``left`` (out, k) and ``right`` (k, in), in their dtype."""
+    """Replace the dense members of ``site`` by ``left`` (out, k) and ``right`` (k, in), in their dtype.
+
+    Raises FloatingPointError where that dtype does not reach to a value.
+    """
     like = dense_weight(block.get_submodule(site.members[0]))
     left, right = left.to(like), right.to(like)
+    if not (left.isfinite().all() and right.isfinite().all()):
+        raise FloatingPointError(f"a factor is too large for {like.dtype}; choose dtype=float32 or storage=uv")
     install(block, site, plain_linear(right, None), lambda rows, bias: plain_linear(left[rows], bias))
 
 

@@ -37,14 +37,14 @@ class MixedLinear(CompressedLinear):
     def of_left(cls, weight: Tensor, largest: Tensor, in_8_bit: int, bias: Tensor | None) -> MixedLinear:
         """Quantize the first ``in_8_bit`` rows of ``weight`` (out, k), whose columns reach to ``largest`` (k,)."""
         scale = _scale(largest)
-        return cls("left", _round(weight[:in_8_bit] / scale), _half(weight[in_8_bit:]), scale.float(), bias)
+        return cls("left", _round(weight[:in_8_bit] / scale), _half(weight[in_8_bit:]), _kept(scale), bias)
 
     @classmethod
     def of_right(cls, weight: Tensor, in_8_bit: int) -> MixedLinear:
         """Quantize the first ``in_8_bit`` columns of ``weight`` (k, in)."""
         scale = _scale(weight[:, :in_8_bit].abs().amax(1))
         int8 = _round(weight[:, :in_8_bit] / scale.unsqueeze(-1))
-        return cls("right", int8, _half(weight[:, in_8_bit:]), scale.float(), None)
+        return cls("right", int8, _half(weight[:, in_8_bit:]), _kept(scale), None)
 
     @classmethod
     def empty(cls, description: dict[str, Any], replaced: Any) -> MixedLinear:
@@ -89,6 +89,13 @@ def rows_in_8_bit(site: Site, rows: slice) -> int:
 def _scale(largest: Tensor) -> Tensor:
     """The size of one step where the largest value is step 127; 1 where all values are zero."""
     return torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+
+
+def _kept(scale: Tensor) -> Tensor:
+    kept = scale.float()
+    if not torch.isfinite(kept).all():
+        raise FloatingPointError("a factor is too large for float32; use another storage")
+    return kept
 
 
 def _round(steps: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from lowrank_lab.artifacts.store import fingerprint
 from lowrank_lab.cells import config
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.compression import Compression, Plan
-from lowrank_lab.errors import SkippedCell
+from lowrank_lab.errors import SkippedCell, named
 from lowrank_lab.lazy_module import LazyModule
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ class Magnitude(Compression):
                             f"pruning works on plain weights; the storage or a compression before it changed {name}"
                         )
                     weight = base.dense_weight(linear).detach()
-                    kept = largest(weight, plan[name])
+                    with named(name):
+                        kept = largest(weight, plan[name])
                     block.set_submodule(path, sparse.SparseLinear.of(weight, kept, base.bias_of(linear)))
                     pruned, weights = pruned + int((~kept).sum()), weights + kept.numel()
         return {"pruned": pruned, "weights": weights}

@@ -251,9 +251,10 @@ def _round(context: Context, quantization: Quantization, members: list[list[str]
     static = activations is not None and activations.static
     if not (calibrates or static):
         blocks = list(zip(walk.blocks_of(model, tower), members, strict=True))
-        for block, names in progress.track(blocks, "quantization", "block"):
+        for index, (block, names) in enumerate(progress.track(blocks, "quantization", "block")):
             _round_inputs(context, quantization, block, names)
-            _round_weights(context, quantization, block, names, {})
+            with named(f"block {index}"):
+                _round_weights(context, quantization, block, names, {})
         return
     hidden: list[Tensor] = []
     blocks_run = context.walk(model, hidden=hidden)
@@ -265,13 +266,15 @@ def _round(context: Context, quantization: Quantization, members: list[list[str]
             leaving, hidden[:] = list(hidden), entering
         _round_inputs(context, quantization, block, names)
         if static:
-            inputs.fix_scales(block, linears.linears_in(block, names), run_again)
+            with named(f"block {index}"):
+                inputs.fix_scales(block, linears.linears_in(block, names), run_again)
         seen = {}
         if method is not None and calibrates:
             paths = linears.linears_in(block, names)
             tokens = context.calibration_ids.numel()
             seen = inputs.gather_inputs(block, paths, run_again, tokens, method.needs_rows, context.device)
-        _round_weights(context, quantization, block, names, seen)
+        with named(f"block {index}"):
+            _round_weights(context, quantization, block, names, seen)
         if leaving is None:
             run()
         else:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lowrank_lab.calibration.statistics import gather
 from lowrank_lab.models.rows import current_rows, without_padding
+from lowrank_lab.modules.codec import check_finite
 from lowrank_lab.modules.linears import steps_of
 from lowrank_lab.modules.steps import Round
 
@@ -100,7 +101,8 @@ def sample_inputs(
 def fix_scales(block: nn.Module, paths: list[str], run: Callable[[], None]) -> None:
     """Choose the fixed scales of the rounding in front of ``paths`` for all that ``run()`` passes through.
 
-    Nothing is rounded on the way: what has no scale yet would spoil what comes after it.
+    Nothing is rounded on the way: what has no scale yet would spoil what comes after it. Raises FloatingPointError,
+    naming the linear, where an input is not finite.
     """
     steps = {id(step): step for path in paths if (step := rounding_of(block, path)) is not None}
     lowest: dict[int, Tensor] = {}
@@ -117,8 +119,10 @@ def fix_scales(block: nn.Module, paths: list[str], run: Callable[[], None]) -> N
     run()
     for hook in hooks:
         hook.remove()
-    for key, step in steps.items():
-        step.fix(lowest[key], highest[key])
+    for path in paths:
+        if (step := rounding_of(block, path)) is not None:
+            check_finite(highest[id(step)] - lowest[id(step)], f"{path}: an input")
+            step.fix(lowest[id(step)], highest[id(step)])
 
 
 def rounding_of(block: nn.Module, path: str) -> Round | None:

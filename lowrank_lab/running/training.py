@@ -78,7 +78,8 @@ def train(
             part.backward()
             loss += part.item()
         if not math.isfinite(loss):
-            raise FloatingPointError(f"{name}: the loss is not finite at step {step}; lower the learning rate")
+            advice = "lower the learning rate" if step else "the model is not finite before it is trained"
+            raise FloatingPointError(f"{name}: the loss is not finite at step {step}; {advice}")
         if recipe.max_norm is not None:
             nn.utils.clip_grad_norm_(parameters, recipe.max_norm)
         optimizer.step()

@@ -50,6 +50,11 @@ def loss_based(sites: Sites, ratio: float, losses: dict[str, float]) -> Ranks:
     for name, site in compressible(sites).items():
         types[site.key].append(name)
     for name, loss in losses.items():
+        if loss == 0:
+            raise SkippedCell(
+                f"loss_based needs losses above 1 for their logarithm; {name} loses nothing at this ratio: choose "
+                "another allocation"
+            )
         if loss <= 1:
             raise SkippedCell(
                 f"loss_based needs losses above 1 for their logarithm; that of {name} is {loss:.3g} (it is summed "

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from lowrank_lab import checks
-from lowrank_lab.errors import SkippedCell
+from lowrank_lab.errors import SkippedCell, named
 from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.modules.formats import Format
 from lowrank_lab.quantization.base import Quantization, Transform
@@ -62,9 +62,10 @@ class BetaSplit(Transform):
 
     def __call__(self, context: Context, quantization: Quantization) -> None:
         rows = quantization.activations is not None
-        for block, latents in folding.calibrated_latents(context, rows):
+        for index, (block, latents) in enumerate(folding.calibrated_latents(context, rows)):
             for right, lefts, inputs in latents:
-                self._split(block, right, lefts, inputs, quantization)
+                with named(f"block {index}: {right}"):
+                    self._split(block, right, lefts, inputs, quantization)
 
     def _split(
         self, block: nn.Module, right: str, lefts: list[str], inputs: Inputs, quantization: Quantization

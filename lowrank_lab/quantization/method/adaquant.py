@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lowrank_lab import checks
+from lowrank_lab.errors import named
 from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.modules.codec import Quantized, check_finite, encode, grids, spread
 from lowrank_lab.modules.formats import Format
@@ -70,10 +71,8 @@ class AdaQuant(WeightMethod):
     ) -> dict[str, Quantized]:
         assert inputs is not None and inputs.rows is not None
         given = inputs.rows, inputs.rounding, self.descent
-        try:
+        with named(", ".join(weights)):
             return dict(zip(weights, adaquant(list(weights.values()), list(forms.values()), *given), strict=True))
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{', '.join(weights)}: {error}") from None
 
 
 class _Linear:
@@ -125,7 +124,7 @@ def adaquant(
     begins: a worse result is not kept, channel by channel where output channels do not share a step. Raises
     FloatingPointError where a weight or row is not finite.
     """
-    check_finite(rows)
+    check_finite(rows, "an input")
     linears = [_Linear(weight, form) for weight, form in zip(weights, forms, strict=True)]
     rows = rows.float()
     wanted = [rows @ linear.weight.T for linear in linears]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lowrank_lab.errors import named
 from lowrank_lab.modules.formats import Format
 
 if TYPE_CHECKING:
@@ -47,8 +48,6 @@ class WeightMethod:
         """
         quantized = {}
         for name, weight in weights.items():
-            try:
+            with named(name):
                 quantized[name] = self.quantize(weight, forms[name], inputs)
-            except FloatingPointError as error:
-                raise FloatingPointError(f"{name}: {error}") from None
         return quantized

@@ -64,7 +64,7 @@ def gptq(
     a weight or moment is not finite.
     """
     check_finite(weight)
-    check_finite(second_moment)
+    check_finite(second_moment, "the second moment of its inputs")
     width = weight.shape[1]
     weight, energy = weight.double(), second_moment.diagonal().double()
     added = torch.where(energy > 0, damping * energy.mean(), torch.ones_like(energy))
@@ -98,4 +98,3 @@ def gptq(
     unordered = torch.empty_like(codes)
     unordered[:, order] = codes
     return Quantized(form, unordered, scale.float(), None if zero is None else zero.float())
-

@@ -70,7 +70,7 @@ def kmeans(weight: Tensor, energy: Tensor | None, form: Format, iterations: int 
         return replace(found, format=form, codes=found.codes.view(weight.shape))
     energy = torch.ones_like(weight[0]) if energy is None else energy
     check_finite(weight)
-    check_finite(energy)
+    check_finite(energy, "the mean square of an input")
     energy = energy.double().unsqueeze(0)
     uniform = _on_integer_grid(weight, form)
     clustered = _clustered(weight.double(), energy, form, iterations)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lowrank_lab import checks
-from lowrank_lab.errors import SkippedCell
+from lowrank_lab.errors import SkippedCell, named
 from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.models.families import Tower, folding_of
 from lowrank_lab.modules.formats import Format
@@ -51,14 +51,16 @@ class Awq(Transform):
             raise SkippedCell("AWQ scales weights that are rounded; choose a quantization/method")
 
     def __call__(self, context: Context, quantization: Quantization) -> None:
-        for block, inputs in folding.calibrated(context, (*folding.SOURCES[self.where], "latent")):
+        sources = (*folding.SOURCES[self.where], "latent")
+        for index, (block, inputs) in enumerate(folding.calibrated(context, sources)):
             scales = []
             for at, sums in inputs:
                 abs_mean = at.shared(sums.abs_sum / sums.tokens, lambda x: x.mean(1))
                 candidates = awq_candidates(abs_mean, self.points)
                 forms = [quantization.format_of(path) for path in at.rounded]
                 weights = list(zip(folding.weights_of(block, at.rounded), forms, strict=True))
-                best = awq_losses(candidates, sums.second_moment(), weights).argmin()
+                with named(f"block {index}: {at.rounded[0]}"):
+                    best = awq_losses(candidates, sums.second_moment(), weights).argmin()
                 scales.append((at, candidates[best]))
             folding.fold(block, context.tower, scales)
 

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from lowrank_lab import checks, progress
+from lowrank_lab.errors import named
 from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.quantization.base import Quantization, Transform
 from lowrank_lab.quantization.scales import largest, smoothing
@@ -76,10 +77,8 @@ class DuQuant(Transform):
             tokens = context.calibration_ids.numel()
             seen = inputs.sample_inputs(block, [group[0] for group in groups], run, tokens, SAMPLE)
             for group in groups:
-                try:
+                with named(f"block {index}: {group[0]}"):
                     spreading = self._spreading(block, group, *seen.pop(group[0]), seed)
-                except FloatingPointError as error:
-                    raise FloatingPointError(f"block {index}: {group[0]}: {error}") from None
                 _install(block, group, quantized, spreading)
 
     def _spreading(self, block: nn.Module, group: list[str], rows: Tensor, abs_max: Tensor, seed: int) -> Spreading:
