@@ -40,7 +40,7 @@ def solve_positive(matrix: Tensor, right: Tensor) -> Tensor:
     """M⁺ · ``right``, (n, m), of a symmetric positive semi-definite ``matrix`` M (n, n), in its dtype.
 
     By its Cholesky factor where it has one. Else by its eigenvectors, without those whose eigenvalues are rounding:
-    below n · ε of the largest, the bound on the rounding of M itself (Golub and Van Loan, Matrix Computations, §5.4).
+    below n · ε of the largest, the bound on the rounding of M (Golub and Van Loan, Matrix Computations, §5.4).
     """
     root, failed = torch.linalg.cholesky_ex(matrix)
     if not failed:

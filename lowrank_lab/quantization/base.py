@@ -16,7 +16,7 @@ from lowrank_lab.cells import config, versions
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.compression import Compression, Plan
 from lowrank_lab.cells.settings import quantization_settings
-from lowrank_lab.errors import UserError
+from lowrank_lab.errors import UserError, named
 from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.modules.formats import Format
 from lowrank_lab.quantization.activations import Activations

@@ -28,8 +28,9 @@ def run(cell: Cell, grid: str | None = None, wait: bool = True) -> dict[str, Any
     """Return the record of a cell. A finished one is found without importing torch.
 
     Raises UserError for what a user can repair, before any model is loaded; any other failure is written into
-    the record with its traceback and raised again: FloatingPointError where a number is not finite. Where another process computes the cell, or an artifact
-    that it needs, this waits for it; with ``wait`` False it raises LockedByAnother instead.
+    the record with its traceback and raised again: FloatingPointError where a number is not finite. Where another
+    process computes the cell, or an artifact that it needs, this waits for it; with ``wait`` False it raises
+    LockedByAnother instead.
     """
     cfg = cell.cfg
     results = Results(cfg.results)
