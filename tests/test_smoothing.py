@@ -19,6 +19,7 @@ from lowrank_lab.quantization.base import quantize_model
 from lowrank_lab.quantization.latent.beta import latent_loss, low_factors, splits, weight_loss
 from lowrank_lab.quantization.scales import largest, smoothing
 from lowrank_lab.quantization.transform.awq import awq_candidates, awq_losses
+from lowrank_lab.quantization.transform.smooth import smoothing_losses
 from lowrank_lab.records.results import Record
 from lowrank_lab.running.context import Context, pick_device
 from tests.conftest import load_lively
@@ -237,6 +238,37 @@ def test_smoothing_helps_where_channels_stand_out(lab, checkpoints, rank):
     assert errors[1] < 0.5 * errors[0]
 
 
+def test_smoothing_losses_are_those_of_the_outputs():
+    rows, w, s = random(6, 4).float(), random(3, 4, seed=1).float(), random(4, seed=2).abs().float() + 0.5
+    form, activations = (
+        Format(4, "integer", True, "channel", "float32"),
+        Format(8, "integer", True, "channel", "float32"),
+    )
+    given, weight = quantize(rows / s, activations).dequantize(), quantize(w * s, form).dequantize()
+    expected = (given @ weight.T - rows @ w.T).double().square().sum()
+    ones = torch.ones_like(s)
+    found = smoothing_losses([s, ones], rows, [(w, form)], activations)
+    torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=0.0)
+    assert smoothing_losses([s, ones], rows, [(w, None)], None).max() < 1e-9
+    assert smoothing_losses([ones], rows, [(w, form), (w, form)], activations)[0] == 2 * found[1]
+
+
+def test_a_searched_alpha_is_the_best_of_the_list(lab, checkpoints):
+    errors = {}
+    for alpha in ("[0.0,0.5,1.0]", "0.0", "0.5", "1.0"):
+        options = ["quantization=smoothquant", f"quantization.transform.alpha={alpha}", "calibration.samples=4"]
+        context = context_of(lab, checkpoints["llama"], *options)
+        with_massive_activations(context)
+        exact = seen(context)
+        quantize_model(context, context.cell.compressions["quantization"])
+        low = seen(context)
+        first = len(context.tower.inputs[0])  # nothing is rounded before these linears
+        before, after = ([x @ w.T for x, w in list(found.values())[:first]] for found in (exact, low))
+        errors[alpha] = sum(float((low - exact).square().sum()) for low, exact in zip(after, before, strict=True))
+    assert errors.pop("[0.0,0.5,1.0]") == pytest.approx(min(errors.values()), rel=1e-5)
+    assert len(set(errors.values())) == 3
+
+
 @torch.no_grad()
 def seen(context: Context) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """By path, what every linear is given on the calibration text (tokens, in), and its weight."""
@@ -362,6 +394,8 @@ def test_dead_and_loud_channels_give_numbers(lab, checkpoints, options, factor, 
     ("overrides", "message"),
     [
         (["quantization/transform=smooth", "quantization.transform.alpha=1.5"], "alpha=1.5"),
+        (["quantization/transform=smooth", "quantization.transform.alpha=[]"], "alpha"),
+        (["quantization/transform=smooth", "quantization.transform.alpha=[0.5,2]"], "alpha=2"),
         (["quantization/transform=smooth", "quantization.transform.where=some"], "where=some"),
         (["quantization/transform=awq", "quantization.transform.points=0"], "points=0"),
         (["quantization/latent=beta", "quantization.latent.betas=[]"], "betas"),

@@ -29,7 +29,7 @@ from lowrank_lab.modules.linears import (
     set_steps,
 )
 from lowrank_lab.modules.steps import Scale
-from lowrank_lab.quantization.inputs import Inputs, gather_inputs
+from lowrank_lab.quantization.inputs import Inputs, Sample, gather_inputs
 from lowrank_lab.quantization.targets import members_by_block
 
 if TYPE_CHECKING:
@@ -168,23 +168,33 @@ def _divide_norm(norm: Any, scale: Tensor, plus_one: bool) -> None:
 
 
 def calibrated(
-    context: Context, sources: Collection[Source]
-) -> Iterator[tuple[nn.Module, list[tuple[Input, Accumulator]]]]:
+    context: Context, sources: Collection[Source], sample: int = 0
+) -> Iterator[tuple[nn.Module, list[tuple[Input, Accumulator, Tensor]]]]:
     """Every block of ``context.model`` with its inputs of these ``sources``, and their statistics.
 
-    The statistics are of the calibration text and of the unchanged blocks; the caller may change the block that it
-    gets. Raises FloatingPointError, naming the linear, where an input is not finite.
+    These are sums, and a ``sample`` of so many tokens (n, in), float32, evenly taken. They are of the calibration
+    text and of the unchanged blocks; the caller may change the block that it gets. Raises FloatingPointError,
+    naming the linear, where an input is not finite.
     """
     targets = members_by_block(context)
     blocks = context.walk(context.model)
     for index, block, run in progress.track(blocks, "smoothing", "block", len(targets)):
         inputs = inputs_in(block, context.tower, context.model_config, targets[index])
         inputs = [one for one in inputs if one.source in sources]
-        sums = gather(block, [one.readers[0] for one in inputs], run, context.device)
+        paths = [one.readers[0] for one in inputs]
+        samples = {path: Sample(context.calibration_ids.numel(), sample) for path in paths}
+        hooks = [
+            block.get_submodule(path).register_forward_pre_hook(lambda _, args, to=to: to.add(args[0]))
+            for path, to in samples.items()
+            if sample
+        ]
+        sums = gather(block, paths, run, context.device)
+        for hook in hooks:
+            hook.remove()
         for path, accumulator in sums.items():
             if not torch.isfinite(accumulator.abs_max).all():
                 raise FloatingPointError(f"block {index}: the input of {path} is not finite during calibration")
-        yield block, [(one, sums[one.readers[0]]) for one in inputs]
+        yield block, [(one, sums[path], samples[path].rows) for one, path in zip(inputs, paths, strict=True)]
 
 
 def calibrated_latents(

@@ -48,8 +48,8 @@ class Sample:
 
     @property
     def rows(self) -> Tensor:
-        """(count, width), float32."""
-        return torch.cat(self.found)
+        """(count, width), float32; empty where nothing was added."""
+        return torch.cat(self.found) if self.found else torch.empty(0)
 
 
 def gather_inputs(

@@ -194,7 +194,11 @@ def train_ranks(folder: Path, context: Context, ids: Tensor, settings: Different
         return loss + settings.gamma * (ratio_now() - context.ratio).abs()  # Algorithm 1, line 11
 
     def after_step() -> dict[str, Any]:
-        return {"ratio": ratio_now().item(), "k": [round(rank.k.item(), 3) for rank in learned.values()]}
+        k = {name: rank.k.item() for name, rank in learned.items()}
+        for name, value in k.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name}: the gradient of its rank is not finite")
+        return {"ratio": ratio_now().item(), "k": [round(value, 3) for value in k.values()]}
 
     recipe = training.Recipe(
         steps=settings.steps,

@@ -37,7 +37,7 @@ class LatentSmooth(Transform):
             return
         for block, inputs in folding.calibrated(context, ["latent"]):
             scales = []
-            for at, sums in inputs:
+            for at, sums, _ in inputs:
                 weights = largest(folding.weights_of(block, at.readers))
                 scales.append((at, smoothing(sums.abs_max, weights, self.alpha)))
             folding.fold(block, context.tower, scales)

@@ -54,7 +54,7 @@ class Awq(Transform):
         sources = (*folding.SOURCES[self.where], "latent")
         for index, (block, inputs) in enumerate(folding.calibrated(context, sources)):
             scales = []
-            for at, sums in inputs:
+            for at, sums, _ in inputs:
                 abs_mean = at.shared(sums.abs_sum / sums.tokens, lambda x: x.mean(1))
                 candidates = awq_candidates(abs_mean, self.points)
                 forms = [quantization.format_of(path) for path in at.rounded]
