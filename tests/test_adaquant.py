@@ -10,11 +10,18 @@ import torch
 from torch import Tensor
 
 from lowrank_lab.errors import UserError
+from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.codec import quantize
 from lowrank_lab.modules.formats import Format
 from lowrank_lab.modules.steps import Round
+from lowrank_lab.quantization.base import quantize_model
+from lowrank_lab.quantization.inputs import Inputs
 from lowrank_lab.quantization.method.adaquant import AdaQuant, Descent, adaquant
 from lowrank_lab.quantization.straight_through import RoundToSteps
+from lowrank_lab.records.results import Record
+from lowrank_lab.running.context import Context
+
+from .conftest import load_lively
 
 WIDTH = 70  # no multiple of a group of 32
 SHORT = Descent(steps=40, batch_size=64, weight_rate=0.003, scale_rate=0.01, input_rate=0.03)
@@ -163,6 +170,53 @@ def test_only_integer_grids_have_a_step_to_learn(lab):
         lab.cells("quantization=nf4", "quantization/method=adaquant")
     with pytest.raises(UserError, match="steps=0"):
         lab.cells("quantization=adaquant", "quantization.method.steps=0")
+
+
+@torch.no_grad()
+def test_outputs_of_the_unquantized_model_are_met_where_they_are_wanted():
+    weight, exact = random(24, WIDTH, seed=3), tokens()
+    rows = 0.8 * exact  # as if the layers before had shrunk everything
+    errors = []
+    for wanted in (None, exact):
+        [found] = adaquant([weight], [Format(4)], rows, None, replace(SHORT, steps=100, scale_rate=0.03), wanted)
+        errors.append((rows @ found.dequantize().T - exact @ weight.T).square().sum())
+    assert errors[1] < 0.75 * errors[0]
+
+
+def test_sequential_adaquant_wants_the_outputs_of_the_unquantized_model(lab, checkpoints, monkeypatch):
+    given: list[Inputs] = []
+    learn = AdaQuant.quantize_together
+
+    def note(self, weights, forms, inputs):
+        given.append(inputs)
+        return learn(self, weights, forms, inputs)
+
+    monkeypatch.setattr(AdaQuant, "quantize_together", note)
+    overrides = ["quantization=adaquant_sequential", "quantization.weights.bits=2", "quantization.method.steps=1"]
+    [cell] = lab.cells(f"model.path={checkpoints['llama']}", "method=dense", *overrides)
+    context = Context(cell, Record(cell, None), torch.device("cpu"))
+    context.__dict__["model"] = model = load_lively(checkpoints["llama"], 3.0, 0.0)
+    expected: list[Tensor] = []
+    hooks = [
+        block.get_submodule(group[0]).register_forward_pre_hook(lambda _, args: expected.append(args[0]))
+        for block in blocks_of(model, context.tower)
+        for group in context.tower.inputs
+    ]
+    with torch.no_grad():
+        model(context.calibration_ids)
+    for hook in hooks:
+        hook.remove()
+    quantize_model(context, cell.compressions["quantization"])
+    assert len(given) == len(expected) == 12
+    for inputs, rows in zip(given, expected, strict=True):
+        torch.testing.assert_close(inputs.exact_rows, rows.flatten(0, 1), rtol=1e-4, atol=1e-5)
+    assert torch.equal(given[0].rows, given[0].exact_rows)
+    assert (given[-1].rows - given[-1].exact_rows).norm() > 0.1 * given[-1].rows.norm()
+
+
+def test_the_targets_of_sequential_adaquant_need_quantized_inputs(lab):
+    with pytest.raises(UserError, match="sequential=false"):
+        lab.cells("quantization=adaquant_sequential", "quantization.sequential=false")
 
 
 def test_a_checkpoint_is_the_model_in_memory(lab):

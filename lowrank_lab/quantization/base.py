@@ -6,6 +6,7 @@ transform → latent → activations and weights, block by block → kv_cache
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -110,6 +111,8 @@ class Quantization(Compression):
         for form in (self.weights, self.left, self.right):
             if method is not None:
                 method.check(form)
+        if method is not None and method.needs_exact and not sequential:
+            raise ValueError(f"sequential=false is not valid; {method.label} calibrates on quantized blocks")
 
     @property
     def needs_calibration(self) -> bool:
@@ -257,6 +260,7 @@ def _round(context: Context, quantization: Quantization, members: list[list[str]
                 _round_weights(context, quantization, block, names, {})
         return
     hidden: list[Tensor] = []
+    exact: list[Tensor] = []  # what no rounded block has touched, for a method that needs it
     blocks_run = context.walk(model, hidden=hidden)
     for index, block, run in progress.track(blocks_run, "quantization", "block", len(members)):
         names, run_again = members[index], partial(run, advance=False)
@@ -264,6 +268,11 @@ def _round(context: Context, quantization: Quantization, members: list[list[str]
         if not quantization.sequential:
             run()
             leaving, hidden[:] = list(hidden), entering
+        exact_rows: list[Tensor] = []
+        if method is not None and method.needs_exact:
+            hidden[:] = exact or entering
+            exact_rows = _rows_in(context, block, names, run)
+            exact, hidden[:] = list(hidden), entering
         _round_inputs(context, quantization, block, names)
         if static:
             with named(f"block {index}"):
@@ -273,12 +282,21 @@ def _round(context: Context, quantization: Quantization, members: list[list[str]
             paths = linears.linears_in(block, names)
             tokens = context.calibration_ids.numel()
             seen = inputs.gather_inputs(block, paths, run_again, tokens, method.needs_rows, context.device)
+            for path, rows in zip(paths, exact_rows, strict=False):  # rounding changes paths, not their order
+                seen[path].exact_rows = rows
         with named(f"block {index}"):
             _round_weights(context, quantization, block, names, seen)
         if leaving is None:
             run()
         else:
             hidden[:] = leaving
+
+
+def _rows_in(context: Context, block: nn.Module, members: list[str], run: Callable[[], None]) -> list[Tensor]:
+    """The sample of tokens that every linear of ``members`` is given while ``run`` passes the text on."""
+    paths = linears.linears_in(block, members)
+    found = inputs.sample_inputs(block, paths, run, context.calibration_ids.numel(), inputs.ROWS)
+    return [found[path][0] for path in paths]
 
 
 def _round_inputs(context: Context, quantization: Quantization, block: nn.Module, members: list[str]) -> None:

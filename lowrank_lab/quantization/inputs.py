@@ -24,11 +24,13 @@ class Inputs:
     second_moment  mean x xᵀ (in, in), float64
     rows           a sample of tokens (up to ROWS, in), float32, before they are rounded; None: not needed
     rounding       the step that rounds them; None: they are not rounded. A method may change a fixed scale
+    exact_rows     the same tokens in the model before any block of it was rounded; None: not needed
     """
 
     second_moment: Tensor
     rows: Tensor | None
     rounding: Round | None
+    exact_rows: Tensor | None = None
 
 
 class Sample:

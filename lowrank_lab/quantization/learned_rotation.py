@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from lowrank_lab.artifacts.store import write_json
+from lowrank_lab.errors import named
 from lowrank_lab.models.families import folding_of
 from lowrank_lab.models.walk import as_batch, blocks_of
 from lowrank_lab.modules.formats import Format
@@ -93,9 +94,9 @@ def attach(
             linear: Any = block.get_submodule(path)
             form = quantization.format_of(path) if round_weights and path in rounded_here else None
             sides = following.get(path, Rotated())
-            register_parametrization(linear, "weight", RotatedWeight(sides, r1, r2, index, values, form))
+            register_parametrization(linear, "weight", RotatedWeight(sides, r1, r2, index, values, form, path))
             if linear.bias is not None:
-                register_parametrization(linear, "bias", RotatedWeight(sides, r1, r2, index, values, None))
+                register_parametrization(linear, "bias", RotatedWeight(sides, r1, r2, index, values, None, path))
         if quantization.activations is not None:
             for group in groups:
                 set_steps(block, group, [straight_through.RoundInputs(quantization.activations.form)])
@@ -110,9 +111,17 @@ class RotatedWeight(nn.Module):
     """A weight (out, in) or bias (out,) as the rotations leave it, rounded if there is a format."""
 
     def __init__(
-        self, sides: Rotated, r1: nn.Parameter, r2: nn.Parameter, block: int, values: int, form: Format | None
+        self,
+        sides: Rotated,
+        r1: nn.Parameter,
+        r2: nn.Parameter,
+        block: int,
+        values: int,
+        form: Format | None,
+        path: str,
     ) -> None:
         super().__init__()
+        self.path = path
         self.sides, self.r1, self.r2, self.block, self.values, self.form = sides, r1, r2, block, values, form
 
     def forward(self, tensor: Tensor) -> Tensor:
@@ -120,4 +129,7 @@ class RotatedWeight(nn.Module):
         if tensor.ndim == 1:
             return rotated_rows(tensor, *here)
         followed = rotated_weight(tensor, *here)
-        return followed if self.form is None else straight_through.rounded_values(followed, self.form)
+        if self.form is None:
+            return followed
+        with named(f"block {self.block}: {self.path}"):
+            return straight_through.rounded_values(followed, self.form)

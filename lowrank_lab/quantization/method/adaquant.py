@@ -70,9 +70,19 @@ class AdaQuant(WeightMethod):
         self, weights: dict[str, Tensor], forms: dict[str, Format], inputs: Inputs | None
     ) -> dict[str, Quantized]:
         assert inputs is not None and inputs.rows is not None
-        given = inputs.rows, inputs.rounding, self.descent
+        given = inputs.rows, inputs.rounding, self.descent, inputs.exact_rows
         with named(", ".join(weights)):
             return dict(zip(weights, adaquant(list(weights.values()), list(forms.values()), *given), strict=True))
+
+
+class SequentialAdaQuant(AdaQuant):
+    """‖Wₗ Xₗ − Q(Wₗ + Vₗ) Q(X^qₗ)‖² (papers/000): X^q from the quantized layers before, X from unquantized ones.
+
+    The layers are those of a block, one after the other; within a block none is quantized yet.
+    """
+
+    label = "sequential AdaQuant"
+    needs_exact = True
 
 
 class _Linear:
@@ -113,12 +123,18 @@ class _Linear:
 
 
 def adaquant(
-    weights: list[Tensor], forms: list[Format], rows: Tensor, rounding: Round | None, descent: Descent
+    weights: list[Tensor],
+    forms: list[Format],
+    rows: Tensor,
+    rounding: Round | None,
+    descent: Descent,
+    exact_rows: Tensor | None = None,
 ) -> list[Quantized]:
     """Quantize ``weights``, each (out, in), of linears that share their input, in integer formats.
 
-    rows      tokens (count, in) of that input, before it is rounded
-    rounding  what rounds it, if anything does; its scale is learned where it is a fixed one, and then changed
+    rows        tokens (count, in) of that input, before it is rounded
+    rounding    what rounds it, if anything does; its scale is learned where it is a fixed one, and then changed
+    exact_rows  the same tokens (count, in) in the unquantized model, whose outputs are then wanted; None: of rows
 
     Σ ‖X Wᵀ − Q(X) Q(W + V)ᵀ‖² over ``rows`` is never above that of rounding to the nearest, where the descent
     begins: a worse result is not kept, channel by channel where output channels do not share a step. Raises
@@ -127,7 +143,9 @@ def adaquant(
     check_finite(rows, "an input")
     linears = [_Linear(weight, form) for weight, form in zip(weights, forms, strict=True)]
     rows = rows.float()
-    wanted = [rows @ linear.weight.T for linear in linears]
+    exact = rows if exact_rows is None else exact_rows.float()
+    check_finite(exact, "an input")
+    wanted = [exact @ linear.weight.T for linear in linears]
 
     def errors(given: Tensor, quantized: list[Quantized]) -> list[Tensor]:
         """The squared error of every output."""

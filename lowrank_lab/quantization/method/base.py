@@ -20,6 +20,7 @@ class WeightMethod:
     label         what tables show before the format; nothing for plain rounding
     needs_inputs  whether ``quantize`` reads statistics of the linear's input on the calibration text
     needs_rows    whether it also reads a sample of tokens
+    needs_exact   whether it reads these tokens in the unquantized model too
     needs_seed    whether it draws random numbers
     library       the optional library that it uses
     """
@@ -28,6 +29,7 @@ class WeightMethod:
     library: str | None = None
     needs_inputs = False
     needs_rows = False
+    needs_exact = False
     needs_seed = False
 
     def check(self, form: Format) -> None:
