@@ -106,6 +106,7 @@ def make_gradients(
             hook.remove()
         for parameter, wanted in zip(model.parameters(), wanted_gradient, strict=True):
             parameter.requires_grad_(wanted)
+    _check_finite(accumulators)
     for index, of_block in enumerate(accumulators):
         tensors = {}
         for name, accumulator in of_block.items():
@@ -115,6 +116,14 @@ def make_gradients(
                 tensors[f"{name}.{key}"] = tensor
         tokens = {name: accumulator.tokens for name, accumulator in of_block.items()}
         save_file(tensors, folder / block_file(index), metadata=tokens_metadata(tokens))
+
+
+def _check_finite(accumulators: list[dict[str, Accumulator]]) -> None:
+    """Raises FloatingPointError, naming the last linear without finite gradients: backward begins there."""
+    for index, of_block in reversed(list(enumerate(accumulators))):
+        for name, accumulator in reversed(of_block.items()):
+            if not torch.isfinite(accumulator.square).all():
+                raise FloatingPointError(f"block {index}: the gradient of {name} is not finite")
 
 
 def load_gradients(folder: Path, index: int, linear: str, device: torch.device) -> OutputStatistics:
