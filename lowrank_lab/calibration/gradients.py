@@ -106,7 +106,7 @@ def make_gradients(
             hook.remove()
         for parameter, wanted in zip(model.parameters(), wanted_gradient, strict=True):
             parameter.requires_grad_(wanted)
-    _check_finite(accumulators)
+    _check_finite(accumulators, tower)
     for index, of_block in enumerate(accumulators):
         tensors = {}
         for name, accumulator in of_block.items():
@@ -118,12 +118,12 @@ def make_gradients(
         save_file(tensors, folder / block_file(index), metadata=tokens_metadata(tokens))
 
 
-def _check_finite(accumulators: list[dict[str, Accumulator]]) -> None:
+def _check_finite(accumulators: list[dict[str, Accumulator]], tower: Tower) -> None:
     """Raises FloatingPointError, naming the last linear without finite gradients: backward begins there."""
     for index, of_block in reversed(list(enumerate(accumulators))):
         for name, accumulator in reversed(of_block.items()):
             if not torch.isfinite(accumulator.square).all():
-                raise FloatingPointError(f"block {index}: the gradient of {name} is not finite")
+                raise FloatingPointError(f"{tower.blocks}.{index}.{name}: its gradient is not finite")
 
 
 def load_gradients(folder: Path, index: int, linear: str, device: torch.device) -> OutputStatistics:
