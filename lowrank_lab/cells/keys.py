@@ -46,7 +46,9 @@ class Keys:
     def model(self) -> str:
         """Identifies a model and its tokenizer, and the converted checkpoint of a GGUF or tiny model."""
         remote_code = bool(self.cell.cfg.model.trust_remote_code)
-        content = {"model": self.cell.source.content, "remote_code": remote_code}
+        content: dict[str, Any] = {"model": self.cell.source.content, "remote_code": remote_code}
+        if self.cell.source.kind == "gguf":
+            content["gguf"] = versions.GGUF
         return fingerprint({**content, "version": versions.MODEL})
 
     @property

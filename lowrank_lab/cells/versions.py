@@ -6,7 +6,10 @@ Refactoring, speed and logging do not count. Library versions are written into e
 
 from collections.abc import Iterable
 
-MODEL = 1  # models/load.py: conversion of GGUF files
+MODEL = 1  # models/load.py, tiny.py
+GGUF = (
+    2  # models/gguf_conversion.py, gguf_tokenizer.py, only for models from GGUF files; records of 1 do not have it
+)
 TOKENS = 1  # calibration/tokens.py
 STATISTICS = 1  # calibration/statistics.py
 GRADIENTS = 1  # calibration/gradients.py
@@ -44,9 +47,9 @@ def current() -> dict[str, int]:
 
 
 def used(components: Iterable[str]) -> dict[str, int]:
-    """The versions that matter for a record whose compressions and evaluators name these ``components``.
+    """The versions that matter for a record whose model, compressions and evaluators name these ``components``.
 
     A report leaves out records of other versions.
     """
-    left_out = {*EVALUATORS, *COMPRESSIONS} - set(components)
+    left_out = {"GGUF", *EVALUATORS, *COMPRESSIONS} - set(components)
     return {name: value for name, value in current().items() if name not in left_out}

@@ -7,6 +7,7 @@ over all predicted tokens of the negative log-likelihood, computed in float32.
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,12 @@ else:
     causal_lm = LazyModule("lowrank_lab.models.tasks.causal_lm")
 
 
+log = logging.getLogger(__name__)
+IMPLAUSIBLE = 300.0  # of a dense model; 7B models have 5 to 20 on the papers' texts, the smallest ones below 100
+
+
 class Perplexity(WindowEvaluator):
-    """Perplexity on a text."""
+    """Perplexity on a text. Where that of the dense model is not plausible, ``warning`` says so."""
 
     version = versions.PERPLEXITY
     component = "PERPLEXITY"
@@ -38,6 +43,13 @@ class Perplexity(WindowEvaluator):
         """Measure it: the value and its protocol."""
         windows, protocol = self.windows(context)
         measured = perplexity(context.model, windows, self.batch_size, context.device)
+        if context.cell.kind == "dense" and (measured["value"] or 0) > IMPLAUSIBLE:
+            measured["warning"] = (
+                f"a perplexity of {measured['value']:.4g} is not one of a trained model on a text of its language: "
+                "its weights or its tokenizer may be wrong"
+            )
+            if context.cell.source.kind != "tiny":  # these are random and meant to be
+                log.warning(measured["warning"])
         return {"metric": "perplexity", **measured, "protocol": {**protocol, "loss": "token mean, float32"}}
 
 

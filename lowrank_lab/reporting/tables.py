@@ -13,6 +13,7 @@ import pandas as pd
 from lowrank_lab.artifacts.store import fingerprint
 from lowrank_lab.cells import versions
 from lowrank_lab.cells.options import default
+from lowrank_lab.models.source import names_gguf
 from lowrank_lab.records.labels import word
 from lowrank_lab.records.results import other_compressions
 from lowrank_lab.reporting.fitting import as_markdown, fitted
@@ -90,8 +91,10 @@ def bits(record: dict[str, Any]) -> float:
 
 def outdated(record: dict[str, Any]) -> bool:
     """Whether a record was made by other versions of its components than the present ones."""
-    present = versions.current()
-    return any(version != present.get(name) for name, version in record.get("components", {"none": 0}).items())
+    present, made_by = versions.current(), record.get("components", {"none": 0})
+    if any(version != present.get(name) for name, version in made_by.items()):
+        return True
+    return "GGUF" not in made_by and names_gguf(record["config"]["model"]["path"])
 
 
 def groups(records: list[dict[str, Any]], section: Section) -> Iterator[tuple[str, pd.DataFrame]]:
