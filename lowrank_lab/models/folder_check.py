@@ -79,7 +79,9 @@ def _config(folder: Path) -> dict[str, Any]:
         if (folder / ADAPTER).is_file():
             base = _object(folder, ADAPTER).get("base_model_name_or_path")
             raise UserError(f"model.path={folder}: the folder has only an adapter (of {base}): {MERGE}")
-        raise UserError(f"model.path={folder}: the folder has no config.json; is it a saved model?")
+        ggufs = sorted(file.name for file in folder.iterdir() if file.suffix.lower() == ".gguf")
+        hint = f"give one file of it, such as {folder / ggufs[0]}" if ggufs else "is it a saved model?"
+        raise UserError(f"model.path={folder}: the folder has no config.json; {hint}")
     settings = _object(folder, "config.json")
     if not isinstance(settings.get("model_type"), str):
         raise UserError(f"model.path={folder}: its config.json is not one of a model (no model_type)")
