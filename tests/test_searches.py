@@ -19,6 +19,7 @@ from lowrank_lab.lowrank.allocation import strs
 from lowrank_lab.lowrank.allocation.differentiable import Differentiable, LearnedRank, train_ranks
 from lowrank_lab.lowrank.allocation.sigma_gradient import load_sigma_gradients, make_sigma_gradients, score_tails
 from lowrank_lab.lowrank.allocation.strs import candidate_ranks, measure
+from lowrank_lab.lowrank.answers import answers_of
 from lowrank_lab.lowrank.masked import mask_directions
 from lowrank_lab.lowrank.metric.identity import Identity
 from lowrank_lab.lowrank.ranks import budget, fit, total_cost
@@ -30,6 +31,8 @@ from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.factorized import site_weight
 from lowrank_lab.modules.site import Site
+from lowrank_lab.records.results import Record
+from lowrank_lab.running.context import Context
 from tests.sites import sites_in
 
 CPU = torch.device("cpu")
@@ -329,3 +332,27 @@ def test_the_budget_of_learned_ranks_is_exact_after_rounding(lab):
         left = budget(sites, 0.55) - total_cost(sites, ranks)
         assert 0 <= left < min(site.cost(1) for site in sites.values())
         assert record["sizes"]["ratio_reached"] <= 0.55
+
+
+def test_a_performance_target_takes_all_that_the_perplexity_allows(lab, monkeypatch):
+    """§A.4 where the perplexity is 200 less the percentage kept: the last plan of the order that keeps a half."""
+
+    def kept(sites, ranks):
+        return total_cost(sites, ranks) / sum(site.dense for site in sites.values())
+
+    monkeypatch.setattr(strs, "perplexity_of", lambda context, ranks, _: 200 - 100 * kept(context.sites, ranks))
+    words = ["method=asvd", "allocation=strs_perplexity", "allocation.ratios=[0.3,0.6]", "ratio=0.9"]
+    skipped = lab.run(*words, "allocation.target_perplexity=99")
+    assert "perplexity 100 on these samples, above allocation.target_perplexity=99" in skipped["reason"]
+    record = lab.run(*words, "allocation.target_perplexity=150")
+    assert "ratio=" not in record["label"]
+    reached = record["sizes"]["ratio_reached"]
+    assert record["compressions"]["lowrank"]["perplexity_of_samples"] == pytest.approx(200 - 100 * reached)
+    [cell] = lab.cells(*words, "allocation.target_perplexity=150", "ratio=0.1")
+    assert cell.key == record["key"]  # which has no ratio
+
+    context = Context(cell, Record(cell, None), CPU)
+    steps = answers_of(cell).allocation._steps(context)
+    shares = [kept(context.sites, strs.plan(context.sites, steps, index)) for index in range(len(steps))]
+    assert shares[-1] < 0.5
+    assert reached == pytest.approx(min(share for share in shares if share >= 0.5))

@@ -121,10 +121,14 @@ class Cell:
     @property
     def ratio(self) -> float:
         """The ratio of the configuration, of a checkpoint its own; 1 where no compression has a ratio."""
+        return 1.0 if self._asked_ratio is None else self._asked_ratio
+
+    @property
+    def _asked_ratio(self) -> float | None:
         if self.saved is not None:
             return self.saved.ratio
         ratios = (one.ratio(self.cfg) for one in self.compressions.values())
-        return next((ratio for ratio in ratios if ratio is not None), 1.0)
+        return next((ratio for ratio in ratios if ratio is not None), None)
 
     @property
     def texts(self) -> dict[str, DictConfig]:
@@ -157,7 +161,8 @@ class Cell:
     def label(self) -> str:
         """One line for logs, status and tables: "asvd ratio=0.6 INT4 metric.alpha=0.25 SmolLM2 wikitext2"."""
         name = self.cfg.method.name
-        what = f"{name} ratio={self.ratio:g}" if self.is_factored else name
+        has_ratio = self.is_factored and self._asked_ratio is not None
+        what = f"{name} ratio={self.ratio:g}" if has_ratio else name
         what += self.method_in_words.removeprefix(redacted(name))
         shown = (*told.told(self), *self.apart)
         words = [redacted(f"{name}={value}") for name, value in self.words.items() if name in shown]

@@ -22,6 +22,8 @@ GENERATION = 1  # evaluation/generation.py
 OUTPUT_ERROR = 1  # evaluation/output_error.py
 TRUNCATION = 1  # evaluation/truncation.py
 LEARNED_RANKS = 1  # evaluation/learned_ranks.py
+TRUNCATED_ACTIVATIONS = 1  # evaluation/truncated_activations.py
+PERTURBED_RANKS = 1  # evaluation/perturbed_ranks.py
 FACTORS = 1  # evaluation/factors.py
 IPCA_MEMORY = 1  # evaluation/ipca_memory.py
 HARNESS = 2  # evaluation/harness.py, lm.py, tasks.py, task_data.py
@@ -34,6 +36,8 @@ EVALUATORS = (
     "OUTPUT_ERROR",
     "TRUNCATION",
     "LEARNED_RANKS",
+    "TRUNCATED_ACTIVATIONS",
+    "PERTURBED_RANKS",
     "FACTORS",
     "IPCA_MEMORY",
     "HARNESS",

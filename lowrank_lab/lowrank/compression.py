@@ -78,8 +78,8 @@ class LowRank(Compression):
     def switch_off(self, cfg: DictConfig) -> None:
         cfg.compressions.lowrank = cfg.allocation = cfg.refinement = None
 
-    def ratio(self, cfg: DictConfig) -> float:
-        return float(cfg.ratio)
+    def ratio(self, cfg: DictConfig) -> float | None:
+        return float(cfg.ratio) if getattr(self.answers.allocation, "meets_ratio", True) else None
 
     def texts(self, cfg: DictConfig) -> dict[str, DictConfig]:
         reads_its_own = cfg.refinement is not None and "dataset" in cfg.refinement

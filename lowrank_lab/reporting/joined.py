@@ -45,6 +45,8 @@ COLUMNS = [
     "keys",
 ]
 
+FRACTIONS = ("accuracy", "drop", "perplexity_degradation")  # ours; the papers' may be in percent
+
 
 def join(table: Published, results: Results, methods: Collection[str] = ()) -> pd.DataFrame:
     """Each row of ``table`` with our number, and below them those of our cells that the table does not have.
@@ -78,10 +80,17 @@ def dicts(rows: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _numbers(record: dict[str, Any], table: Published) -> Iterator[Ours]:
-    """All numbers of a record; those of the dense model measured with a compressed one as of a dense record."""
+    """All numbers of a record; those of the dense model measured with a compressed one as of a dense record.
+
+    Where activations were truncated, and not the weights, the method has the ending ``_activations``.
+    """
     for (metric, dataset, variant, value), source in measured.numbers(record):
         protocol = source.get("protocol", {})
         yield Ours(record, metric, dataset, variant, value, protocol, differs(record, metric, source, table))
+    truncated = measured.truncated(record)
+    for (metric, dataset, variant, value), source in measured.of_truncated_activations(record):
+        protocol = source["protocol"]
+        yield Ours(truncated, metric, dataset, variant, value, protocol, differs(truncated, metric, source, table))
     config = {**record["config"], "allocation": None, "quantization": None, "compressions": []}
     quantization = {"name": "none", "family": "none"}
     dense = {**record, "method": "dense", "ratio": 1.0, "quantization": quantization}
@@ -105,7 +114,7 @@ def _with_ours(row: dict[str, Any], table: Published, cells: list[Cell], numbers
 
 
 def _row(row: dict[str, Any], found: list[Ours], status: str) -> dict[str, Any]:
-    scale = 100.0 if row["unit"] == "%" and row["metric"] in ("accuracy", "drop") else 1.0
+    scale = 100.0 if row["unit"] == "%" and row["metric"] in FRACTIONS else 1.0
     scale = 1000.0 if row["unit"] == "MB" and row["metric"] == "size" else scale
     of_seed = {ours.record["seed"]: ours.value * scale for ours in found}
     record = found[0].record if found else None

@@ -15,8 +15,7 @@ def numbers(record: dict[str, Any]) -> Iterator[tuple[Number, dict[str, Any]]]:
     for measured in record["metrics"].values():
         kind = measured["metric"]
         if kind == "perplexity":
-            dataset = measured["protocol"]["dataset"]
-            yield ("perplexity", PTB.get(dataset, dataset), "", _float(measured["value"])), measured
+            yield ("perplexity", _dataset(measured), "", _float(measured["value"])), measured
         elif kind == "accuracy":
             for task, of_task in measured["tasks"].items():
                 yield ("accuracy", task, "", _float(of_task["value"])), measured
@@ -29,6 +28,11 @@ def numbers(record: dict[str, Any]) -> Iterator[tuple[Number, dict[str, Any]]]:
         elif kind == "output error":
             for number in _storage_errors(measured):
                 yield number, measured
+        elif kind == "perplexity lost to perturbed ranks":
+            dataset = _dataset(measured)
+            rises = measured["rises"] or [float("nan")] * len(measured["shifts"])
+            for shift, rise in zip((0, *measured["shifts"]), (0.0, *rises), strict=True):
+                yield ("perplexity_degradation", dataset, shift_variant(shift), rise), measured
     sizes = record.get("sizes")
     if sizes:
         yield ("size", "", "", sizes["bytes"] / 1e9), {}
@@ -42,6 +46,28 @@ def of_dense(record: dict[str, Any]) -> Iterator[tuple[Number, dict[str, Any]]]:
         if measured["metric"] == "speed":
             for number in _speeds(measured, "dense"):
                 yield number, measured
+
+
+def of_truncated_activations(record: dict[str, Any]) -> Iterator[tuple[Number, dict[str, Any]]]:
+    """What a record says of the dense model whose activations, not weights, were truncated to the cell's ranks."""
+    for measured in record["metrics"].values():
+        if measured["metric"] == "perplexity of truncated activations":
+            yield ("perplexity", _dataset(measured), "", _float(measured["value"])), measured
+
+
+def truncated(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with the name that reports give to its method where activations are truncated in place of weights."""
+    return {**record, "method": f"{record['method']}_activations"}
+
+
+def shift_variant(shift: int) -> str:
+    """The variant of a model whose ranks were moved."""
+    return f"shift={shift}"
+
+
+def _dataset(measured: dict[str, Any]) -> str:
+    dataset = measured["protocol"]["dataset"]
+    return PTB.get(dataset, dataset)
 
 
 def _speeds(measured: dict[str, Any], of: str = "model") -> Iterator[Number]:

@@ -18,7 +18,9 @@ from lowrank_lab.cells.evaluator import Evaluator
 from lowrank_lab.evaluation.harness import Harness
 from lowrank_lab.evaluation.output_error import OutputError
 from lowrank_lab.evaluation.perplexity import Perplexity
+from lowrank_lab.evaluation.perturbed_ranks import PerturbedRanks
 from lowrank_lab.evaluation.speed import Speed
+from lowrank_lab.evaluation.truncated_activations import TruncatedActivations
 from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.records import labels
 from lowrank_lab.reporting import measured, models_of_papers
@@ -38,8 +40,10 @@ def promised(recipe: str) -> tuple[Ours, ...]:
         dense = "lowrank" not in cell_of_first["compressions"]
         for path, ratio in product(paths, [1.0] if dense else ratios or [cfg.ratio]):
             record = _of(cell_of_first, path, float(ratio))
-            for metric, dataset, variant in names(record, evaluators):
-                found.append(Ours(record, metric, dataset, variant, float(len(found) + 1), {}, ""))
+            of_cell = [(record, name) for name in names(record, evaluators)]
+            of_cell += [(measured.truncated(record), name) for name in truncated_names(record, evaluators)]
+            for of_record, (metric, dataset, variant) in of_cell:
+                found.append(Ours(of_record, metric, dataset, variant, float(len(found) + 1), {}, ""))
     return tuple(found)
 
 
@@ -110,8 +114,10 @@ def names(record: dict[str, Any], evaluators: dict[str, Evaluator]) -> Iterator[
     of_cell = record["config"]
     for name, evaluator in evaluators.items():
         if isinstance(evaluator, Perplexity):
-            dataset = (of_cell["eval"][name].get("dataset") or of_cell["dataset"])["name"]
-            yield "perplexity", measured.PTB.get(dataset, dataset), ""
+            yield "perplexity", _dataset(of_cell, name), ""
+        elif isinstance(evaluator, PerturbedRanks):
+            for shift in (0, *evaluator.shifts):
+                yield "perplexity_degradation", _dataset(of_cell, name), measured.shift_variant(shift)
         elif isinstance(evaluator, Harness):
             yield from (("accuracy", task, "") for task in evaluator.tasks)
         elif isinstance(evaluator, Speed):
@@ -123,6 +129,18 @@ def names(record: dict[str, Any], evaluators: dict[str, Evaluator]) -> Iterator[
             for linear in _linears(of_cell["model"]["path"]):
                 yield from ((kind, "", measured.linear_variant(linear)) for kind in ("mse", "mae"))
     yield from ((what, "", "") for what in ("size", "memory", "parameters"))
+
+
+def truncated_names(record: dict[str, Any], evaluators: dict[str, Evaluator]) -> Iterator[Name]:
+    """The names of the numbers that ``measured.of_truncated_activations`` finds."""
+    for name, evaluator in evaluators.items():
+        if isinstance(evaluator, TruncatedActivations):
+            yield "perplexity", _dataset(record["config"], name), ""
+
+
+def _dataset(of_cell: dict[str, Any], evaluator: str) -> str:
+    dataset = (of_cell["eval"][evaluator].get("dataset") or of_cell["dataset"])["name"]
+    return measured.PTB.get(dataset, dataset)
 
 
 def _linears(path: str) -> tuple[str, ...]:

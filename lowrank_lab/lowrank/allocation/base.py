@@ -17,6 +17,7 @@ class Allocation(Protocol):
     ``context.model``, each computed at its first use, and stores further artifacts by ``context.artifact``. It puts
     whatever else the record should have, besides the ranks, into ``context.facts``.
     ``needs_calibration`` says that it reads calibration tokens, whatever the metric does.
+    One that has another target than the ratio has ``meets_ratio = False``: its cells have no ratio.
     One that does little more than read the spectra has ``computes_little = True``: a dry run does not count it.
     """
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,12 +79,15 @@ class Strs:
         limit = budget(context.sites, context.ratio)
         index = index_within_budget(context.sites, steps, limit)
         if self.target_perplexity is not None:
-            batches = context.calibration_batches(self.samples)
-            perplexity = lambda i: perplexity_of(context, plan(context.sites, steps, i), batches)
-            within = index_within_perplexity(index, self.target_perplexity, perplexity)
+            within = index_within_perplexity(index, self.target_perplexity, self._perplexity(context, steps))
             if within < index:
                 return plan(context.sites, steps, within)
         return finish(context.sites, steps, index, limit)
+
+    def _perplexity(self, context: Context, steps: Sequence[Step]) -> Callable[[int], float]:
+        """The perplexity of the samples by the index of a plan; -1 is the dense model."""
+        batches = context.calibration_batches(self.samples)
+        return cache(lambda index: perplexity_of(context, plan(context.sites, steps, index), batches))
 
     def _steps(self, context: Context) -> list[Step]:
         """Every candidate of every site, least sensitive first. The sensitivities are an artifact."""
@@ -108,6 +112,36 @@ class Strs:
         steps = [Step(site, int(rank), nll) for site, by_rank in found.items() for rank, nll in by_rank.items()]
         # Equal sensitivities in an order that does not depend on the machine: the mildest truncation first.
         return sorted(steps, key=lambda step: (step.sensitivity, -step.rank, step.site))
+
+
+class StrsToPerplexity(Strs):
+    """The performance target of §A.4: truncate, in the same order, for as long as the perplexity allows.
+
+    ratios             candidates for every site; the lowest of them bound how far it can go, as the cell's ratio is
+                       not read
+    samples            the first so many calibration sequences measure the sensitivities and the perplexity
+    target_perplexity  the highest that the model may have on these sequences
+    """
+
+    meets_ratio = False
+
+    def __init__(self, ratios: Sequence[float], samples: int, target_perplexity: float) -> None:
+        checks.above(1, target_perplexity=target_perplexity)
+        super().__init__(ratios, samples, target_perplexity)
+        self.target = float(target_perplexity)
+
+    def __call__(self, context: Context) -> Ranks:
+        """Raises SkippedCell where the dense model's perplexity is above the target."""
+        steps = self._steps(context)
+        perplexity = self._perplexity(context, steps)
+        if perplexity(-1) > self.target:
+            raise SkippedCell(
+                f"the dense model has perplexity {perplexity(-1):.4g} on these samples, "
+                f"above allocation.target_perplexity={self.target:g}"
+            )
+        index = index_within_perplexity(len(steps) - 1, self.target, perplexity)
+        context.facts["perplexity_of_samples"] = perplexity(index)
+        return plan(context.sites, steps, index)
 
 
 def plan(sites: Sites, steps: Sequence[Step], index: int) -> Ranks:
