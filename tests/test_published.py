@@ -153,6 +153,16 @@ def test_recipes_narrow_from_the_command_line(checkpoints, monkeypatch):
     assert {(one.cfg.method.name, one.ratio) for one in cells} == {("dense", 1.0), ("asvd", 0.9)}
 
 
+def test_svd_has_its_line_in_asvds_table_5(checkpoints, monkeypatch):
+    """It has no exponent, by which the other lines differ."""
+    _without_hub(monkeypatch, checkpoints)
+    words = ["experiment=asvd_table5", "metric.alpha=0.5,1"]
+    asvd = grid.plan(REPOSITORY / "conf", "config", words, True)
+    assert [one.cfg.method.name for one in asvd] == ["asvd"] * 4
+    [svd] = grid.plan(REPOSITORY / "conf", "config", ["experiment=asvd_table5", "method=svd_strs"], True)
+    assert (svd.cfg.method.name, svd.ratio, svd.cfg.metric._target_.split(".")[-1]) == ("svd_strs", 0.9, "Identity")
+
+
 def test_scale_sets_published_trainings(lab):
     [small] = lab.cells("method=dobi")
     [paper] = lab.cells("method=dobi", "scale=paper")

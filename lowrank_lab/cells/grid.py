@@ -17,9 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lowrank_lab import redaction
-from lowrank_lab.cells import hints, spelling
+from lowrank_lab.cells import config, hints, spelling
 from lowrank_lab.cells.cell import Cell
-from lowrank_lab.cells.hydra_private import combinations
+from lowrank_lab.cells.sweep import jobs
 from lowrank_lab.cells.told import told_apart, words_of
 from lowrank_lab.errors import UserError
 
@@ -75,11 +75,10 @@ def _hydra(config_dir: Path, config_name: str, overrides: list[str]) -> Iterator
 def _swept(config_name: str, overrides: list[str]) -> Iterator[tuple[DictConfig, list[str]]]:
     """The configuration of each combination of the swept values, and the overrides that make it."""
     base = compose(config_name, _without_sweeps(overrides), True)
-    swept = [f"{key!s}={value}" for key, value in _params(base).items()] + overrides
-    redaction.refuse(swept)
-    parsed = OverridesParser.create().parse_overrides(swept)
-    jobs = combinations(parsed)
-    yield from zip(_composed(config_name, jobs, base), jobs, strict=True)
+    params, also = config.plain(_params(base)), config.plain(base.hydra.sweeper.get("also") or [])
+    redaction.refuse([f"{key}={value}" for key, value in params.items()] + overrides)
+    words = jobs(params, also, overrides)
+    yield from zip(_composed(config_name, words, base), words, strict=True)
 
 
 def _refuse_no_names(config_dir: Path, overrides: list[str]) -> None:

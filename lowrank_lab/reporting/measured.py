@@ -56,7 +56,7 @@ def of_truncated_activations(record: dict[str, Any]) -> Iterator[tuple[Number, d
 
 
 def truncated(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with the name that reports give to its method where activations are truncated in place of weights."""
+    """The record with the name of its method where activations are truncated in the place of weights."""
     return {**record, "method": f"{record['method']}_activations"}
 
 
