@@ -132,15 +132,17 @@ class StrsToPerplexity(Strs):
 
     def __call__(self, context: Context) -> Ranks:
         """Raises SkippedCell where the dense model's perplexity is above the target."""
-        steps = self._steps(context)
-        perplexity = self._perplexity(context, steps)
-        if perplexity(-1) > self.target:
+        batches = context.calibration_batches(self.samples)
+        dense = perplexity_of(context, dict.fromkeys(context.sites), batches)
+        if dense > self.target:  # before an hour of sensitivities
             raise SkippedCell(
-                f"the dense model has perplexity {perplexity(-1):.4g} on these samples, "
+                f"the dense model has perplexity {dense:.4g} on these samples, "
                 f"above allocation.target_perplexity={self.target:g}"
             )
+        steps = self._steps(context)
+        perplexity = self._perplexity(context, steps)
         index = index_within_perplexity(len(steps) - 1, self.target, perplexity)
-        context.facts["perplexity_of_samples"] = perplexity(index)
+        context.facts["perplexity_of_samples"] = {"dense": dense, "compressed": perplexity(index)}
         return plan(context.sites, steps, index)
 
 
