@@ -441,9 +441,11 @@ def test_the_slides_average_six_tasks_and_compare_with_asvd(tmp_path):
 def test_our_dobi_svd_says_that_it_is_not_quite_the_papers(tmp_path):
     table = published.load("dobi/table2")
     results = _with_records(tmp_path, [_invented("dobi", 0.4, {"piqa": 0.5})])
-    text = paper_tables.markdown(table, join(table, results), results)
+    frame = join(table, results)
+    text = paper_tables.markdown(table, frame, results)
     assert text.count("| Dobi-SVD † ") == 1
-    assert "Dobi-SVD †: ours has weights in SVD-LLM's closed form, not by the paper's incremental PCA" in text
+    assert paper_tables.latex(table, frame).count(r"Dobi-SVD$^\dagger$ & ours") == 1
+    assert "\n† weights in SVD-LLM's closed form, not by the paper's incremental PCA" in text
 
 
 def test_a_record_of_gptq_with_act_order_has_its_name_whenever_it_was_written(tmp_path):

@@ -73,7 +73,7 @@ def test_a_table_says_what_is_left_out_and_why():
     assert set(pruned["status"]) == {"left out (a method of structured pruning)"}
     assert {ours_text(row, {}) for _, row in pruned.iterrows()} == {"—"}
     [line] = left_out(frame)
-    assert line.startswith("- left out: LLM-Pruner, LLM-Pruner (w/ LoRA), FLAP on llama-7b (24 numbers): ")
+    assert line.startswith("left out: LLM-Pruner, LLM-Pruner (w/ LoRA), FLAP on llama-7b (24 numbers): ")
 
 
 @pytest.mark.parametrize(("faults", "status"), [([], None), (["x/table1: llama-7b svd 0.8: no cell has it"], 1)])

@@ -61,8 +61,9 @@ def markdown(source: Published, joined: pd.DataFrame, results: Results) -> str:
         wide = lines(rows, marks, source)
         parts.append(f"## {model}\n\n{wide.to_markdown(index=False, disable_numparse=True)}")
     parts += [f"[{letter}] {text}" for text, letter in marks.items()]
-    parts += [f"{published.printed(method)}{OTHER}: ours has {text}" for method, text in source.ours_are.items()]
-    parts += left_out(joined)
+    if any(OTHER in part for part in parts):
+        parts += [f"{OTHER.strip()} {text}" for text in dict.fromkeys(source.ours_are.values())]
+    parts += [f"- {line}" for line in left_out(joined)]
     parts += [
         f"- {row['method']} {row['ratio']} {_place(row)}: {row['note']}" for _, row in _noted(joined).iterrows()
     ]
@@ -123,9 +124,16 @@ def latex(source: Published, joined: pd.DataFrame) -> str:
                 command = emphasis.get((row[""], *(row[name] for name in LINE), column))
                 if command:
                     texts.at[index, column] = f"\\{command}{{{texts.at[index, column]}}}"
+        others = {published.printed(method): text for method, text in source.ours_are.items()}
+        others = {
+            name: text for name, text in others.items() if name in set(wide.loc[wide[""] == "ours", "method"])
+        }
+        for index in wide.index[(wide[""] == "ours") & wide["method"].isin(others)]:
+            texts.at[index, "method"] += "$^\\dagger$"
         texts.columns = [_escaped(column) for column in texts.columns]
         alignment = "".join("l" if column in (*LINE, "") else "r" for column in wide.columns)
         caption = _escaped(f"{source.title} ({source.name}, {model}): published and ours")
+        caption += "".join(f"; $\\dagger$: {_escaped(text)}" for text in dict.fromkeys(others.values()))
         parts.append(texts.to_latex(index=False, caption=caption, column_format=alignment, escape=False))
     return "\n".join(parts)
 
@@ -145,7 +153,7 @@ def left_out(joined: pd.DataFrame) -> list[str]:
         models = dict.fromkeys(of_reason["model"])
         reason = str(status).removeprefix("left out (").removesuffix(")")
         what = f"{', '.join(methods)} on {', '.join(models)}"
-        lines.append(f"- left out: {what} ({len(of_reason)} numbers): {reason}")
+        lines.append(f"left out: {what} ({len(of_reason)} numbers): {reason}")
     return lines
 
 

@@ -15,6 +15,7 @@ from lowrank_lab.reporting.paper_tables import (
     LINE,
     column_name,
     difference_text,
+    left_out,
     letters,
     ours_text,
     setting_apart,
@@ -48,7 +49,7 @@ def paper(name: str, results: Results) -> Paper | None:
         return None
     joined = setting_apart(join(source, results))
     marks = letters(joined)
-    return Paper(source, _table(source, joined, marks), marks, _notes(joined))
+    return Paper(source, _table(source, joined, marks), marks, [*_notes(joined), *left_out(joined)])
 
 
 def _table(source: Published, joined: pd.DataFrame, marks: dict[str, str]) -> Table:
