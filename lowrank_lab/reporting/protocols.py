@@ -27,9 +27,9 @@ def differs(record: dict[str, Any], metric: str, source: dict[str, Any], table: 
         differences.append(OURS_ARE[metric])
     if metric in ("mse", "mae") and table.ratio is not None:
         differences.append(f"at ratio {table.ratio:g}, the source gives none")
-    if metric in ("size", "memory") and record["config"]["dtype"] == "float32":
+    if metric in ("size", "memory") and record["config"].get("dtype") == "float32":
         differences.append("what is not quantized has 32 bits, not 16")
-    if metric == "parameters" and record["counts"]["unit"] == "16-bit words":
+    if metric == "parameters" and record.get("counts", {}).get("unit") == "16-bit words":
         differences.append(
             "weights of 8 and of 16 bits, where the source multiplies those of the dense model by the ratio"
         )
