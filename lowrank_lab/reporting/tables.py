@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from textwrap import fill
+from textwrap import TextWrapper, fill
 from typing import Any
 
 import pandas as pd
@@ -164,7 +164,7 @@ def markdown(records: list[dict[str, Any]], width: int | None = None) -> str:
         old = "outdated (made by other component versions; run it again)"
         states = [old if outdated(r) else f"{r['status']} ({r['reason']})" for r in unfinished]
         lines = [f"- {r['label']}: {state}" for r, state in zip(unfinished, states, strict=True)]
-        parts.append("**Cells without a number**\n\n" + "\n".join(lines))
+        parts.append("**Cells without a number**\n\n" + _list(lines, width))
     left_out = [
         f"- {r['label']}: eval={name} ({why})"
         for r in records
@@ -172,8 +172,16 @@ def markdown(records: list[dict[str, Any]], width: int | None = None) -> str:
         for name, why in r.get("left_out", {}).items()
     ]
     if left_out:
-        parts.append("**Left out, since the model does not suit it**\n\n" + "\n".join(left_out))
+        parts.append("**Left out, since the model does not suit it**\n\n" + _list(left_out, width))
     return "\n\n".join(parts) + "\n"
+
+
+def _list(lines: list[str], width: int | None) -> str:
+    """The lines of a list, broken where they are wider than ``width``."""
+    if width is None:
+        return "\n".join(lines)
+    lists = TextWrapper(width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(map(lists.fill, lines))
 
 
 def latex(records: list[dict[str, Any]]) -> str:

@@ -161,9 +161,11 @@ def _final_record(cell: Cell, results: Results) -> dict[str, Any] | None:
 
 
 def _value_in_words(measured: dict[str, Any]) -> str:
-    if measured["value"] is None:
-        return f"nan ({measured.get('reason') or measured['not_finite'] + ' is not finite'})"
-    return f"{measured['value']:.4g}"
+    value = measured["value"]
+    if value is None:
+        where = measured.get("not_finite")
+        return f"nan ({measured.get('reason') or (f'{where} is not finite' if where else 'no reason given')})"
+    return f"{value:.4g}" if isinstance(value, int | float) else str(value)
 
 
 def summary(record: dict[str, Any]) -> str:
