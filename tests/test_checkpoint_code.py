@@ -54,7 +54,7 @@ for folder in sys.argv[2:]:
     assert not any(info.values()), info
     model.save_pretrained(folder + "-again")
     again = AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=True)
-    texts = [one.generate(ids, max_new_tokens=12, do_sample=False).tolist() for one in (model, again)]
+    texts = [one.generate(ids, max_new_tokens=4, do_sample=False).tolist() for one in (model, again)]
     found[folder] = {
         "texts": texts,
         "logits": model(ids).logits.tolist(),
@@ -94,7 +94,7 @@ def assert_the_same(folder: Path, found: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         torch.testing.assert_close(torch.tensor(found["logits"]), model(torch.tensor(IDS)).logits)
-    text = model.generate(torch.tensor(IDS), max_new_tokens=12, do_sample=False).tolist()
+    text = model.generate(torch.tensor(IDS), max_new_tokens=4, do_sample=False).tolist()
     assert found["texts"] == [text, text]
     assert all("trust_remote_code=True" in reason for reason in found["refused"])
     assert "no `quant_method`" in found["refused by its class"]

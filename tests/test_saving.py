@@ -71,7 +71,7 @@ def test_a_failure_to_save_costs_no_number(lab, monkeypatch):
 
     overrides = ("method=svd", "save=true", "save.merge=true")
     with monkeypatch.context() as patch:
-        patch.setattr(type(tiny.byte_tokenizer()), "save_pretrained", fail)
+        patch.setattr(checkpoint, "save", fail)
         with pytest.raises(UserError, match=r"no checkpoint is saved: .*its numbers are kept") as raised:
             lab.run(*overrides)
     assert "\n" not in str(raised.value)
