@@ -77,6 +77,9 @@ def report(what: str, results: Results, out: Path, index: Path) -> list[Path]:
     from lowrank_lab.reporting.status import status
 
     kind, _, name = what.partition("=")
+    if kind in ("table", "figure") and not name:
+        known = published.tables() if kind == "table" else published.figures()
+        raise UserError(f"{what}: which one? write {kind}=NAME; names are {', '.join(known)}")
     if what == "status":
         print(status(results))
         return []

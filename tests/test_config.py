@@ -72,7 +72,9 @@ LOW_RANK = (
         ("a.b.=3", "'a.b.' is no name of a setting"),
         ("ratio=0.2:0.9:0", "not a range"),
         ("ratio=0.9:0.2:0.1", "a range of no values"),
-        ("experiment=demo", "experiment=demo is a grid (over method, ratio); add -m"),
+        ("storage._target_=builtins.dict", "storage names a class of another kind"),
+        ("dataset.corpus._target_=builtins.dict", "corpus names a class of another kind"),
+        ("+metric._partial_=true", "metric._partial_: no such setting"),
         ("results=~nobody-of-this-name/x", "its value must be quoted"),
         ("results='~nobody-of-this-name/x'", "there is no home folder ~nobody-of-this-name"),
         (
@@ -148,7 +150,7 @@ LOW_RANK = (
         ("data_root=/no/such", "data_root=/no/such: no file /no/such/wikitext/wikitext-2-raw-v1/"),
         ("quantization/transform=quarot", "choose an option of quantization as well"),
         ("dataset=c4", "no file"),
-        ("~seed", "seed is missing; every cell needs it"),
+        ("~dtype", "dtype is missing; every cell needs it"),
         ("~dataset.eval.join", "dataset.eval.join is missing"),
         ("+calibration.sample=3", "calibration.sample: no such setting; calibration has dataset, samples"),
         ("~metric._target_", "metric names no class"),
@@ -247,6 +249,14 @@ def test_an_empty_variable_names_no_data(lab, monkeypatch, value):
     monkeypatch.setenv("LOWRANK_LAB_DATA", value)
     [cell] = lab.cells("data_root=${oc.env:LOWRANK_LAB_DATA,null}", "dataset=wikipedia", "method=dense")
     assert cell.cfg.data_root is None
+
+
+def test_an_experiment_without_m_is_told_that_it_is_a_grid(lab):
+    words = lab.overrides("experiment=demo")
+    with pytest.raises(UserError, match=re.escape("experiment=demo is a grid (over method, ratio); add -m")):
+        grid.plan(CONF, "config", words, multirun=False)
+    [cell] = grid.plan(CONF, "config", [*words, "method=svd", "ratio=0.5"], multirun=False)  # narrowed to one
+    assert (cell.cfg.method.name, cell.cfg.ratio) == ("svd", 0.5)
 
 
 def test_a_mistake_in_one_cell_stops_the_grid_before_it_starts(lab):

@@ -178,6 +178,22 @@ def test_the_command_writes_and_names_its_files(grid_lab, tmp_path):
     assert written == {str(f) for f in tmp_path.iterdir()}
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("results={root}", "error: results={root}: write --results {root}"),
+        (
+            "table --results {root}",
+            "error: table: which one? write table=NAME; names are asvd/table1,",
+        ),
+    ],
+)
+def test_a_report_that_is_none_is_told_how_it_is_written(grid_lab, words, said):
+    done = FORKS.run("report.py", *words.format(root=grid_lab.root).split())
+    assert done.returncode == 1
+    assert done.stderr.startswith(said.format(root=grid_lab.root))
+
+
 def test_no_records_is_one_line(tmp_path):
     done = report("--results", str(tmp_path))
     assert done.returncode != 0

@@ -238,4 +238,5 @@ def _for_checkpoint(cfg: DictConfig, saved: Saved) -> DictConfig:
 
 def _content(dataset: DictConfig, which: str, data_root: str | None, store: Store) -> str:
     corpus, part = config.build_checked("corpus", dataset.corpus), Part(**config.plain(dataset[which]))
+    config.has("corpus", corpus, "content")
     return corpus.content(part.split, data_root, store)

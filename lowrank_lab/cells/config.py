@@ -82,9 +82,13 @@ def validated(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     _check_texts(cfg)
     build_checked("tracker", cfg.tracker)
     compressions = build_all(cfg.compressions)
+    for name, compression in compressions.items():
+        has(name, compression, "check_settings")
     for compression in compressions.values():
         compression.check_settings(cfg)
     evaluators = {str(name): build_checked(f"eval.{name}", node) for name, node in cfg.eval.items()}
+    for name, evaluator in evaluators.items():
+        has(f"eval.{name}", evaluator, "models")
     schema.check_finite(cfg)
     return compressions, evaluators
 
@@ -101,7 +105,7 @@ def _check_values(cfg: DictConfig) -> None:
     _check("ratio", ratio, valid, f"a number in (0, 1]: the fraction kept{_percent(ratio)}")
     _one_of("dtype", cfg.dtype, DTYPES)
     _check("seed", cfg.seed, is_seed(cfg.seed), SEED_IN_WORDS)
-    known_device = isinstance(cfg.device, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device)
+    known_device = isinstance(cfg.device, str) and re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", cfg.device)
     _check("device", cfg.device, bool(known_device), "auto, cpu, cuda or cuda:N")
     _check("dry_run", cfg.dry_run, isinstance(cfg.dry_run, bool), "true or false")
     _check("save", cfg.save, OmegaConf.is_dict(cfg.save), "true or false")
@@ -146,6 +150,12 @@ def build_checked(name: str, node: DictConfig) -> Any:
         # hydra names a class that cannot be imported on one line, and the cause on the next
         message = str(error.__cause__ or error).replace(":\n", ": ")
         raise UserError(f"{name}: {message}".splitlines()[0]) from None
+
+
+def has(name: str, built: Any, attribute: str) -> None:
+    """Raise UserError where the class that ``name`` names is one of another axis, or none of lowrank_lab's."""
+    if not hasattr(built, attribute):
+        raise UserError(f"{name} names a class of another kind (it has no {attribute}); choose one of its options")
 
 
 def check_same(name: str, value: Any, setting: str, wanted: Any) -> None:

@@ -95,7 +95,10 @@ def _refuse_no_names(config_dir: Path, overrides: list[str]) -> None:
 
 def _params(cfg: DictConfig) -> DictConfig:
     """The values that an experiment sweeps, by setting."""
-    return OmegaConf.select(cfg, "hydra.sweeper.params") or OmegaConf.create({})
+    params = OmegaConf.select(cfg, "hydra.sweeper.params") or OmegaConf.create({})
+    if not OmegaConf.is_dict(params):
+        raise UserError(f"hydra.sweeper.params={params} is not valid; it must be values by setting")
+    return params
 
 
 def _refuse_grid(cfg: DictConfig, overrides: list[str]) -> None:

@@ -127,7 +127,7 @@ def _settings(cfg: DictConfig) -> list[str]:
     while nodes:
         prefix, node = nodes.pop()
         for name, value in node.items() if isinstance(node, dict) else ():
-            if name not in ("hydra", "compressions") and not str(name).startswith("_"):
+            if name not in ("hydra", "compressions", "scale") and not str(name).startswith("_"):
                 names.append(f"{prefix}{name}")
                 nodes.append((f"{prefix}{name}.", value))
     return names

@@ -115,6 +115,8 @@ def _is_built(name: str, value: Any, optional: bool = False) -> None:
     _is_node(name, value)
     if not isinstance(value.get("_target_"), str):
         raise UserError(f"{name} names no class (_target_); choose one of its options, see python run.py --help")
+    if "_partial_" in value:
+        raise UserError(f"{name}._partial_: no such setting; leave it out")
 
 
 def _is_text(name: str, value: Any, optional: bool = False) -> None:

@@ -34,6 +34,16 @@ def low_rank(allocation: Any, **answers: Any) -> LowRank | None:
     return None if allocation is None else LowRank(allocation=allocation, **answers)
 
 
+OF_ANSWERS = {  # what an answer of each kind has
+    "metric": "needs_inputs",
+    "grouping": "joint",
+    "targets": "ratio_of",
+    "allocation": "needs_calibration",
+    "refinement": "needs_calibration",
+    "storage": "cost",
+}
+
+
 class LowRank(Compression):
     """Put two thin factors in the place of every site."""
 
@@ -54,6 +64,9 @@ class LowRank(Compression):
         return lowrank_settings(cfg)
 
     def check_settings(self, cfg: DictConfig) -> None:
+        for name, attribute in OF_ANSWERS.items():
+            if (answer := getattr(self.answers, name)) is not None:
+                config.has(name, answer, attribute)
         for name in ("metric", "grouping", "targets", "storage"):
             if getattr(self.answers, name) is None:
                 raise UserError(

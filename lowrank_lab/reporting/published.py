@@ -95,7 +95,7 @@ def entry(name: str) -> dict[str, Any]:
     known = [*tables(), *figures()]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}" if near else f"choose one of {', '.join(known)}"
-    raise UserError(f"{name or 'without a name'}: no such table or figure; {hint}")
+    raise UserError(f"{name}: no such table or figure; {hint}")
 
 
 def recipes(name: str) -> tuple[str, ...]:
