@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from lowrank_lab.cells.paths import PATHS
 from lowrank_lab.cells.spelling import is_parsed, quoted
 
-NOT_ONE_PATH = re.compile(r"[,{}\[\]()$\\]|^['\"]?\d+['\"]?$")  # Hydra does not read it as this text
+NOT_ONE_PATH = re.compile(r"[,{}\[\]()$\\]|^\d+$")  # Hydra does not read it as this text
 
 
 def one_line(
@@ -32,8 +32,8 @@ def one_line(
         return _several(first.removesuffix("."), words)
     if wrong := [word for word in words if not is_parsed(word)]:
         return _not_parsed(config_dir, wrong[0])
-    if "nterpolation" in str(error) and (marked := [word for word in words if "${" in word]):
-        return f"{' '.join(lines)}; if it is part of a name, write {quoted(marked[0])}"
+    if "nterpolation" in str(error) and any("${" in word for word in words):
+        return f"{' '.join(lines)}; a folder with ${{ in its name needs a link with another name"
     return " ".join(lines)
 
 
@@ -41,7 +41,8 @@ def amended(message: str, words: list[str]) -> str:
     """A message on a path that Hydra has read otherwise than it was meant, with how to write it."""
     for word in words:
         key, _, value = word.partition("=")
-        if key in PATHS and message.startswith(f"{key}=") and NOT_ONE_PATH.search(value):
+        is_path = key in PATHS and value[:1] not in ("'", '"')
+        if is_path and message.startswith(f"{key}=") and NOT_ONE_PATH.search(value):
             return f"{message}; if it is one name, write {quoted(word)}"
     if message.startswith("ratio=") and any(re.fullmatch(r"ratio=0,\d+", word) for word in words):
         return f"{message}; write a decimal point, as in ratio=0.8"

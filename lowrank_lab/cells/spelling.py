@@ -29,14 +29,19 @@ def spelled_out(words: list[str]) -> list[str]:
 
 
 def quoted(word: str) -> str:
-    """``key=value`` for a shell, with a value that Hydra takes literally, whatever its characters."""
+    """``literal(word)`` for a shell."""
+    return shlex.quote(literal(word))
+
+
+def literal(word: str) -> str:
+    """``key=value`` with a value that Hydra takes as it is, whatever its characters."""
     key, _, value = word.partition("=")
     if value[:1] == value[-1:] and value[:1] in ("'", '"') and len(value) > 1:
         value = value[1:-1]
     value = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", value)  # no interpolation
     value = re.sub(r'(\\*)"', lambda found: found[1] * 2 + '\\"', value)
     value = re.sub(r"(\\+)$", lambda found: found[1] * 2, value)
-    return shlex.quote(f'{key}="{value}"')
+    return f'{key}="{value}"'
 
 
 def is_parsed(word: str) -> bool:

@@ -25,6 +25,7 @@ from lowrank_lab import progress
 from lowrank_lab.cells import grid
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.hydra_private import argument_parser
+from lowrank_lab.cells.spelling import literal
 from lowrank_lab.cells.told import told_apart
 from lowrank_lab.environment import cores
 from lowrank_lab.errors import UserError
@@ -82,7 +83,7 @@ class Grid:
         arguments = argument_parser().parse_args()
         where = {"--config-name": arguments.config_name, "--config-dir": arguments.config_dir}
         flags = [f"{flag}={value}" for flag, value in where.items() if value]
-        words = [*overrides, *self.settings, f"hydra.sweep.dir='{self.folder / name}'"]
+        words = [*overrides, *self.settings, literal(f"hydra.sweep.dir={self.folder / name}")]
         return [sys.executable, str(Path(sys.argv[0]).resolve()), "--multirun", *flags, *words]
 
 
