@@ -194,6 +194,10 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config: deep": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json is not JSON"),
     "config: a list": (lambda f: (f / "config.json").write_text("[]"), "config.json holds no JSON object"),
     "config: a pointer": (lambda f: (f / "config.json").write_text(POINTER), "config.json is a pointer of Git LFS"),
+    "config: heads": (
+        lambda f: change(f / "config.json", num_key_value_heads=3),
+        "num_attention_heads=4 is no multiple of num_key_value_heads=3",
+    ),
     "config: no family": (lambda f: (f / "config.json").write_text("{}"), "no model_type"),
     "generation: no JSON": (
         lambda f: (f / "generation_config.json").write_text("x"),

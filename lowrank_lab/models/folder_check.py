@@ -85,6 +85,12 @@ def _config(folder: Path) -> dict[str, Any]:
     settings = _object(folder, "config.json")
     if not isinstance(settings.get("model_type"), str):
         raise UserError(f"model.path={folder}: its config.json is not one of a model (no model_type)")
+    heads, shared = settings.get("num_attention_heads"), settings.get("num_key_value_heads")
+    if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
+        raise UserError(
+            f"model.path={folder}: in config.json num_attention_heads={heads} is no multiple of "
+            f"num_key_value_heads={shared}"
+        )
     try:
         return unguarded(settings)
     except ValueError as error:
