@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from lowrank_lab.artifacts.store import Store
 from lowrank_lab.errors import UserError
 from lowrank_lab.models import tiny
+from lowrank_lab.models.folder_check import check_snapshot
 from lowrank_lab.models.load import check_model, load_model
 from lowrank_lab.models.source import resolve
 
@@ -306,6 +307,15 @@ def test_weights_that_another_tool_has_quantized(model, tool, said):
     if tool != "fp8":
         in_bin(model)
         one_line(look, "quantized by another tool already")
+
+
+def test_a_model_of_the_hub_that_another_tool_has_quantized(model):
+    """It is told before its weights are there; where they are and are floats, it is not."""
+    change(model / "config.json", quantization_config=ENTRIES["awq"])
+    assert check_snapshot("me/tiny", model)["model_type"] == "llama"
+    (model / WEIGHTS).unlink()
+    message = r"path=me/tiny: its weights are quantized by another tool already \(awq, 4 bits: its config\.json"
+    one_line(lambda: check_snapshot("me/tiny", model), message)
 
 
 @pytest.mark.own_artifacts
