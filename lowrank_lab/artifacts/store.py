@@ -185,7 +185,8 @@ def not_readable(folder: Path) -> Path | None:
             return place
     if not os.path.isdir(folder) or not _allowed(folder, os.R_OK):
         return folder if os.path.exists(folder) and not _allowed(folder, os.R_OK) else None
-    return next((Path(entry) for entry in os.scandir(folder) if not _allowed(Path(entry), os.R_OK)), None)
+    files = (Path(entry) for entry in os.scandir(folder) if os.path.exists(entry))  # not links to nothing
+    return next((file for file in files if not _allowed(file, os.R_OK)), None)
 
 
 def _allowed(place: Path, how: int) -> bool:
