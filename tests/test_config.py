@@ -34,6 +34,7 @@ def test_every_option_composes_and_builds():
         words = [word for word in chosen if word is not None]
         words += ["eval.harness.tasks={piqa: acc}"] if "eval=harness" in words else []
         words += ["model.path=tiny:llama"] if "model=hf" in words else []  # which wants a path
+        words += ["allocation.target_perplexity=25"] if "allocation=strs_perplexity" in words else []
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("config", words)
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
