@@ -97,10 +97,10 @@ def grids(x: Tensor, form: Format) -> tuple[Tensor, Tensor | None]:
     largest = torch.maximum(low.abs(), high.abs())
     steps = 2**form.bits - 1
     if form.grid in TABLES:
-        return _kept(largest, form), None
+        return _kept_scale(largest, form), None
     if form.symmetric:
-        return _kept(2 * largest / steps, form), None
-    scale = _kept((high - low) / steps, form)
+        return _kept_scale(2 * largest / steps, form), None
+    scale = _kept_scale((high - low) / steps, form)
     return scale, (-low / scale).round().clamp(0, steps)
 
 
@@ -143,7 +143,7 @@ def by_group(x: Tensor, form: Format) -> list[tuple[slice, Tensor]]:
     return views
 
 
-def _kept(scale: Tensor, form: Format) -> Tensor:
+def _kept_scale(scale: Tensor, form: Format) -> Tensor:
     """``scale`` as its dtype keeps it, in the dtype that it has; 1 where it is zero, also after rounding.
 
     That of values that are not numbers is none either, so that what they are rounded to does not look like one.
