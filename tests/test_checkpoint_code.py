@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import lowrank_lab.checkpoints.checkpoint  # noqa: F401 - whose sources are taken
 from lowrank_lab.checkpoints import bundle
 from lowrank_lab.models import tiny
 from lowrank_lab.modules.base import CompressedLinear, Described
