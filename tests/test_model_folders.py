@@ -339,9 +339,8 @@ def test_a_quantization_of_which_only_config_json_says_something(lab, model, cap
     [
         ("svdllm", "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj: its input is not finite"),
         ("svdllm", "model.layers.1.input_layernorm", "model.layers.1.self_attn.q_proj: its input is not finite"),
-        ("kron", "model.norm", "model.layers.0.self_attn.q_proj: its gradient is not finite"),
+        ("kron", "model.norm", "model.layers.2.mlp.down_proj: its gradient is not finite"),
         ("dense quantization=awq", "model.embed_tokens", "block 0: the input of self_attn.q_proj is not finite"),
-        ("dense pruning=magnitude", "model.layers.2.self_attn.k_proj", "a weight to prune is not finite"),
     ],
 )
 def test_a_weight_that_is_not_finite_is_named(lab, model, method, weight, reason):
@@ -354,6 +353,13 @@ def test_a_weight_that_is_not_finite_is_named(lab, model, method, weight, reason
     lab.run(f"model.path={model}", "method=dense")
     [dense] = [record for record in lab.results.records() if record["status"] == "done"]
     assert dense["metrics"]["ppl"]["not_finite"] == weight
+
+
+def test_an_error_that_names_the_weight_is_left_as_it_is(lab, model):
+    name = "model.layers.2.self_attn.k_proj"
+    rewrite(model, lambda tensors: {**tensors, f"{name}.weight": tensors[f"{name}.weight"] * torch.nan})
+    with pytest.raises(FloatingPointError, match=f"^{name}: a weight to prune is not finite$"):
+        lab.run(f"model.path={model}", "method=dense", "pruning=magnitude")
 
 
 def test_tokens_that_the_model_does_not_have(lab, model):
