@@ -195,7 +195,7 @@ def test_a_file_where_a_folder_should_be(lab, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file cannot be written to; choose another folder with results="):
         lab.cells(f"results={tmp_path}/file/results")
-    with pytest.raises(UserError, match="it must be a folder"):
+    with pytest.raises(UserError, match="results has a character of code 0"):
         lab.cells('results="a\0b"')
 
 

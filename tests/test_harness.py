@@ -18,7 +18,7 @@ import torch
 from omegaconf import OmegaConf
 
 from lowrank_lab.artifacts.store import Store
-from lowrank_lab.cells import grid
+from lowrank_lab.cells import grid, spelling
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation import task_data, tasks
@@ -470,7 +470,9 @@ def test_other_limits_metrics_or_data_never_share_a_table(lab):
 
 
 def test_eval_takes_several_by_commas_and_is_no_grid(lab):
-    assert grid.spelled_out(["eval=ppl,zeroshot", "eval=[ppl]", "eval=ppl", "method=svd,asvd", "save=true"]) == [
+    assert spelling.spelled_out(
+        ["eval=ppl,zeroshot", "eval=[ppl]", "eval=ppl", "method=svd,asvd", "save=true"]
+    ) == [
         "eval=[ppl,zeroshot]",
         "eval=[ppl]",
         "eval=ppl",

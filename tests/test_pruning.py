@@ -161,7 +161,7 @@ def test_pruned_cells_have_lines_of_their_own(lab):
     pruned = [record for record in lab.results.records() if other_compressions(record)]
     assert len(pruned) == 3
     for record in pruned:  # a paper's line of the same method and bits is not its own
-        row = {"method": record["method"], "kept": record["ratio"], "quantization": "", "variant": ""}
+        row = {"method": record["method"], "ratio": "0.8", "kept": record["ratio"], "variant": ""}
         row["quantization"] = "" if record["quantization"]["name"] == "none" else record["quantization"]["name"]
         unpruned = {**record, "config": {**record["config"], "compressions": []}}
         table = SimpleNamespace(also={})
@@ -173,5 +173,5 @@ def test_pruned_cells_have_lines_of_their_own(lab):
 def test_a_sparsity_that_makes_no_sense_is_told_at_once(lab, sparsity):
     from lowrank_lab.errors import UserError
 
-    with pytest.raises(UserError, match=r"^pruning: sparsity="):
+    with pytest.raises(UserError, match=r"^sparsity="):
         lab.cells("pruning=magnitude", f"sparsity={sparsity}")

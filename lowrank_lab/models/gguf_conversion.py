@@ -15,9 +15,9 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-import transformers.modeling_gguf_pytorch_utils
+import transformers
 from gguf import GGUFReader, GGUFValueType
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, modeling_gguf_pytorch_utils
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lowrank_lab import progress
@@ -199,7 +199,7 @@ def _own_reading() -> Iterator[None]:
     transformers.utils.logging.set_verbosity_error()
     try:
         with (
-            patch.object(transformers.modeling_gguf_pytorch_utils, "tqdm", track, create=True),
+            patch.object(modeling_gguf_pytorch_utils, "tqdm", track, create=True),
             patch("gguf.GGUFReader", _WithoutVocabulary),
         ):
             yield
