@@ -49,8 +49,10 @@ def entries(base: tuple[str, ...]) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def visit(node: DictConfig, prefix: str) -> None:
-        for name, value in node.items():
-            key = f"{prefix}{name}"
+        for name in node:
+            if OmegaConf.is_missing(node, name):
+                continue
+            key, value = f"{prefix}{name}", node[name]
             if OmegaConf.is_dict(value):
                 visit(value, f"{key}.")
             elif value is not None:
