@@ -4,7 +4,7 @@
 
 A weight of 1536 × 576 in each format and a window of 512 tokens. Prints a line a format: milliseconds to unpack the
 codes, to make the weight of them (which unpacks), and the time of a forward pass over that of the dense layer.
-Last, four tokens through look-up tables (look_up.py), over the dense product of the same tokens.
+Last, four tokens through look-up tables (modules/look_up.py), over the dense product of the same tokens.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from __future__ import annotations
 import json
 
 import torch
-from look_up import look_up_linear
 from timing import fastest
 
 from lowrank_lab.modules.codec import Quantized, quantize, unpack
 from lowrank_lab.modules.formats import Format
+from lowrank_lab.modules.look_up import look_up_linear
 from lowrank_lab.modules.quantized import QuantizedLinear
 
 OUT, INP, TOKENS, REPEATS = 1536, 576, 512, 41

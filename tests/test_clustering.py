@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from itertools import pairwise
 
@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.look_up import look_up_linear
 from lowrank_lab.errors import UserError
 from lowrank_lab.modules.codec import Quantized, by_group, quantize
 from lowrank_lab.modules.formats import Format
+from lowrank_lab.modules.look_up import look_up_linear
+from lowrank_lab.modules.steps import Round
 from lowrank_lab.quantization.method.kmeans import KMeans, centroids, kmeans
 
 RAGGED = 137  # a rank that no group size divides
@@ -242,3 +243,52 @@ def test_other_formats_cannot_be_looked_up():
     for other in (quantize(weight, Format(4)), kmeans(weight, None, Format(4, "codebook", scale_dtype="float32"))):
         with pytest.raises(ValueError, match="cannot be looked up"):
             look_up_linear(quantize(x, Format(4)), other)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", 32])
+def test_codes_of_a_step_are_what_it_rounds_to(granularity, symmetric):
+    step, x = Round(asdict(Format(4, "integer", symmetric, granularity, "float32"))), random(9, RAGGED)
+    if step.static:
+        step.fix(x.amin() / 2, x.amax())
+    assert torch.equal(step.codes(x).dequantize(), step(x))
+
+
+LOOKED_UP = ("quantization=kmeans", "quantization/activations=int4")
+
+
+def test_a_cell_measures_looked_up_products(lab):
+    """Of factors, in memory and from a checkpoint; a right factor that several linears share is counted once."""
+    overrides = ("method=svdllm", "grouping=qkv", "ratio=0.8", *LOOKED_UP, "save=true")
+    asked = ("eval=[ppl,look_up]", "eval.look_up.linears=[attention]", "eval.look_up.blocks=[0,2]")
+    made = lab.run(*overrides, *asked)
+    measured = made["metrics"]["look_up"]
+    tensors = load_file(lab.root / made["checkpoint"] / "model.safetensors")
+    names = [name for name in tensors if name.endswith(".codebook") and ".self_attn." in name]
+    books = [tensors[name] for name in names if ".layers.1." not in name]
+    entries, shapes = 16 * sum(book.numel() for book in books), [one["shape"] for one in measured["linears"]]
+    weights = sum(out * inp for out, inp in shapes)
+    assert len(shapes) == len(books) == 2 * (1 + 3 + 2)  # right and left of qkv, then those of o
+    assert measured["look_ups_per_token"] == weights and measured["multiplications_for_tables"] == entries
+    assert measured["table_entries_over_codes"] == pytest.approx(entries / weights)
+    codes = sum(len(tensors[name.removesuffix("codebook") + "codes"]) for name in names if ".layers.1." not in name)
+    assert measured["table_bytes_over_codes"] == pytest.approx(8 * entries / codes)
+    assert {"self_attn.q_proj.right", "self_attn.v_proj.left"} <= {one["linear"] for one in measured["linears"]}
+    assert measured["value"] == max(one["difference"] for one in measured["linears"])
+    assert 0 < measured["value"] < 1e-5
+    loaded = lab.run(f"model.path={lab.root / made['checkpoint']}", *asked)
+    assert loaded["metrics"]["look_up"]["linears"] == measured["linears"]
+
+
+@pytest.mark.parametrize(
+    ("quantization", "reason"),
+    [
+        ("none", ""),
+        ("w4a4", ": weights in INT4 cannot be looked up; they need codebooks in float16"),
+        ("w8a8", ": inputs in INT8 sym cannot be looked up; they need 4 bits and a scale a token"),
+    ],
+)
+def test_cells_without_both_operands_are_left_out(lab, quantization, reason):
+    record = lab.run("method=dense", f"quantization={quantization}", "eval=[ppl,look_up]")
+    needs = "eval=look_up needs quantization=kmeans quantization/activations=int4"
+    assert record["left_out"] == {"look_up": needs + reason} and set(record["metrics"]) == {"ppl"}

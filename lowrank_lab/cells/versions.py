@@ -26,6 +26,7 @@ TRUNCATED_ACTIVATIONS = 1  # evaluation/truncated_activations.py
 PERTURBED_RANKS = 1  # evaluation/perturbed_ranks.py
 FACTORS = 1  # evaluation/factors.py
 IPCA_MEMORY = 1  # evaluation/ipca_memory.py
+LOOK_UP = 1  # evaluation/look_up.py, modules/look_up.py
 HARNESS = 2  # evaluation/harness.py, lm.py, tasks.py, task_data.py
 RECORD = 3  # the schema of results.py
 
@@ -40,6 +41,7 @@ EVALUATORS = (
     "PERTURBED_RANKS",
     "FACTORS",
     "IPCA_MEMORY",
+    "LOOK_UP",
     "HARNESS",
 )
 COMPRESSIONS = ("STATISTICS", "GRADIENTS", "SPECTRA", "COMPRESSION", "QUANTIZATION")

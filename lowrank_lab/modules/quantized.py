@@ -78,12 +78,16 @@ class QuantizedLinear(CompressedLinear):
     @property
     def weight(self) -> Tensor:
         """The weight (out, in) that the layer multiplies with, float32."""
+        return self.unpacked().dequantize()
+
+    def unpacked(self) -> Quantized:
+        """Its codes, a byte each, with scales, zero points and codebooks in float32."""
         parts: dict[str, Any] = dict(self.named_parameters())
         form, scale = self.format, parts["scale"].float()
         codes = unpack(parts["codes"], form.bits, (self.out_features, self.in_features))
         zero = unpack(parts["zero"], form.bits, tuple(scale.shape)).float() if "zero" in parts else None
         codebook = parts["codebook"].float() if "codebook" in parts else None
-        return Quantized(form, codes, scale, zero, codebook).dequantize()
+        return Quantized(form, codes, scale, zero, codebook)
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lab.modules.base import Counts, Described, nbytes
-from lowrank_lab.modules.codec import decode, encode, grids, spread
+from lowrank_lab.modules.codec import Quantized, check_finite, decode, encode, grids, quantize, spread
 from lowrank_lab.modules.formats import Format
 from lowrank_lab.modules.hadamard import transform
 
@@ -131,6 +131,17 @@ class Round(Step):
     def fixed(self) -> tuple[Tensor, Tensor | None]:
         """The scale and the zero point of a static format, (1, 1) each."""
         return self.get_parameter("scale"), self.get_parameter("zero") if self.form.has_zero else None
+
+    def codes(self, rows: Tensor) -> Quantized:
+        """What ``forward`` rounds ``rows`` (tokens, width) to, as codes.
+
+        Raises FloatingPointError where a row is not finite.
+        """
+        if not self.static:
+            return quantize(rows, self.form)
+        check_finite(rows, "an input")
+        scale, zero = self.fixed()
+        return Quantized(self.form, encode(rows.float(), self.form, scale, zero), scale, zero)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()
