@@ -75,6 +75,7 @@ LOW_RANK = (
         ("ratio=0.9:0.2:0.1", "a range of no values"),
         ("storage._target_=builtins.dict", "storage names a class of another kind"),
         ("dataset.corpus._target_=builtins.dict", "corpus names a class of another kind"),
+        ("tracker._target_=builtins.dict", "tracker names a class of another kind"),
         ("+metric._partial_=true", "metric._partial_: no such setting"),
         ("results=~nobody-of-this-name/x", "its value must be quoted"),
         ("results='~nobody-of-this-name/x'", "there is no home folder ~nobody-of-this-name"),

@@ -451,6 +451,8 @@ def test_our_dobi_svd_says_that_it_is_not_quite_the_papers(tmp_path):
 def test_a_record_of_gptq_with_act_order_has_its_name_whenever_it_was_written(tmp_path):
     record = _invented("dense", 1.0, {"piqa": 0.5})
     record["config"]["quantization"] = {"method": {"act_order": True}}
-    record |= {"settings": {}, "quantization": {"name": "GPTQ INT4 g128", "family": "GPTQ"}}
+    record["quantization"] = {"name": "GPTQ INT4 g128", "family": "GPTQ"}
+    record |= {entry: {"quantization": "GPTQ INT4 g128", "seed": 1} for entry in ("settings", "variant")}
     [found] = _with_records(tmp_path, [record]).records()
     assert found["quantization"] == {"name": "GPTQ-R INT4 g128", "family": "GPTQ-R"}
+    assert found["settings"] == found["variant"] == {"quantization": "GPTQ-R INT4 g128", "seed": 1}

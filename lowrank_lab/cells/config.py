@@ -80,7 +80,7 @@ def validated(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
             check_same(f"compressions.{name}", node, str(name), cfg[name])
     _check_values(cfg)
     _check_texts(cfg)
-    build_checked("tracker", cfg.tracker)
+    has("tracker", build_checked("tracker", cfg.tracker), "track_existing")
     compressions = build_all(cfg.compressions)
     for name, compression in compressions.items():
         has(name, compression, "check_settings")

@@ -49,7 +49,12 @@ def _with_act_order(record: dict[str, Any]) -> dict[str, Any]:
     names = record.get("quantization", {"name": ""})
     if act_order is not True or "GPTQ-R" in names["name"]:
         return record
-    return {**record, "quantization": {of: name.replace("GPTQ", "GPTQ-R") for of, name in names.items()}}
+    found = {**record, "quantization": {of: name.replace("GPTQ", "GPTQ-R") for of, name in names.items()}}
+    for entry in ("settings", "variant"):
+        if "quantization" in record.get(entry, {}):
+            renamed = str(record[entry]["quantization"]).replace("GPTQ", "GPTQ-R")
+            found[entry] = {**record[entry], "quantization": renamed}
+    return found
 
 
 def _with_option_names(record: dict[str, Any]) -> dict[str, Any]:
