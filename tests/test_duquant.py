@@ -188,6 +188,14 @@ def test_a_checkpoint_is_the_model_in_memory(lab, lively):
     assert loaded["method"] == "svdllm DuQuant INT4 A4"
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_its_rotations_take_the_bytes_of_the_models_dtype_also_when_loaded(lab, dtype):
+    made = lab.run("method=dense", *QUICK, f"dtype={dtype}", "save=true")
+    loaded = lab.run(f"model.path={lab.root / made['checkpoint']}", f"dtype={dtype}")
+    assert loaded["sizes"]["bytes"] == made["sizes"]["bytes"]
+    assert loaded["metrics"]["ppl"]["value"] == pytest.approx(made["metrics"]["ppl"]["value"], rel=1e-6)
+
+
 def test_a_linear_that_is_no_target_shares_the_input_but_not_the_rounding(lab, lively):
     overrides = ("method=dense", "targets=kv", "quantization/method=none")
     made = checkpoint_of(lab, f"model.path={lively['llama']}", *QUICK, *overrides)

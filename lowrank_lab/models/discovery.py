@@ -13,8 +13,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_lab.errors import UserError
+from lowrank_lab.models.default_dtype import default_dtype
 from lowrank_lab.models.families import FAMILIES, Attention, Family, Tower, language_model
 from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM, of_tokens
 
@@ -65,8 +65,9 @@ def discovered(model_class: Any, model_config: Any) -> Family:
 def _tower(model_class: Any, model_config: Any) -> Tower:
     config = copy.deepcopy(model_config)
     config._attn_implementation = "eager"
-    # from_pretrained calls this while the default device is meta; fake tensors must be on the CPU.
-    with FakeTensorMode(), torch.device("cpu"), _default_dtype(torch.bfloat16), torch.no_grad():
+    # from_pretrained calls this while the default device is meta; fake tensors must be on the CPU. For them grouped
+    # products of experts exist in bfloat16 alone.
+    with FakeTensorMode(), torch.device("cpu"), default_dtype(torch.bfloat16), torch.no_grad():
         model = model_class(config).eval()
         blocks = _blocks(model)
         calls = _calls(model, model.get_submodule(blocks))
@@ -80,17 +81,6 @@ def _tower(model_class: Any, model_config: Any) -> Tower:
     roles, attention = _roles(inputs, shapes)
     dense = _other_weights(model.get_submodule(blocks), {name for group in inputs for name in group})
     return Tower(blocks, inputs, roles, attention, None, calls.tuples, tuple(dense))
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Within it ``dtype`` is the default: for fake tensors, grouped products of experts exist in bfloat16 alone."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _blocks(model: Any) -> str:

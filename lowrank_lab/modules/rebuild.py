@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lowrank_lab import modules as package
 from lowrank_lab.errors import UserError
+from lowrank_lab.models.default_dtype import default_dtype
 from lowrank_lab.modules.base import CompressedLinear, Replacement, is_linear, plain_parts
 from lowrank_lab.modules.counts import count
 from lowrank_lab.modules.factorized import plain_linear
@@ -79,14 +80,15 @@ def check_description(linear: nn.Module, like: Tensor) -> None:
     """
     container = nn.Module()
     container.linear = plain_linear(like, None)
-    for path, module in linear.named_modules():
-        if isinstance(module, Replacement):
-            module_path = f"linear.{path}".removesuffix(".")
-            description = json.loads(json.dumps(module.describe()))
-            replacement = module.empty(description, container.get_submodule(module_path))
-            for name, shared in module.borrowed().items():
-                replacement.borrow(name, shared)
-            container.set_submodule(module_path, replacement)
+    with default_dtype(like.dtype):  # as transformers has it where it builds the modules of a checkpoint
+        for path, module in linear.named_modules():
+            if isinstance(module, Replacement):
+                module_path = f"linear.{path}".removesuffix(".")
+                description = json.loads(json.dumps(module.describe()))
+                replacement = module.empty(description, container.get_submodule(module_path))
+                for name, shared in module.borrowed().items():
+                    replacement.borrow(name, shared)
+                container.set_submodule(module_path, replacement)
     found, description = count(linear), count(container)
     for what in ("parameters", "bytes", "macs"):
         if getattr(found, what) != getattr(description, what):
