@@ -15,10 +15,11 @@ from __future__ import annotations
 import argparse
 import logging
 import shutil
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from lowrank_lab import stopping
 
 if TYPE_CHECKING:
     from lowrank_lab.records.results import Results
@@ -27,8 +28,7 @@ WIDTH = 120  # of tables that are printed where there is no terminal and no COLU
 
 
 def main() -> None:
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # python report.py | head
+    stopping.end_with_reader()  # python report.py | head
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "what", nargs="?", default="all", help="all, status, check, count, table=NAME, figure=NAME, page"

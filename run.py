@@ -68,6 +68,7 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     if "--version" in words:
+        stopping.end_with_reader()
         print(f"lowrank_lab {__version__}")
         return
     sys.argv[1:] = sorted(words, key=lambda word: "=" in word and not word.startswith("-"))
@@ -87,6 +88,7 @@ def main() -> None:
                 with progress.grid(sum(cell.key not in _finished for cell in _cells)):
                     _run()
             else:
+                stopping.end_with_reader()  # python run.py --help | head
                 job()
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -115,11 +117,15 @@ def _plan(arguments: argparse.Namespace) -> list[Cell]:
     if not arguments.multirun and any(word.startswith("hydra/launcher=") for word in overrides):
         raise UserError("hydra/launcher is for grids; add -m")
     if arguments.config_dir:
-        overrides.append(f"hydra.searchpath=[file://{Path(arguments.config_dir).resolve()}]")
+        if not Path(arguments.config_dir).is_dir():
+            raise UserError(f"--config-dir={arguments.config_dir}: no such folder")
+        _, _, quoted = spelling.literal(f"=file://{Path(arguments.config_dir).resolve()}").partition("=")
+        overrides.append(f"hydra.searchpath=[{quoted}]")
     cells = grid.plan(CONFIG_DIR, arguments.config_name or "config", overrides, arguments.multirun)
     if cells[0].cfg.dry_run:
         from lowrank_lab.planning.dry_run import print_needs
 
+        stopping.end_with_reader()
         sys.exit(0 if print_needs(cells) else 1)
     _finished.update({cell.key: record for cell in cells if (record := runner.finished(cell)) is not None})
     count = sum(cell.key in _finished for cell in cells)  # two cells may have one key

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, so that no library can lose them.
+"""Ctrl-C and SIGTERM, so that no library can lose them; and a reader that has gone.
 
 The signal raises KeyboardInterrupt at once, wherever the program is. In a destructor or a bare ``except`` of a
 library it is lost, and in the middle of a library's bookkeeping it can come out as another error. So the signal is
@@ -23,6 +23,15 @@ def install() -> None:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _stop)
     sys.unraisablehook = _report_unraisable
+
+
+def end_with_reader() -> None:
+    """From now on this process ends silently where nobody reads what it prints any more, as with ``| head``.
+
+    Only for a command that does nothing else than print.
+    """
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def check() -> None:

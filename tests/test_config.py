@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -350,7 +351,7 @@ def test_one_and_one_point_zero_are_one_value(lab):
     assert key(lab, "method=asvd", "metric.alpha=1") == key(lab, "method=asvd", "metric.alpha=1.0")
 
 
-def test_options_of_ones_own_in_a_folder_of_ones_own(lab, tmp_path):
+def test_options_of_ones_own_in_a_folder_of_ones_own(lab, tmp_path, monkeypatch):
     conf = tmp_path / "conf"
     (conf / "metric").mkdir(parents=True)
     (conf / "metric" / "mine.yaml").write_text(
@@ -358,7 +359,8 @@ def test_options_of_ones_own_in_a_folder_of_ones_own(lab, tmp_path):
     )
     [cell] = lab.cells("metric=mine", f"hydra.searchpath=[file://{conf}]")
     assert answers_of(cell).metric.alpha == 0.1
-    done = lab.cli("--config-dir", str(conf), "metric=mine", "calibration.samples=3")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = lab.cli("--config-dir=~/conf", "metric=mine", "calibration.samples=3")
     assert "done (perplexity" in done.stderr
 
 
@@ -394,6 +396,8 @@ def test_help_shows_axes_options_and_five_examples(lab):
     [
         ("--method svdllm", "error: --method: no such flag; settings have no dashes, write method=svdllm"),
         ("--ratio=0.8", "error: --ratio=0.8: no such flag; settings have no dashes, write ratio=0.8"),
+        ("--config-dir nowhere", "error: --config-dir=nowhere: no such folder"),
+        ("-cd ~nobody_at_all/x", "error: ~nobody_at_all/x: there is no home folder ~nobody_at_all"),
         ("device=cuda:99", "error: device=cuda:99: this machine has"),
         ("device=mps", "error: device=mps is not valid"),
     ],
@@ -403,6 +407,14 @@ def test_what_run_py_refuses_before_it_starts(lab, words, said):
     assert done.returncode == 1
     assert done.stderr.startswith(said)
     assert "starting" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_reader_of_the_help_that_goes_is_told_nothing():
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "run.py", "--help"], cwd=REPOSITORY, text=True, **pipes) as process:
+        process.stdout.close()  # before it prints anything
+        assert process.stderr.read() == ""
+    assert process.returncode == -signal.SIGPIPE
 
 
 def test_the_version_is_ours(lab):

@@ -11,10 +11,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import RangeSweep
 from hydra.errors import HydraException
 
+from lowrank_lab.cells.paths import expanded
 from lowrank_lab.errors import UserError
 
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 MOST_VALUES = 10_000  # of a range
+FOLDERS = ("--config-dir", "-cd", "--config-path", "-cp")
 
 
 def spelled_out(words: list[str]) -> list[str]:
@@ -24,8 +26,9 @@ def spelled_out(words: list[str]) -> list[str]:
     first would replace the node of the second, and options of a group cannot have the names true and false.
     ``eval=a,b`` is ``eval=[a,b]``: Hydra would read a grid, while all evaluations of a model belong to one job.
     ``ratio=0.2:0.9:0.1`` and a ``range`` of fractions are their values, the end included.
+    ``~`` in Hydra's flags that name a folder is the home folder, also where quotes keep it from the shell.
     """
-    return [_spelled_out(word) for word in words]
+    return [_spelled_out(word, before) for before, word in zip(["", *words], words, strict=False)]
 
 
 def quoted(word: str) -> str:
@@ -52,8 +55,12 @@ def is_parsed(word: str) -> bool:
     return True
 
 
-def _spelled_out(word: str) -> str:
+def _spelled_out(word: str, before: str) -> str:
+    if before in FOLDERS:
+        return expanded(word)
     key, _, value = word.partition("=")
+    if key in FOLDERS and value:
+        return f"{key}={expanded(value)}"
     if key == "save":
         return f"save.checkpoint={value}"
     if key == "eval" and re.fullmatch(r"\w+(,\w+)+", value):
