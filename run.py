@@ -76,6 +76,12 @@ def main() -> None:
     arguments, unknown = argument_parser().parse_known_args()
     if unknown:
         sys.exit(f"error: {hints.unknown_flag(unknown[0], words)}")
+    option_folders = [CONFIG_DIR, *map(Path, filter(None, [arguments.config_dir]))]
+    try:
+        sys.argv[1:] = hints.without_globs(option_folders, sys.argv[1:])
+        arguments.overrides = hints.without_globs(option_folders, arguments.overrides)
+    except UserError as error:
+        sys.exit(f"error: {error}")
     is_run = not (
         arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
     )

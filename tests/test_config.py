@@ -229,6 +229,16 @@ def test_ranges_end_where_they_say(lab, word, values):
     assert [cell.cfg[word.partition("=")[0]] for cell in lab.cells(word, multirun=True)] == values
 
 
+def test_a_glob_chooses_among_the_options_that_people_may_choose(lab):
+    done = lab.cli("-m", "method=glob([dense,svd],exclude=d*)", "eval.ppl.max_windows=1")
+    found = lab.cells("method=glob(asvd*)", "eval=glob(p*)", multirun=True)
+    assert {cell.cfg.method.name for cell in found} == {"asvd", "asvd_kv", "asvd_uniform"}
+    assert "svd ratio=0.8 tiny-llama wikitext2: done" in done.stderr
+    for word, said in (("ratio=glob(*)", "ratio is none; list the values"), ("method=glob(zz*)", "no such option")):
+        with pytest.raises(UserError, match=re.escape(f"{word}: ") + f".*{said}"):
+            lab.cells(word, multirun=True)
+
+
 def test_seeds_are_all_that_torch_takes_and_differ(lab):
     """Also those that no float equals."""
     seeds = [2**32 - 1, 2**53, 2**53 + 1, 2**64 - 2, 2**64 - 1]

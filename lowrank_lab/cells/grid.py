@@ -32,7 +32,7 @@ def plan(config_dir: Path, config_name: str, overrides: list[str], multirun: boo
     Raises UserError with one line for anything a user can correct: an unknown option or key, a value out of
     range, a model or data that does not exist.
     """
-    overrides = spelling.spelled_out(overrides)
+    overrides = hints.without_globs([config_dir], spelling.spelled_out(overrides))
     with _hydra(config_dir, config_name, overrides):
         if multirun:
             return told_apart([cell_from(cfg, words) for cfg, words in _swept(config_name, overrides)])

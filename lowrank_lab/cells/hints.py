@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob
 from omegaconf import DictConfig, OmegaConf
 
 from lowrank_lab.cells.paths import PATHS
 from lowrank_lab.cells.spelling import is_parsed, quoted
+from lowrank_lab.errors import UserError
 
 NOT_ONE_PATH = re.compile(r"[,{}\[\]()$\\]|^\d+$")  # Hydra does not read it as this text
 
@@ -30,6 +33,8 @@ def one_line(
         return _no_setting(config_dir, first.split("'")[1], words, composed)
     if first.startswith("Ambiguous value"):
         return _several(first.removesuffix("."), words)
+    if first == "ConfigLoader is not set":
+        return "glob() of an experiment's own sweep is not read; list the options in its YAML"
     if wrong := [word for word in words if not is_parsed(word)]:
         return _not_parsed(config_dir, wrong[0])
     if "nterpolation" in str(error) and any("${" in word for word in words):
@@ -61,6 +66,31 @@ def unknown_flag(flag: str, words: list[str]) -> str:
 def options_of(config_dir: Path, group: str) -> list[str]:
     """The options of an axis, without what only other options include."""
     return sorted(file.stem for file in (config_dir / group).glob("*.yaml") if not file.stem.startswith("_"))
+
+
+def without_globs(config_dirs: list[Path], words: list[str]) -> list[str]:
+    """``words`` with each ``axis=glob(...)`` as the list of the options that it chooses.
+
+    Hydra finds these only where it parses words itself, and includes those that only other options include.
+    Raises UserError where there is no such option.
+    """
+    return [_without_glob(config_dirs, word) if "=glob(" in word and is_parsed(word) else word for word in words]
+
+
+def _without_glob(config_dirs: list[Path], word: str) -> str:
+    override = OverridesParser.create().parse_override(word)
+    group, glob = override.key_or_group, override.value()
+    if not isinstance(glob, Glob):
+        return word
+    options = sorted({option for folder in config_dirs for option in options_of(folder, group)})
+    if not options:
+        raise UserError(
+            f"{word}: glob() chooses among the options of an axis, and {group} is none; list the values"
+        )
+    if not (chosen := glob.filter(options)):
+        raise UserError(f"{word}: no such option; choose some of {', '.join(options)}")
+    listed = ",".join(chosen)
+    return f"{override.get_key_element()}={f'[{listed}]' if group == 'eval' else listed}"
 
 
 def described(config_dir: Path, group: str) -> str:
