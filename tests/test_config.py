@@ -231,7 +231,7 @@ def test_ranges_end_where_they_say(lab, word, values):
 
 def test_a_glob_chooses_among_the_options_that_people_may_choose(lab):
     done = lab.cli("-m", "method=glob([dense,svd],exclude=d*)", "eval.ppl.max_windows=1")
-    found = lab.cells("method=glob(asvd*)", "eval=glob(p*)", multirun=True)
+    found = lab.cells("method=glob(asvd*)", "eval=glob(pp*)", multirun=True)
     assert {cell.cfg.method.name for cell in found} == {"asvd", "asvd_kv", "asvd_uniform"}
     assert "svd ratio=0.8 tiny-llama wikitext2: done" in done.stderr
     for word, said in (("ratio=glob(*)", "ratio is none; list the values"), ("method=glob(zz*)", "no such option")):
