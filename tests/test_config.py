@@ -239,6 +239,15 @@ def test_a_glob_chooses_among_the_options_that_people_may_choose(lab):
             lab.cells(word, multirun=True)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mpt"])
+@pytest.mark.parametrize("words", ["method=svd", "method=dense quantization=int4"])
+def test_a_block_that_the_model_lacks_is_found_when_planning(lab, checkpoints, family, words):
+    for path in (f"tiny:{family}", checkpoints.get(family, f"tiny:{family}")):
+        lab.cells(f"model.path={path}", *words.split(), "targets.blocks=[2,-3]")
+        with pytest.raises(UserError, match=re.escape("targets.blocks=3: this model has the blocks 0 to 2")):
+            lab.cells(f"model.path={path}", *words.split(), "targets.blocks=[0,3]")
+
+
 def test_seeds_are_all_that_torch_takes_and_differ(lab):
     """Also those that no float equals."""
     seeds = [2**32 - 1, 2**53, 2**53 + 1, 2**64 - 2, 2**64 - 1]

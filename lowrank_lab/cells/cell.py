@@ -17,7 +17,7 @@ from lowrank_lab.cells.evaluator import Evaluator
 from lowrank_lab.cells.keys import Keys
 from lowrank_lab.checkpoints.description import Saved, saved_in
 from lowrank_lab.errors import UserError
-from lowrank_lab.models.source import ModelSource, resolve
+from lowrank_lab.models.source import ModelSource, block_count, resolve
 from lowrank_lab.redaction import redacted
 
 LONGEST_NAME = 150  # bytes of a checkpoint's folder: file systems allow 255
@@ -89,6 +89,8 @@ class Cell:
             },
             parts={name: one.parts(cfg, store) for name, one in evaluators.items()},
         )
+        if compressions:
+            _check_blocks(cell)
         for compression in compressions.values():
             compression.check_cell(cell)
             if compression.online and cfg.save.merge:
@@ -219,6 +221,12 @@ def corpus_part(dataset: DictConfig, which: str) -> tuple[Corpus, Part]:
 
 def _texts_of(compressions: dict[str, Compression], cfg: DictConfig) -> dict[str, DictConfig]:
     return {name: node for one in compressions.values() for name, node in one.texts(cfg).items()}
+
+
+def _check_blocks(cell: Cell) -> None:
+    """Raises UserError where the cell's targets name a block that its model does not have, as far as is known."""
+    if cell.cfg.targets.get("blocks") and (count := block_count(cell.source)) is not None:
+        cell.site_rules[1].blocks_of(count)
 
 
 def _saved(path: str, source: ModelSource) -> Saved | None:

@@ -26,6 +26,7 @@ from lowrank_lab.models.hub import hub_commit
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 CONTENT_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
+BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # in config.json, by family
 NOT_CONTENT = (MANIFEST, "trainer_state.json", "training_args.bin", "optimizer.bin", "scheduler.bin")
 
 
@@ -69,6 +70,21 @@ def resolve(path: str, revision: str | None, store: Store) -> ModelSource:
             "such as facebook/opt-125m"
         )
     return _hub(path, revision)
+
+
+def block_count(source: ModelSource) -> int | None:
+    """The number of blocks of a model as its configuration says it; None where it does not."""
+    if source.kind == "gguf":
+        found = gguf.read_header(Path(source.location)).of_architecture("block_count")
+        return found if isinstance(found, int) else None
+    settings = source.settings or {}
+    if source.kind == "tiny":
+        from lowrank_lab.models.tiny import ALL_CONFIGS
+
+        settings = ALL_CONFIGS[source.location]
+    if isinstance(settings.get("text_config"), dict):  # of a model of texts and images
+        settings = settings["text_config"]
+    return next((settings[name] for name in BLOCK_COUNTS if isinstance(settings.get(name), int)), None)
 
 
 def names_gguf(path: str) -> bool:
