@@ -248,6 +248,12 @@ def test_a_block_that_the_model_lacks_is_found_when_planning(lab, checkpoints, f
             lab.cells(f"model.path={path}", *words.split(), "targets.blocks=[0,3]")
 
 
+def test_a_setting_of_a_swept_option_says_which_option_it_needs():
+    """Hydra reads settings before the experiment's own sweep has chosen any of its options."""
+    with pytest.raises(UserError, match=r"metric.alpha: .* name those that have it as well: method=asvd$"):
+        grid.plan(CONF, "config", ["model=tiny", "experiment=asvd_table6", "metric.alpha=1"], multirun=True)
+
+
 def test_seeds_are_all_that_torch_takes_and_differ(lab):
     """Also those that no float equals."""
     seeds = [2**32 - 1, 2**53, 2**53 + 1, 2**64 - 2, 2**64 - 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +130,13 @@ def _no_option(config_dir: Path, group: str, option: str, listed: list[str]) -> 
 
 
 def _no_setting(config_dir: Path, key: str, words: list[str], composed: Callable[[list[str]], DictConfig]) -> str:
-    try:
-        known = _settings(composed([word for word in words if word.partition("=")[0] != key]))
-    except Exception:  # the other words are wrong as well
-        known = []
+    others = [word for word in words if word.partition("=")[0] != key]
+    known, swept = [], ""
+    with suppress(Exception):  # the other words are wrong as well
+        cfg = composed(others)
+        known, swept = _settings(cfg), _swept_with(config_dir, key, cfg, others, composed)
+    if swept:
+        return f"{key}: a setting of options that the experiment sweeps; name those that have it as well: {swept}"
     if "." in key:
         hint = f"did you mean {near}? " if (near := _near(key, known)) and near != key else ""
         return (
@@ -149,6 +153,20 @@ def _no_setting(config_dir: Path, key: str, words: list[str], composed: Callable
         near = _near(key, [*axes, *_top_settings(config_dir)])
         hint = f"did you mean {near}?" if near else "python run.py --help lists the axes"
     return f"{key}: no such setting; {hint}"
+
+
+def _swept_with(
+    config_dir: Path, key: str, cfg: DictConfig, words: list[str], composed: Callable[[list[str]], DictConfig]
+) -> str:
+    """The options that an experiment sweeps and that have the setting ``key``, as a word; "" where none has it."""
+    given = {word.partition("=")[0] for word in words}
+    for axis, values in (OmegaConf.select(cfg, "hydra.sweeper.params") or {}).items():
+        if not (config_dir / str(axis)).is_dir() or axis in given:
+            continue
+        options = [option.strip() for option in str(values).split(",")]
+        if found := [one for one in options if key in _settings(composed([*words, f"{axis}={one}"]))]:
+            return f"{axis}={','.join(found)}"
+    return ""
 
 
 def _settings(cfg: DictConfig) -> list[str]:
