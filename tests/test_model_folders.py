@@ -289,7 +289,7 @@ WRITTEN: dict[str, Callable[[str, torch.Tensor], Tensors]] = {
         f"{stem}.weight.quant_state.bitsandbytes__nf4": CODES.byte(),
     },
     "hqq": lambda stem, weight: {f"{stem}.W_q": CODES},
-    "torchao": lambda stem, weight: {f"{stem}.weight_qdata": CODES.char()},
+    "torchao": lambda stem, weight: {f"{stem}._weight_qdata": CODES.char()},
 }
 
 
@@ -307,6 +307,21 @@ def test_weights_that_another_tool_has_quantized(model, tool, said):
     if tool != "fp8":
         in_bin(model)
         one_line(look, "quantized by another tool already")
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "torch before 1.6"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_codes_in_bin_files_that_have_the_names_of_weights(model, dtype, zipped):
+    """Floats pass, in whichever way they are saved."""
+    coded = "model.layers.1.mlp.up_proj.weight"
+    tensors = {name: torch.nn.Parameter(tensor) for name, tensor in load_file(model / WEIGHTS).items()}
+    (model / WEIGHTS).unlink()
+    save = lambda found: torch.save(found, model / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    look = lambda: resolve(str(model), None, Store(model.parent / "store"))
+    save({**tensors, "model.norm.weight": tensors["model.norm.weight"].half()})
+    look()
+    save({**tensors, coded: tensors[coded].data.to(dtype)})
+    one_line(look, rf"quantized by another tool already \((I8|F8_E4M3): {coded}\)")
 
 
 def test_a_model_of_the_hub_that_another_tool_has_quantized(model):

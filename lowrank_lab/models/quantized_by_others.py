@@ -24,6 +24,8 @@ PARTS = {
     "Qidxs": "QuIP#",
     "codebooks": "AQLM",
     "weight_qdata": "torchao",
+    "_weight_qdata": "torchao",
+    "_data": "quanto",
     "gate_up_proj_blocks": "MXFP4",
     "down_proj_blocks": "MXFP4",
 }

@@ -20,6 +20,21 @@ NAMES = (  # in the order in which transformers looks for them
 )
 LARGEST_HEADER = 100_000_000  # bytes, as safetensors itself allows
 LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before version 1.6
+REBUILT = "torch._utils _rebuild_tensor"  # how the pickle of a tensor begins
+STORED = {  # the dtypes of torch.save, as safetensors calls them
+    "FloatStorage": "F32",
+    "DoubleStorage": "F64",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "ShortStorage": "I16",
+    "IntStorage": "I32",
+    "LongStorage": "I64",
+    "BoolStorage": "BOOL",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+}
 TENSOR_PICKLES = ("torch", "collections", "numpy", "_codecs")  # the packages that a pickle of tensors names
 POINTER = "is a pointer of Git LFS and not the file itself; get it with: git lfs pull"
 RUNS_CODE = (
@@ -49,14 +64,14 @@ def found_in(folder: Path, settings: Mapping[str, Any]) -> Path | None:
 def tensors_in(file: Path) -> dict[str, str]:
     """The tensors of a safetensors or .bin file, by name, with their dtype as safetensors calls it.
 
-    The dtypes of a .bin file are not known to belong to a name: they are empty. So is the result for a .bin file in
-    torch's old format. Raises DamagedFile, and RunsCode for a pickle that holds more than tensors.
+    A .bin file has other strings too: they, and tensors of unusual dtypes, have an empty dtype. Raises DamagedFile,
+    and RunsCode for a pickle that holds more than tensors.
     """
     if file.stat().st_size == 0:
         raise DamagedFile("is empty")
     if is_pointer(file):
         raise DamagedFile(POINTER)
-    return _in_safetensors(file) if file.suffix == ".safetensors" else dict.fromkeys(_in_pickle(file), "")
+    return _in_safetensors(file) if file.suffix == ".safetensors" else _in_pickle(file)
 
 
 def is_pointer(file: Path) -> bool:
@@ -86,18 +101,49 @@ def _in_safetensors(file: Path) -> dict[str, str]:
     return dtypes
 
 
-def _in_pickle(file: Path) -> dict[str, None]:
-    """All strings in a pickle of torch.save, in their order; the names of its tensors are among them."""
-    with open(file, "rb") as stream:
-        if stream.read(len(LEGACY_TORCH)) == LEGACY_TORCH:
-            return {}
+def _in_pickle(file: Path) -> dict[str, str]:
+    """All strings in a pickle of torch.save, in their order, and the dtypes of those that name a tensor."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            [pickled] = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
-            instructions = [(code.name, value) for code, value, _ in pickletools.genops(archive.read(pickled))]
+        instructions = _instructions(file)
     except (ValueError, zipfile.BadZipFile, EOFError, NotImplementedError):
         raise DamagedFile("is not a complete file of torch.save") from None
     for name, value in instructions:
         if name in ("GLOBAL", "INST") and str(value).partition(" ")[0].partition(".")[0] not in TENSOR_PICKLES:
             raise RunsCode(str(value).replace(" ", "."))
-    return dict.fromkeys(value for _, value in instructions if isinstance(value, str))
+    strings = {value: "" for _, value in instructions if isinstance(value, str)}
+    return {**strings, **_dtypes(instructions)}
+
+
+def _instructions(file: Path) -> list[tuple[str, Any]]:
+    """The instructions of the pickle that has the tensors' names, without the tensors' values."""
+    with open(file, "rb") as stream:
+        if stream.read(len(LEGACY_TORCH)) == LEGACY_TORCH:
+            stream.seek(0)
+            for _ in range(3):  # the magic number, the version, and the sizes of integers come first
+                list(pickletools.genops(stream))
+            return [(code.name, value) for code, value, _ in pickletools.genops(stream)]
+    with zipfile.ZipFile(file) as archive:
+        [pickled] = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
+        return [(code.name, value) for code, value, _ in pickletools.genops(archive.read(pickled))]
+
+
+def _dtypes(instructions: list[tuple[str, Any]]) -> dict[str, str]:
+    """The dtypes of the tensors by name: a name comes just before its tensor, which says its storage's class."""
+    memo: dict[int, Any] = {}
+    found: dict[str, str] = {}
+    value, text, name = None, "", ""
+    for code, argument in instructions:
+        if code in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = value
+            continue
+        value = memo.get(argument) if code in ("BINGET", "LONG_BINGET") else argument
+        if not isinstance(value, str):
+            continue
+        dtype = STORED.get(value.removeprefix("torch "))
+        if value.startswith(REBUILT):
+            name = text
+        elif dtype is not None and name:
+            found[name] = dtype
+        elif " " not in value:  # a class or a function has one
+            text = value
+    return found
