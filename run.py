@@ -19,7 +19,7 @@ from lowrank_lab import __version__, progress, redaction, stopping
 from lowrank_lab.artifacts.locks import LockedByAnother
 from lowrank_lab.cells import grid, hints, spelling
 from lowrank_lab.cells.cell import Cell
-from lowrank_lab.cells.hydra_private import argument_parser, hide_private_options
+from lowrank_lab.cells.hydra_private import argument_parser, hide_private_options, leave_settings_to_jobs
 from lowrank_lab.errors import UserError
 from lowrank_lab.records.results import Results
 from lowrank_lab.running import runner
@@ -88,6 +88,7 @@ def main() -> None:
     try:
         with stopping.heeded():
             if is_run:
+                leave_settings_to_jobs()
                 _cells.extend(_plan(arguments))
                 if not _cells:
                     return

@@ -254,6 +254,11 @@ def test_a_setting_of_a_swept_option_says_which_option_it_needs():
         grid.plan(CONF, "config", ["model=tiny", "experiment=asvd_table6", "metric.alpha=1"], multirun=True)
 
 
+def test_a_grid_may_set_what_only_its_swept_options_have(lab):
+    done = lab.cli("-m", "method=asvd_uniform,asvd_kv", "metric.alpha=1", "eval.ppl.max_windows=1")
+    assert done.stderr.count("metric.alpha=1 tiny-llama wikitext2: done") == 2
+
+
 def test_seeds_are_all_that_torch_takes_and_differ(lab):
     """Also those that no float equals."""
     seeds = [2**32 - 1, 2**53, 2**53 + 1, 2**64 - 2, 2**64 - 1]
