@@ -122,6 +122,7 @@ def test_a_file_is_read_through_once_for_its_content(tmp_path, monkeypatch):
         (b'{"a": "x"}', "line 2: no field 'b'"),
         (b'{"a": null, "b": 1}', "line 2: field 'a' is null, in the first row it is not"),
         (b'{"a": "\\udc00", "b": 1}', "line 2 has half a character"),
+        (b'\xef\xbb\xbf{"a": "x", "b": 1}', "line 2: it begins with a byte order mark"),
     ],
 )
 def test_a_bad_row_of_a_task_is_found(tmp_path, line, message):

@@ -11,15 +11,18 @@ from typing import Any
 from lowrank_lab.artifacts.store import Store
 from lowrank_lab.errors import UserError
 
-CHECKS = 1  # raise when a check becomes stricter: files that passed are then checked again
+CHECKS = 2  # raise when a check becomes stricter: files that passed are then checked again
 
 
 def rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row and where it is, for messages. Blank lines are no rows. Raises UserError for a line that is none."""
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
+            where = f"{file} line {number}"
+            if number > 1 and line.startswith(codecs.BOM_UTF8):  # the datasets library fails there
+                raise UserError(f"{where}: it begins with a byte order mark, as where files were joined; remove it")
             if content := line.removeprefix(codecs.BOM_UTF8).strip():
-                yield (where := f"{file} line {number}"), _row(content, where)
+                yield where, _row(content, where)
 
 
 def check_texts(file: Path, texts: Iterator[str], rule: Any, store: Store) -> None:
