@@ -66,6 +66,7 @@ LOW_RANK = (
         ("method=int8", "it is one of quantization, quantization=int8"),
         ("eval.ppl.seqln=64", "eval.ppl.seqln: no such setting with these options; did you mean eval.ppl.seqlen?"),
         ("seqlen=64", "seqlen: no such setting; did you mean calibration.seqlen or eval.ppl.seqlen?"),
+        ("eval.ppl=[wikitext2]", "eval.ppl has named entries ("),
         ("ratio=80", "it must be a number in (0, 1]: the fraction kept; 80 % is ratio=0.8"),
         ("ratio=80%", "80 % is ratio=0.8"),
         ("ratio=0,8", "write a decimal point, ratio=0.8"),

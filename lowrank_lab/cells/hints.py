@@ -17,6 +17,7 @@ from lowrank_lab.cells.paths import PATHS
 from lowrank_lab.cells.spelling import is_parsed, quoted
 from lowrank_lab.errors import UserError
 
+MERGING = "Error merging override "
 NOT_ONE_PATH = re.compile(r"[,{}\[\]()$\\]|^\d+$")  # Hydra does not read it as this text
 
 
@@ -32,6 +33,8 @@ def one_line(
             return _no_option(config_dir, group, option, _listed(lines))
     if first.startswith("Could not override '"):
         return _no_setting(config_dir, first.split("'")[1], words, composed)
+    if first.startswith(MERGING):
+        return _other_kind(first.removeprefix(MERGING), words, composed)
     if first.startswith("Ambiguous value"):
         return _several(first.removesuffix("."), words)
     if first == "ConfigLoader is not set":
@@ -153,6 +156,22 @@ def _no_setting(config_dir: Path, key: str, words: list[str], composed: Callable
         near = _near(key, [*axes, *_top_settings(config_dir)])
         hint = f"did you mean {near}?" if near else "python run.py --help lists the axes"
     return f"{key}: no such setting; {hint}"
+
+
+def _other_kind(word: str, words: list[str], composed: Callable[[list[str]], DictConfig]) -> str:
+    """A list or a single value for what has named entries."""
+    key = word.partition("=")[0].lstrip("+")
+    entries: list[str] = []
+    with suppress(Exception):  # the other words are wrong as well
+        node = OmegaConf.select(composed([other for other in words if other != word]), key)
+        entries = [name for name in map(str, node) if name[0] != "_"] if isinstance(node, DictConfig) else []
+    if entries:
+        first = f"{key}.{entries[0]}"
+        return (
+            f"{word}: {key} has named entries ({', '.join(entries)}); change one with {first}=..., "
+            f"leave one out with ~{first}, add one with +{key}.NAME=..."
+        )
+    return f"{word}: not a value that {key} can have"
 
 
 def _swept_with(
