@@ -9,7 +9,12 @@ from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from lowrank_lab.api import compress, evaluate, results, table
+
+__all__ = ["compress", "evaluate", "results", "table"]
 __version__ = "0.1.0"
 
 # By the modules in which transformers keeps the kinds of models and of quantizations that it knows: the module of
@@ -18,6 +23,13 @@ _REGISTERING = {
     "transformers.models.auto.configuration_auto": "lowrank_lab.checkpoints.auto_config",
     "transformers.quantizers.auto": "lowrank_lab.checkpoints.checkpoint",
 }
+
+
+def __getattr__(name: str) -> Any:
+    """The functions of api.py, which is imported when one is used: the command line does not need it."""
+    if name in __all__:
+        return getattr(importlib.import_module("lowrank_lab.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # Registering with transformers takes importing these modules, and with them torch: seconds, which neither a

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-import report
 from lowrank_lab.calibration.corpora import HubCorpus
+from lowrank_lab.commands import report
 from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation import perplexity
 from lowrank_lab.lowrank import spectra

@@ -14,8 +14,8 @@ from urllib.parse import parse_qs
 
 import pytest
 
-import report
 from lowrank_lab.cells import config
+from lowrank_lab.commands import report
 from lowrank_lab.errors import UserError
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import page

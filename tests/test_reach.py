@@ -7,7 +7,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-import report
+from lowrank_lab.commands import report
 from lowrank_lab.evaluation.harness import Harness
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import measured, promised, published, reach

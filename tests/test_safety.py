@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-import report
 from lowrank_lab.artifacts.store import MANIFEST, Store
+from lowrank_lab.commands import report
 from lowrank_lab.errors import UserError
 from lowrank_lab.models.load import load_model
 from lowrank_lab.planning.dry_run import print_needs

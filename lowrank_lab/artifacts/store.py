@@ -235,12 +235,17 @@ def fingerprint(value: Any) -> str:
 
 
 def write_json(file: str | Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one, never a part of it."""
+    """Write JSON as ``write_text`` does."""
+    write_text(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(file: str | Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the whole new one, never a part of it."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     work = file.parent / f".{file.name}.tmp-{uuid.uuid4().hex[:8]}"
     try:
-        work.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        work.write_text(text, encoding="utf-8")
         os.replace(work, file)
     finally:
         work.unlink(missing_ok=True)

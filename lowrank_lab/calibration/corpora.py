@@ -91,6 +91,25 @@ class EmbeddedWikipedia:
         )
 
 
+class JsonLines:
+    """A file with a JSON object a line, whose ``field`` is a text. It has one split, called ``all``."""
+
+    def __init__(self, file: str, field: str = "text") -> None:
+        self.file = file
+        self.field = field
+
+    def content(self, split: str, data_root: str | None, store: Store) -> str:
+        file = Path(self.file).expanduser()
+        if not file.is_file():
+            raise UserError(f"there is no file {file}")
+        jsonl.check_texts(file, self.documents(split, data_root), self.field, store)
+        return fingerprint({"file": store.file_hash(file), "field": self.field})
+
+    def documents(self, split: str, data_root: str | None) -> Iterator[str]:
+        for where, row in jsonl.rows(Path(self.file).expanduser()):
+            yield jsonl.text_field(row, self.field, where)
+
+
 class HubCorpus:
     """A data set of the hub, or with ``data_root`` its mirror ``<data_root>/<mirror>/<split>.jsonl``.
 

@@ -71,8 +71,12 @@ def validated(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise UserError(f"{missing[0]} must be given, for example {missing[0]}=...")
-    for group in ("model", "method", "dataset", "calibration", "tracker", "eval"):
+    for group in ("model", "method", "dataset", "calibration", "tracker"):
         _check(group, cfg.get(group), bool(cfg.get(group)), "one of its options; see python run.py --help")
+    only_saved = cfg.get("eval") == {} and OmegaConf.select(cfg, "save.checkpoint") is True
+    _check(
+        "eval", cfg.get("eval"), bool(cfg.get("eval")) or only_saved, "one of its options; see python run.py --help"
+    )
     schema.check(cfg)
     _check("compressions", cfg.compressions, OmegaConf.is_dict(cfg.compressions), "the compressions by name")
     for name, node in cfg.compressions.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +40,21 @@ def plan(config_dir: Path, config_name: str, overrides: list[str], multirun: boo
         redaction.refuse_in(_without_hydra(base))
         _refuse_grid(base, overrides)
         return [cell_of(base, overrides)]
+
+
+def plan_with(config_dir: Path, overrides: list[str], nodes: Mapping[str, Any]) -> Cell:
+    """The validated cell of ``overrides``, with some nodes of its configuration replaced by plain data.
+
+    Raises UserError as ``plan`` does.
+    """
+    overrides = spelling.spelled_out(overrides)
+    with _hydra(config_dir, "config", overrides):
+        plain = _without_hydra(compose("config", overrides, True))
+        redaction.refuse_in(plain)
+        cfg = OmegaConf.create(plain)
+        for name, node in nodes.items():
+            OmegaConf.update(cfg, name, node, merge=False, force_add=True)
+        return cell_from(cfg, overrides)
 
 
 def configurations(config_dir: Path, config_name: str, overrides: list[str]) -> list[DictConfig]:

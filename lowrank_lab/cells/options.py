@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from lowrank_lab.cells.moved import original_target
-
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"
+from lowrank_lab.paths import CONF
 
 
 def name_of(axis: str, node: Any) -> Any:
@@ -36,13 +34,13 @@ def _class_of(values: dict[str, Any]) -> str:
 @cache
 def names(axis: str) -> tuple[str, ...]:
     """The options of an axis that are in conf/."""
-    return tuple(sorted(file.stem for file in (CONFIG_DIR / axis).glob("*.yaml")))
+    return tuple(sorted(file.stem for file in (CONF / axis).glob("*.yaml")))
 
 
 @cache
 def read(axis: str, option: str | None) -> dict[str, Any]:
     """The YAML file of an option as it stands; empty where there is none."""
-    file = CONFIG_DIR / axis / f"{option}.yaml"
+    file = CONF / axis / f"{option}.yaml"
     return dict(OmegaConf.to_container(OmegaConf.load(file))) if file.is_file() else {}  # type: ignore[arg-type]
 
 

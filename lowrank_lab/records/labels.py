@@ -12,9 +12,10 @@ from typing import Any
 from lowrank_lab.cells import config
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.hydra_private import composed
-from lowrank_lab.cells.options import CONFIG_DIR, names
+from lowrank_lab.cells.options import names
 from lowrank_lab.cells.settings import ANSWERS, flattened
 from lowrank_lab.cells.told import told
+from lowrank_lab.paths import CONF
 from lowrank_lab.redaction import redacted_settings
 
 SETTING_OF = {"lowrank": "allocation"}  # the setting that is "none" without a compression, if not its own
@@ -107,7 +108,7 @@ def of_method(method: str) -> dict[str, Any] | None:
     """The settings of a method in its YAML file; None for a method that is not in conf/."""
     if method not in names("method"):
         return None
-    cfg = composed(CONFIG_DIR, "config", [f"method={method}"])
+    cfg = composed(CONF, "config", [f"method={method}"])
     plain = config.plain(cfg)
     compressions = config.build_all(cfg.compressions)
     return settings(plain, {name: one.settings(plain) for name, one in compressions.items()}, calibrated=False)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 from omegaconf import OmegaConf
 
-MODELS = Path(__file__).resolve().parents[2] / "conf" / "model"
+from lowrank_lab.paths import CONF
+
+MODELS = CONF / "model"
 # Published names of models by the option of conf/model/ that is the same model.
 OPTIONS = {
     "llama-7b": "llama_7b",

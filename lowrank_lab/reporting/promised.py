@@ -22,6 +22,7 @@ from lowrank_lab.evaluation.perturbed_ranks import PerturbedRanks
 from lowrank_lab.evaluation.speed import Speed
 from lowrank_lab.evaluation.truncated_activations import TruncatedActivations
 from lowrank_lab.models.families import FAMILIES
+from lowrank_lab.paths import CONF
 from lowrank_lab.records import labels
 from lowrank_lab.reporting import measured, models_of_papers
 from lowrank_lab.reporting.matching import Ours
@@ -56,7 +57,7 @@ def configurations(recipe: str) -> tuple[DictConfig, ...]:
     models, ratios = _swept(recipe)
     first = [f"model={model}" for model in models[:1]] + [f"ratio={ratio}" for ratio in ratios[:1]]
     words = [f"experiment={recipe}", "scale=paper", *first]
-    return tuple(grid.configurations(labels.CONFIG_DIR, "config", words))
+    return tuple(grid.configurations(CONF, "config", words))
 
 
 def _swept(recipe: str) -> tuple[list[str], list[str]]:
@@ -74,7 +75,7 @@ def _split(swept: Any) -> list[str]:
 
 def _experiment(name: str) -> Any:
     """The YAML of an experiment, with those that it is based on."""
-    node: Any = OmegaConf.load(labels.CONFIG_DIR / "experiment" / f"{name}.yaml")
+    node: Any = OmegaConf.load(CONF / "experiment" / f"{name}.yaml")
     bases = [base for base in node.get("defaults", ()) if isinstance(base, str) and base != "_self_"]
     return OmegaConf.merge(*map(_experiment, bases), node)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from lowrank_lab.cells.options import CONFIG_DIR
+from lowrank_lab.paths import CONF
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import published
 from lowrank_lab.reporting.joined import join
@@ -115,7 +115,7 @@ def _without_number(status: str, keys: tuple[str, ...], method: str, source: Pub
     state, _, reason = status.partition(" (")
     if state == "left out":
         return Cell("—", title=reason.removesuffix(")"))
-    ours = CONFIG_DIR / "method" / f"{source.also.get(method, method)}.yaml"
+    ours = CONF / "method" / f"{source.also.get(method, method)}.yaml"
     if state == "missing" and not ours.is_file():
         return Cell("—", title="a method that lowrank_lab does not have")
     return Cell(state, None, keys, reason.removesuffix(")"), kind=f"state {state.replace(' ', '-')}")
