@@ -169,12 +169,22 @@ LOW_RANK = (
         ("calibration.samples=2147483648", "calibration.samples=2147483648 is not valid"),
         ("+mine.value=inf", "mine.value=inf is not valid; it must be a finite number"),
         ("dataset.eval.split=dev", "dev.jsonl"),
+        ("method.name=''", "it must be a name"),
+        ("dataset.corpus.hub=''", "it must be the name of a data set"),
+        ("eval=ppl,generation eval.generation.prompts.few_shot.questions=word", "prompts is not valid"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_is_right(lab, override, message):
     with pytest.raises(UserError) as error:
         lab.cells(*override.split())
     assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_message_about_a_value_of_several_lines_is_one_line(lab):
+    with pytest.raises(UserError) as error:
+        lab.cells("dataset.calibration.ojin=\n\n")
+    assert "dataset.calibration.ojin=\\n\\n" in str(error.value)
     assert "\n" not in str(error.value)
 
 

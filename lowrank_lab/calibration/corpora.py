@@ -135,6 +135,8 @@ class HubCorpus:
             raise ValueError(f"templates={templates} is not valid; it must be a list of texts")
         if files is not None and not isinstance(files, Mapping):
             raise ValueError(f"files={files} is not valid; it must be a file for each split")
+        if not (isinstance(hub, str) and hub.strip()):
+            raise ValueError(f"hub={hub!r} is not valid; it must be the name of a data set")
         if (field is None) == (not templates):
             raise ValueError("a corpus needs either a field or templates")
         self.mirror = mirror

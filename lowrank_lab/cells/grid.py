@@ -80,11 +80,16 @@ def _hydra(config_dir: Path, config_name: str, overrides: list[str]) -> Iterator
         with initialize_config_dir(str(config_dir), version_base="1.3"):
             yield
     except UserError as error:
-        raise UserError(hints.amended(str(error), overrides)) from None
+        raise UserError(_in_one_line(hints.amended(str(error), overrides))) from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise UserError(hints.one_line(error, config_dir, overrides, composed)) from None
+        raise UserError(_in_one_line(hints.one_line(error, config_dir, overrides, composed))) from None
     finally:
         GlobalHydra.instance().clear()
+
+
+def _in_one_line(message: str) -> str:
+    """A message that shows a value with line ends in it."""
+    return message.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def _swept(config_name: str, overrides: list[str]) -> Iterator[tuple[DictConfig, list[str]]]:

@@ -143,8 +143,8 @@ def _no_setting(config_dir: Path, key: str, words: list[str], composed: Callable
     if "." in key:
         hint = f"did you mean {near}? " if (near := _near(key, known)) and near != key else ""
         return (
-            f"{key}: no such setting with these options; {hint}(see them with: python run.py ... --cfg job; "
-            f"an entry that is new begins with +)"
+            f"{key}: no such setting with these options; {hint}python run.py ... --cfg job shows them "
+            "(an entry that is new begins with +)"
         )
     axis, _, part = key.partition("/")
     if part and (config_dir / axis / part).is_dir():

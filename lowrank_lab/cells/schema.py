@@ -64,7 +64,7 @@ def check_finite(cfg: DictConfig) -> None:
 
 
 def _check_names(cfg: DictConfig) -> None:
-    _is_text("method.name", cfg.method.name)
+    _is_name("method.name", cfg.method.name)
     _is_text("model.revision", cfg.model.revision, optional=True)
     trusted = cfg.model.trust_remote_code
     _require("model.trust_remote_code", trusted, isinstance(trusted, bool), "true or false")
@@ -77,7 +77,7 @@ def _check_dataset(name: str, node: Any) -> None:
     _is_node(name, node)
     for entry in ("name", "corpus", "eval", "calibration"):
         _present(node, entry, f"{name}.{entry}")
-    _is_text(f"{name}.name", node.name)
+    _is_name(f"{name}.name", node.name)
     _is_built(f"{name}.corpus", node.corpus)
     for part in ("eval", "calibration"):
         if node[part] is not None:
@@ -89,7 +89,7 @@ def _check_part(name: str, node: Any) -> None:
     for entry in PART:
         _present(node, entry, f"{name}.{entry}")
     _no_others(name, node, PART)
-    _is_text(f"{name}.split", node.split)
+    _is_name(f"{name}.split", node.split)
     _is_text(f"{name}.join", node.join)
 
 
@@ -117,6 +117,11 @@ def _is_built(name: str, value: Any, optional: bool = False) -> None:
         raise UserError(f"{name} names no class (_target_); choose one of its options, see python run.py --help")
     if "_partial_" in value:
         raise UserError(f"{name}._partial_: no such setting; leave it out")
+
+
+def _is_name(name: str, value: Any) -> None:
+    _is_text(name, value)
+    _require(name, repr(value), value.strip() != "", "a name")
 
 
 def _is_text(name: str, value: Any, optional: bool = False) -> None:

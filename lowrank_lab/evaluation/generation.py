@@ -260,6 +260,8 @@ def _without_checkpoint_settings(model: Any) -> Iterator[None]:
 def _prompts(prompts: dict[str, Any]) -> list[Prompt]:
     """All prompts, those without shots first. Raises ValueError where they are not as in the YAML."""
     try:
+        if not (isinstance(prompts["zero_shot"], list) and isinstance(prompts["few_shot"]["questions"], list)):
+            raise TypeError("a text is no list of questions")
         shots = [text for shot in prompts["few_shot"]["shots"] for text in (shot["question"], shot["answer"])]
         found = [Prompt((question,)) for question in prompts["zero_shot"]]
         found += [Prompt((*shots, question)) for question in prompts["few_shot"]["questions"]]
