@@ -117,7 +117,8 @@ def wrong_keys(draw: DrawFn) -> tuple[tuple[str, ...], str]:
     known = {name[: len(wrong)] for name in settings} | {folder.name for folder in CONF.iterdir()}
     value = settings[key]
     words = (*base, f"{wrong}={json.dumps(value) if isinstance(value, bool) else value}")
-    return (words, key) if wrong not in known and not isinstance(value, list) else draw(wrong_keys())
+    is_word = not isinstance(value, list) and "\n" not in str(value)  # which would have to be quoted
+    return (words, key) if wrong not in known and is_word else draw(wrong_keys())
 
 
 @st.composite
