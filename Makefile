@@ -28,7 +28,7 @@ demo: setup      ## the main job: SVD, ASVD and SVD-LLM on a real model and real
 	$(BIN)/python run.py -m experiment=demo
 	$(BIN)/python report.py
 
-test: setup      ## all tests but the slow ones (at most six minutes on 2 cores, no network)
+test: setup      ## all tests but the slow ones (13 minutes on 2 slow cores, no network)
 	$(PYTEST)
 
 test-slow: setup ## the slow tests too: the real model end to end, memory benchmark, kill -9
