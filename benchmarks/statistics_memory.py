@@ -30,9 +30,9 @@ def measure(layers: int) -> float:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from lowrank_lab import environment
     from lowrank_lab.calibration.statistics import make_statistics
     from lowrank_lab.models.families import LLAMA
+    from lowrank_lab.process import environment
 
     torch.manual_seed(0)
     config = LlamaConfig(

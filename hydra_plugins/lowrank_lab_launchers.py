@@ -31,7 +31,7 @@ class _OtherProcesses(basic_launcher.BasicLauncher):
         self.settings: Any = OmegaConf.to_container(OmegaConf.create(settings), resolve=True)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from lowrank_lab.errors import UserError
+        from lowrank_lab.basics.errors import UserError
         from lowrank_lab.launching.grids import Grid
         from lowrank_lab.running.runner import LAUNCH
 

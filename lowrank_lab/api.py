@@ -17,11 +17,11 @@ from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lowrank_lab.artifacts.store import Store, fingerprint, write_text
+from lowrank_lab.basics.errors import SkippedCell, UserError
+from lowrank_lab.basics.paths import CONF
 from lowrank_lab.cells import grid
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.settings import ANSWERS
-from lowrank_lab.errors import SkippedCell, UserError
-from lowrank_lab.paths import CONF
 from lowrank_lab.records.results import Results
 from lowrank_lab.running import runner
 

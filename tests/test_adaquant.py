@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.codec import quantize
 from lowrank_lab.modules.formats import Format

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from lowrank_lab.errors import SkippedCell, UserError
+from lowrank_lab.basics.errors import SkippedCell, UserError
 from lowrank_lab.lowrank.allocation.global_tail import GlobalTail, buy_segments, water_fill
 from lowrank_lab.lowrank.allocation.loss_based import loss_based
 from lowrank_lab.lowrank.allocation.strs import (

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowrank_lab
+from lowrank_lab.basics.errors import SkippedCell, UserError
 from lowrank_lab.cells import config
-from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.lowrank.metric.second_moment import SecondMoment
 
 from .conftest import Lab

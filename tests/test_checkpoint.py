@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.checkpoints import checkpoint
 from lowrank_lab.checkpoints.description import VERSION, Saved
-from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.lowrank.storage.remap import Remap
 from lowrank_lab.models import tiny

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.modules.codec import Quantized, by_group, quantize
 from lowrank_lab.modules.formats import Format
 from lowrank_lab.modules.look_up import look_up_linear

@@ -15,8 +15,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from lowrank_lab import __version__
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.cells import config, grid, spelling
-from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.answers import answers_of
 from lowrank_lab.models import tiny
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lowrank_lab.artifacts.store import Store
+from lowrank_lab.basics.errors import SkippedCell, UserError
 from lowrank_lab.calibration import jsonl
 from lowrank_lab.calibration.corpora import EmbeddedWikipedia, HubCorpus, Part, text_of
 from lowrank_lab.calibration.tokens import (
@@ -19,7 +20,6 @@ from lowrank_lab.calibration.tokens import (
     sample_windows,
     tokenize,
 )
-from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.models.tiny import byte_tokenizer
 
 

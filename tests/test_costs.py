@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowrank_lab.errors import SkippedCell, UserError
+from lowrank_lab.basics.errors import SkippedCell, UserError
 from lowrank_lab.lowrank.allocation.differentiable import LearnedRank
 from lowrank_lab.lowrank.allocation.global_tail import buy_segments, water_fill
 from lowrank_lab.lowrank.allocation.loss_based import loss_based

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.lowrank.refinement.weighted_descent import descend
 from lowrank_lab.lowrank.solver import decompose, decompose_by_cholesky
 from lowrank_lab.models import tiny

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.checkpoints import checkpoint
-from lowrank_lab.errors import UserError
 from lowrank_lab.models import tiny
 from lowrank_lab.models.discovery import discovered, family_of
 from lowrank_lab.models.families import FAMILIES, kv_cache_shape, kv_cache_values_per_token

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.calibration.gradients import make_gradients
 from lowrank_lab.calibration.statistics import make_statistics
 from lowrank_lab.cells.cell import Cell
-from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation.macs import counter
 from lowrank_lab.evaluation.perplexity import perplexity
 from lowrank_lab.models.families import FAMILIES

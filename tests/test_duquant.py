@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.models import families, tiny
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.quantization.transform.duquant import (

@@ -22,15 +22,15 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.calibration.corpora import HubCorpus
 from lowrank_lab.commands import report
-from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation import perplexity
 from lowrank_lab.lowrank import spectra
 from lowrank_lab.lowrank.metric.identity import Identity
 from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.models.load import load_model
-from lowrank_lab.out_of_memory import is_out_of_memory
+from lowrank_lab.process.out_of_memory import is_out_of_memory
 from lowrank_lab.records import results
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import tables

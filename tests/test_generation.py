@@ -13,8 +13,8 @@ import yaml
 from markdown_it import MarkdownIt
 from transformers import GenerationConfig
 
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.cells import config
-from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation import generation
 from lowrank_lab.evaluation.generation import Prompt, repetition, summary, write
 from lowrank_lab.evaluation.robust import NotFiniteError

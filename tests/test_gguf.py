@@ -18,8 +18,8 @@ from tokenizers.models import BPE
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 from lowrank_lab.artifacts.store import Store
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.cells import versions
-from lowrank_lab.errors import UserError
 from lowrank_lab.models import gguf as header
 from lowrank_lab.models import gguf_conversion, gguf_tokenizer
 from lowrank_lab.models.load import load_model, load_tokenizer

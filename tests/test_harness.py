@@ -18,9 +18,9 @@ import torch
 from omegaconf import OmegaConf
 
 from lowrank_lab.artifacts.store import Store
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.cells import grid, spelling
 from lowrank_lab.cells.cell import Cell
-from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation import task_data, tasks
 from lowrank_lab.evaluation.harness import Harness, _check_metric
 from lowrank_lab.models import tiny

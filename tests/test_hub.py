@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 
 from lowrank_lab.artifacts.store import Store
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.evaluation import task_data
 from lowrank_lab.evaluation.tasks import Leaf
 from lowrank_lab.models import hub, source

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-from lowrank_lab.errors import SkippedCell, UserError
+from lowrank_lab.basics.errors import SkippedCell, UserError
 from lowrank_lab.models import tiny
 from lowrank_lab.models.families import kv_cache_shape
 from lowrank_lab.modules.attention import RoundedCache, cache_of, round_cache

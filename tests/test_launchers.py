@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.launching import grids as launching
 from lowrank_lab.launching import jobs, slurm
 from lowrank_lab.launching.grids import Grid

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.basics.lazy_module import LazyModule
 from tests.conftest import REPOSITORY
 
 LARGE = {"torch", "transformers", "bitsandbytes", "peft", "lm_eval"}

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowrank_lab.artifacts.store import Store
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.models import tiny
 from lowrank_lab.models.folder_check import check_snapshot
 from lowrank_lab.models.load import check_model, load_model

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.modules.base import CompressedLinear, Counts, Replacement, bias_of, dense_weight, nbytes
 from lowrank_lab.modules.rebuild import check_description
 from lowrank_lab.modules.site import Site

@@ -14,9 +14,9 @@ from urllib.parse import parse_qs
 
 import pytest
 
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.cells import config
 from lowrank_lab.commands import report
-from lowrank_lab.errors import UserError
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import page
 from lowrank_lab.reporting.page.papers import _colour, _relative

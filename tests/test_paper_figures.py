@@ -18,8 +18,8 @@ import torch
 from matplotlib import pyplot as plt
 from safetensors.torch import load_file
 
+from lowrank_lab.basics.errors import SkippedCell, UserError
 from lowrank_lab.cells.cell import Cell
-from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.evaluation.factors import distribution
 from lowrank_lab.evaluation.ipca_memory import WAYS, directions
 from lowrank_lab.evaluation.tensor_memory import peak_bytes

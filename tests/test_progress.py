@@ -7,7 +7,7 @@ import time
 
 from rich.console import Console
 
-from lowrank_lab import progress
+from lowrank_lab.process import progress
 
 
 def test_long_work_without_a_line_is_named(monkeypatch, caplog):

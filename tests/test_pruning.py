@@ -171,7 +171,7 @@ def test_pruned_cells_have_lines_of_their_own(lab):
 
 @pytest.mark.parametrize("sparsity", ["1", "-0.1", "half", "1.5"])
 def test_a_sparsity_that_makes_no_sense_is_told_at_once(lab, sparsity):
-    from lowrank_lab.errors import UserError
+    from lowrank_lab.basics.errors import UserError
 
     with pytest.raises(UserError, match=r"^sparsity="):
         lab.cells("pruning=magnitude", f"sparsity={sparsity}")

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.cells import cell, grid
-from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation.harness import Harness
 from lowrank_lab.lowrank.answers import answers_of
 from lowrank_lab.quantization.method.bnb import BitsAndBytes

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.modules.codec import NF4, decode, encode, grids, pack, quantize, spread, unpack
 from lowrank_lab.modules.formats import Format
 from lowrank_lab.modules.quantized import QuantizedLinear

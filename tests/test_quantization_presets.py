@@ -19,9 +19,9 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from lowrank_lab.basics.errors import SkippedCell, UserError
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.checkpoints import checkpoint
-from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.models.load import load_model
 from lowrank_lab.models.tiny import CONFIGS
 from lowrank_lab.modules.quantized import QuantizedLinear

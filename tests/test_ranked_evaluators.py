@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank_lab.errors import SkippedCell
+from lowrank_lab.basics.errors import SkippedCell
 from lowrank_lab.evaluation.perturbed_ranks import PerturbedRanks, draw, shifted
 from lowrank_lab.lowrank.allocation.strs import perplexity_of
 from lowrank_lab.models.families import FAMILIES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowrank_lab.errors import SkippedCell
+from lowrank_lab.basics.errors import SkippedCell
 from lowrank_lab.lowrank.ranks import rank_for_ratio, total_cost
 from tests.sites import site, sites
 

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_lab.errors import UserError
-from lowrank_lab.records.results import _without_secrets
-from lowrank_lab.redaction import (
+from lowrank_lab.basics.errors import UserError
+from lowrank_lab.basics.redaction import (
     HIDDEN,
     Formatter,
     redacted,
@@ -21,6 +20,7 @@ from lowrank_lab.redaction import (
     refuse,
     refuse_in,
 )
+from lowrank_lab.records.results import _without_secrets
 
 from .conftest import REPOSITORY
 

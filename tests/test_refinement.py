@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.cells import config
-from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank import factors
 from lowrank_lab.lowrank.answers import answers_of
 from lowrank_lab.lowrank.artifacts import spectra

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.checkpoints.checkpoint import merge
 from lowrank_lab.checkpoints.description import Saved
-from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation.macs import count_macs
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules import hadamard

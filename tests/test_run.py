@@ -14,7 +14,7 @@ from functools import partial
 import pytest
 import torch
 
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.lowrank import spectra
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import tables

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lowrank_lab.artifacts.store import MANIFEST, Store
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.commands import report
-from lowrank_lab.errors import UserError
 from lowrank_lab.models.load import load_model
 from lowrank_lab.planning.dry_run import print_needs
 from lowrank_lab.records.labels import labels
@@ -147,7 +147,7 @@ def test_a_manifest_does_not_lead_out_of_its_folder(tmp_path, name, caplog):
 TARGETS = [
     {"_target_": "os.system", "command": "touch {file}"},
     {"_target_": "subprocess.Popen", "args": ["touch", "{file}"]},
-    {"_target_": "lowrank_lab.environment.subprocess.Popen", "args": ["touch", "{file}"]},
+    {"_target_": "lowrank_lab.process.environment.subprocess.Popen", "args": ["touch", "{file}"]},
     {"_target_": "lowrank_lab.artifacts.store.write_json", "file": "{file}", "value": 1},
 ]
 

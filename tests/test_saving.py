@@ -14,8 +14,8 @@ import pytest
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lowrank_lab.artifacts.store import Store
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.checkpoints import checkpoint
-from lowrank_lab.errors import UserError
 from lowrank_lab.models import tiny
 from lowrank_lab.models.load import load_model
 

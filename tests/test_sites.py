@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowrank_lab.errors import SkippedCell, UserError
+from lowrank_lab.basics.errors import SkippedCell, UserError
 from lowrank_lab.lowrank.metric.identity import Identity
 from lowrank_lab.lowrank.ranks import rank_for_ratio, total_cost
 from lowrank_lab.lowrank.spectra import compress, make_spectra

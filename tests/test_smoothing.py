@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_lab.errors import SkippedCell, UserError
+from lowrank_lab.basics.errors import SkippedCell, UserError
 from lowrank_lab.models import tiny
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.codec import quantize

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lowrank_lab import environment
 from lowrank_lab.evaluation import speed as timing
 from lowrank_lab.evaluation.macs import count_macs, prefill_macs
 from lowrank_lab.evaluation.speed import Speed
@@ -20,6 +19,7 @@ from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.models.load import load_model
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.counts import count
+from lowrank_lab.process import environment
 from lowrank_lab.records.rank_sizes import sizes_of_ranks
 from lowrank_lab.records.sizes import sizes
 from lowrank_lab.reporting import figures, tables

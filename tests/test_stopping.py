@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lowrank_lab import progress, stopping
+from lowrank_lab.process import progress, stopping
 
 
 @pytest.fixture

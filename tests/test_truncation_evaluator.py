@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lowrank_lab.errors import SkippedCell, UserError
+from lowrank_lab.basics.errors import SkippedCell, UserError
 from lowrank_lab.evaluation.chosen_sites import chosen_sites
 from lowrank_lab.evaluation.robust import NotFiniteError
 from lowrank_lab.evaluation.truncation import Truncation, compare

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.calibration.statistics import make_statistics
-from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank import factors
 from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.factors import load_factors

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_lab.artifacts.locks import locked
-from lowrank_lab.environment import versions
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
+from lowrank_lab.process.environment import versions
 
 log = logging.getLogger(__name__)
 

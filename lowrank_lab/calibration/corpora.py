@@ -16,10 +16,10 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Protocol
 
-from lowrank_lab import checks
 from lowrank_lab.artifacts.store import Store, fingerprint
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.calibration import jsonl
-from lowrank_lab.errors import UserError
 from lowrank_lab.models.hub import hub_commit
 
 

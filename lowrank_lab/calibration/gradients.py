@@ -18,7 +18,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lowrank_lab import progress
 from lowrank_lab.calibration.statistics import tokens_metadata, tokens_of
 from lowrank_lab.calibration.summaries import OutputStatistics
 from lowrank_lab.models.families import Tower
@@ -27,6 +26,7 @@ from lowrank_lab.models.tasks.base import Batch, Task
 from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM
 from lowrank_lab.models.walk import as_batch, block_file, blocks_of
 from lowrank_lab.modules.base import dense_weight
+from lowrank_lab.process import progress
 
 
 class Accumulator:

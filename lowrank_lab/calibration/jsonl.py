@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_lab.artifacts.store import Store
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 
 CHECKS = 2  # raise when a check becomes stricter: files that passed are then checked again
 

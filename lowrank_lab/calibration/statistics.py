@@ -16,7 +16,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lowrank_lab import progress
 from lowrank_lab.calibration.summaries import InputStatistics
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.rows import current_rows, without_padding
@@ -24,6 +23,7 @@ from lowrank_lab.models.tasks.base import Batch, Task
 from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM
 from lowrank_lab.models.walk import block_file, blocks_of, walk
 from lowrank_lab.modules.base import dense_weight
+from lowrank_lab.process import progress
 
 STRIPS = 4  # of the upper triangle: 4 need 5/8 of the whole product, more save little
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from lowrank_lab.basics.errors import SkippedCell
 from lowrank_lab.calibration.corpora import Corpus, Part, text_of
-from lowrank_lab.errors import SkippedCell
 
 Sampling = Literal["random", "disjoint"]
 

@@ -10,15 +10,15 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lowrank_lab.artifacts.store import Store
+from lowrank_lab.basics.errors import UserError
+from lowrank_lab.basics.redaction import redacted
 from lowrank_lab.calibration.corpora import Corpus, Part
 from lowrank_lab.cells import config, paths, told
 from lowrank_lab.cells.compression import Compression
 from lowrank_lab.cells.evaluator import Evaluator
 from lowrank_lab.cells.keys import Keys
 from lowrank_lab.checkpoints.description import Saved, saved_in
-from lowrank_lab.errors import UserError
 from lowrank_lab.models.source import ModelSource, block_count, resolve
-from lowrank_lab.redaction import redacted
 
 LONGEST_NAME = 150  # bytes of a checkpoint's folder: file systems allow 255
 

@@ -10,10 +10,10 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from lowrank_lab.basics.checks import SEED_IN_WORDS, is_count, is_number, is_seed
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.cells import paths, schema
 from lowrank_lab.cells.moved import original_target
-from lowrank_lab.checks import SEED_IN_WORDS, is_count, is_number, is_seed
-from lowrank_lab.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
 SAMPLING = ("samples", "seqlen", "seed", "sampling", "bos")  # how windows are drawn from a text

@@ -16,12 +16,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lowrank_lab import redaction
+from lowrank_lab.basics import redaction
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.cells import config, hints, spelling
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.sweep import jobs
 from lowrank_lab.cells.told import told_apart, words_of
-from lowrank_lab.errors import UserError
 
 NAME = "LOWRANK_LAB_GRID"  # variable with the name of a grid, for its processes and their records
 

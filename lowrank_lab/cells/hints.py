@@ -13,9 +13,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob
 from omegaconf import DictConfig, OmegaConf
 
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.cells.paths import PATHS
 from lowrank_lab.cells.spelling import is_parsed, quoted
-from lowrank_lab.errors import UserError
 
 MERGING = "Error merging override "
 NOT_ONE_PATH = re.compile(r"[,{}\[\]()$\\]|^\d+$")  # Hydra does not read it as this text

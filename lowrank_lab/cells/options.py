@@ -8,8 +8,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from lowrank_lab.basics.paths import CONF
 from lowrank_lab.cells.moved import original_target
-from lowrank_lab.paths import CONF
 
 
 def name_of(axis: str, node: Any) -> Any:

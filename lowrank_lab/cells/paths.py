@@ -6,7 +6,7 @@ import os
 
 from omegaconf import DictConfig, OmegaConf
 
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 
 PATHS = ("results", "artifacts", "data_root", "model.path")
 

@@ -1,6 +1,6 @@
 """Which entries a configuration has, and of what kind: checked before anything is built from them. No torch.
 
-Values that one class alone reads are checked by that class (lowrank_lab/checks.py).
+Values that one class alone reads are checked by that class (lowrank_lab/basics/checks.py).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lowrank_lab import checks
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.errors import UserError
 
 ENTRIES = ("ratio", "sparsity", "seed", "device", "dtype", "dry_run", "data_root", "save", "results", "artifacts")
 OF_NODES = {

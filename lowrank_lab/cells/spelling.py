@@ -11,8 +11,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import RangeSweep
 from hydra.errors import HydraException
 
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.cells.paths import expanded
-from lowrank_lab.errors import UserError
 
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 MOST_VALUES = 10_000  # of a range

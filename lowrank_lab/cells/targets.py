@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from lowrank_lab import checks
-from lowrank_lab.errors import SkippedCell, UserError
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.errors import SkippedCell, UserError
 from lowrank_lab.models.families import Tower
 from lowrank_lab.modules.site import Site
 

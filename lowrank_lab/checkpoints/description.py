@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.checkpoints import old_versions
-from lowrank_lab.errors import UserError
 from lowrank_lab.models.own_config import MODEL_TYPE
 from lowrank_lab.modules.site import Site
 

@@ -21,9 +21,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.checkpoints.auto_config import CompressedConfig
 from lowrank_lab.checkpoints.description import QUANT_METHOD, Saved
-from lowrank_lab.errors import UserError
 from lowrank_lab.models.own_config import CODE, guarded
 from lowrank_lab.modules.base import Described, Replacement, bias_of, dense_weight
 from lowrank_lab.modules.factorized import factors_of

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowrank_lab import stopping
+from lowrank_lab.process import stopping
 
 if TYPE_CHECKING:
     from lowrank_lab.records.results import Results
@@ -46,8 +46,8 @@ def main() -> None:
     if equals and setting in ("results", "out", "wandb"):
         sys.exit(f"error: {arguments.what}: write --{setting} {value}")
 
-    from lowrank_lab import redaction
-    from lowrank_lab.errors import UserError
+    from lowrank_lab.basics import redaction
+    from lowrank_lab.basics.errors import UserError
     from lowrank_lab.records import tracking
     from lowrank_lab.records.results import Results
 
@@ -73,7 +73,7 @@ def _folder(path: str) -> Path:
 
 def report(what: str, results: Results, out: Path, index: Path) -> list[Path]:
     """Print and write a report; returns the files. Raises UserError for an unknown name or no records."""
-    from lowrank_lab.errors import UserError
+    from lowrank_lab.basics.errors import UserError
     from lowrank_lab.reporting import check, coverage, page, paper_figures, paper_tables, published, reach
     from lowrank_lab.reporting.status import status
 
@@ -114,7 +114,7 @@ def report(what: str, results: Results, out: Path, index: Path) -> list[Path]:
 
 def everything(results: Results, out: Path) -> list[Path]:
     """All tables and figures, and those of the papers whose recipes have run or failed; returns the files."""
-    from lowrank_lab.errors import UserError
+    from lowrank_lab.basics.errors import UserError
     from lowrank_lab.reporting import coverage, figures, generation, paper_figures, paper_tables, published, tables
 
     records = results.records()

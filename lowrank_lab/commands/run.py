@@ -15,13 +15,15 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lowrank_lab import __version__, progress, redaction, stopping
+from lowrank_lab import __version__
 from lowrank_lab.artifacts.locks import LockedByAnother
+from lowrank_lab.basics import redaction
+from lowrank_lab.basics.errors import UserError
+from lowrank_lab.basics.paths import CONF
 from lowrank_lab.cells import grid, hints, spelling
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.hydra_private import argument_parser, hide_private_options, leave_settings_to_jobs
-from lowrank_lab.errors import UserError
-from lowrank_lab.paths import CONF
+from lowrank_lab.process import progress, stopping
 from lowrank_lab.records.results import Results
 from lowrank_lab.running import runner
 

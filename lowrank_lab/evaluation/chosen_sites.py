@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lowrank_lab.basics.errors import UserError
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.cells.targets import Grouping, Targets, sites_of
-from lowrank_lab.errors import UserError
-from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.models.families import Tower
 from lowrank_lab.modules.site import Site

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lowrank_lab import checks
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.errors import SkippedCell
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.cells import versions
 from lowrank_lab.cells.evaluator import Evaluator
-from lowrank_lab.errors import SkippedCell
 from lowrank_lab.evaluation.chosen_sites import chosen_sites
-from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.modules.site import Site
 
 if TYPE_CHECKING:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lowrank_lab import checks, progress
 from lowrank_lab.artifacts.store import fingerprint
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.errors import SkippedCell
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.cells import versions
 from lowrank_lab.cells.evaluator import Evaluator
-from lowrank_lab.errors import SkippedCell
 from lowrank_lab.evaluation.robust import NotFiniteError
-from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.process import progress
 
 if TYPE_CHECKING:
     import torch

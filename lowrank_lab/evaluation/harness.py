@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import DictConfig
 
-from lowrank_lab import checks
 from lowrank_lab.artifacts.store import Store, fingerprint
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.errors import UserError
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.cells import versions
 from lowrank_lab.cells.evaluator import Evaluator
-from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation.task_data import TaskData, find
 from lowrank_lab.evaluation.tasks import Leaf, NamedTask, harness_version, named_task, task_manager
-from lowrank_lab.lazy_module import LazyModule
 
 if TYPE_CHECKING:
     from lowrank_lab.evaluation import lm

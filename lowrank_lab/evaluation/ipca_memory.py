@@ -6,11 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lowrank_lab import checks, progress
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.cells import versions
 from lowrank_lab.cells.evaluator import Evaluator
-from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.lowrank.refinement.ipca import leading_directions, merge
+from lowrank_lab.process import progress
 
 if TYPE_CHECKING:
     import torch

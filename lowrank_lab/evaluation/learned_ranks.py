@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from lowrank_lab import checks
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.errors import SkippedCell
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.cells import versions
-from lowrank_lab.errors import SkippedCell
 from lowrank_lab.evaluation.perplexity import perplexity
 from lowrank_lab.evaluation.windows import WindowEvaluator
-from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.lowrank.allocation.differentiable import STATES, Differentiable
 from lowrank_lab.lowrank.answers import answers_of
 from lowrank_lab.lowrank.artifacts import spectra

@@ -19,10 +19,10 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 
-from lowrank_lab import progress
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.evaluation.robust import NotFiniteError, check_output, in_batches
 from lowrank_lab.evaluation.score_check import CheckScores
+from lowrank_lab.process import progress
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

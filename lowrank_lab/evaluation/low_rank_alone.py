@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lowrank_lab.errors import SkippedCell
+from lowrank_lab.basics.errors import SkippedCell
 
 if TYPE_CHECKING:
     from lowrank_lab.lowrank.ranks import Ranks

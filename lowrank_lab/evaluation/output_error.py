@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lowrank_lab import progress
+from lowrank_lab.basics.errors import SkippedCell
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.cells import versions
-from lowrank_lab.errors import SkippedCell
 from lowrank_lab.evaluation import robust
 from lowrank_lab.evaluation.windows import WindowEvaluator
-from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.lowrank import artifacts
 from lowrank_lab.lowrank.answers import answers_of
 from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.modules.site import Site, by_block
+from lowrank_lab.process import progress
 
 if TYPE_CHECKING:
     import torch

@@ -12,11 +12,11 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from lowrank_lab import progress
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.cells import versions
 from lowrank_lab.evaluation.robust import NotFiniteError, check_output, in_batches
 from lowrank_lab.evaluation.windows import WindowEvaluator
-from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.process import progress
 
 if TYPE_CHECKING:
     import torch

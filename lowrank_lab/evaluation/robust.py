@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lowrank_lab.lazy_module import LazyModule
-from lowrank_lab.out_of_memory import unless_out_of_memory
+from lowrank_lab.basics.lazy_module import LazyModule
+from lowrank_lab.process.out_of_memory import unless_out_of_memory
 
 if TYPE_CHECKING:
     import torch

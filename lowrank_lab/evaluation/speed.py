@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import numpy as np
 from omegaconf import DictConfig
 
-from lowrank_lab import checks, environment, progress
 from lowrank_lab.artifacts.store import Store
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.errors import SkippedCell
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.cells import versions
 from lowrank_lab.cells.evaluator import Evaluator
-from lowrank_lab.errors import SkippedCell
-from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.models.families import kv_cache_shape
-from lowrank_lab.out_of_memory import unless_out_of_memory
+from lowrank_lab.process import environment, progress
+from lowrank_lab.process.out_of_memory import unless_out_of_memory
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_lab.artifacts.store import Store, fingerprint
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.calibration import jsonl
-from lowrank_lab.errors import UserError
 from lowrank_lab.evaluation.tasks import Leaf
 from lowrank_lab.models.hub import hub_commit
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowrank_lab.artifacts.store import Store, fingerprint
+from lowrank_lab.basics.errors import UserError
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.cells import versions
-from lowrank_lab.errors import UserError
-from lowrank_lab.lazy_module import LazyModule
 
 if TYPE_CHECKING:
     from lm_eval import tasks as lm_eval_tasks

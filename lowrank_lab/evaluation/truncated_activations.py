@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.cells import versions
 from lowrank_lab.evaluation.low_rank_alone import check_low_rank_alone, ranks_of
 from lowrank_lab.evaluation.perplexity import perplexity
 from lowrank_lab.evaluation.windows import WindowEvaluator
-from lowrank_lab.lazy_module import LazyModule
 
 if TYPE_CHECKING:
     from lowrank_lab.lowrank import masked

@@ -6,15 +6,16 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from lowrank_lab import checks, progress
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.errors import SkippedCell
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.cells import versions
-from lowrank_lab.errors import SkippedCell
 from lowrank_lab.evaluation import robust
 from lowrank_lab.evaluation.chosen_sites import chosen_sites
 from lowrank_lab.evaluation.windows import WindowEvaluator
-from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.modules.site import Site, Sites, by_block
+from lowrank_lab.process import progress
 
 if TYPE_CHECKING:
     import torch

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from lowrank_lab import checks
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.errors import SkippedCell
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.cells.evaluator import Evaluator
-from lowrank_lab.errors import SkippedCell
-from lowrank_lab.lazy_module import LazyModule
 
 if TYPE_CHECKING:
     import numpy as np

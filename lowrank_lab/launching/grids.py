@@ -21,15 +21,15 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from lowrank_lab import progress
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.cells import grid
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.hydra_private import argument_parser
 from lowrank_lab.cells.spelling import literal
 from lowrank_lab.cells.told import told_apart
-from lowrank_lab.environment import cores
-from lowrank_lab.errors import UserError
 from lowrank_lab.launching import jobs, slurm
+from lowrank_lab.process import progress
+from lowrank_lab.process.environment import cores
 from lowrank_lab.records.results import RECORD_ENTRIES, Results
 from lowrank_lab.records.seal import examine
 from lowrank_lab.running import runner

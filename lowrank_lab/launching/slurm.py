@@ -12,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 
 SECONDS_TO_STOP = 15  # given to a command to stop before it is killed
 QUERY_SECONDS = 60

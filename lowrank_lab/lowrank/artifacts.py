@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.lowrank.answers import answers_of
 from lowrank_lab.lowrank.keys import LowRankKeys
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from lowrank_lab.basics.checks import is_count
+from lowrank_lab.basics.errors import UserError
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.cells import config
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.compression import Compression, Plan
 from lowrank_lab.cells.settings import lowrank_settings
-from lowrank_lab.checks import is_count
-from lowrank_lab.errors import UserError
-from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.lowrank import artifacts
 from lowrank_lab.lowrank.answers import Answers
 from lowrank_lab.lowrank.keys import LowRankKeys

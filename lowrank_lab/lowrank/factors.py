@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowrank_lab.artifacts.store import open_to_others
-from lowrank_lab.errors import named
+from lowrank_lab.basics.errors import named
 from lowrank_lab.lowrank.spectra import blocks_with_sites, check_finite
 from lowrank_lab.lowrank.storage.base import Storage
 from lowrank_lab.models.families import Tower

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lowrank_lab.errors import named
+from lowrank_lab.basics.errors import named
 from lowrank_lab.lowrank.spectra import load_spectrum
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.lowrank.truncation import smooth_truncation

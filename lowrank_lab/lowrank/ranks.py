@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from lowrank_lab.errors import SkippedCell
+from lowrank_lab.basics.errors import SkippedCell
 from lowrank_lab.modules.site import Site, Sites
 
 # By the full name of a site: its rank, None where it stays dense.

@@ -14,10 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lowrank_lab import progress
+from lowrank_lab.basics.errors import named
 from lowrank_lab.calibration.gradients import load_gradients
 from lowrank_lab.calibration.statistics import load_statistics
-from lowrank_lab.errors import named
 from lowrank_lab.lowrank.metric.base import Metric, OutputStatistics
 from lowrank_lab.lowrank.solver import Spectrum, decompose, decompose_by_cholesky
 from lowrank_lab.lowrank.storage.base import Storage
@@ -25,7 +24,8 @@ from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import block_file, blocks_of
 from lowrank_lab.modules.factorized import site_weight
 from lowrank_lab.modules.site import Site, Sites, by_block
-from lowrank_lab.out_of_memory import unless_out_of_memory
+from lowrank_lab.process import progress
+from lowrank_lab.process.out_of_memory import unless_out_of_memory
 
 log = logging.getLogger(__name__)
 

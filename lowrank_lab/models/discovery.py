@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.models.default_dtype import default_dtype
 from lowrank_lab.models.families import FAMILIES, Attention, Family, Tower, language_model
 from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM, of_tokens

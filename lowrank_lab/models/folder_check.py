@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.models import quantized_by_others, weight_files
 from lowrank_lab.models.own_config import unguarded
 from lowrank_lab.models.weight_files import NAMES, DamagedFile, RunsCode

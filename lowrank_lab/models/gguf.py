@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_lab.checks import is_count
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.checks import is_count
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.models import gguf_vocabulary
 from lowrank_lab.models.gguf_vocabulary import short
 

@@ -20,10 +20,10 @@ from gguf import GGUFReader, GGUFValueType
 from transformers import AutoConfig, AutoModelForCausalLM, modeling_gguf_pytorch_utils
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from lowrank_lab import progress
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.models import gguf, gguf_tokenizer
 from lowrank_lab.models.gguf_vocabulary import entry
+from lowrank_lab.process import progress
 
 log = logging.getLogger(__name__)
 STATED = {  # attributes of configurations, by the name that follows the architecture's in a file

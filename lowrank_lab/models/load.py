@@ -16,13 +16,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_lab.artifacts.store import disk_full
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.models import generation_settings, quantized_by_others, tiny
 from lowrank_lab.models.differences import differences
 from lowrank_lab.models.folder_check import MERGE
 from lowrank_lab.models.source import ModelSource
 from lowrank_lab.models.weight_files import RUNS_CODE
-from lowrank_lab.out_of_memory import is_out_of_memory
+from lowrank_lab.process.out_of_memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 

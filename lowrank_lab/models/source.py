@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_lab.artifacts.store import MANIFEST, Store, fingerprint, not_readable
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.models import gguf
 from lowrank_lab.models.folder_check import MERGE, check_snapshot, settings_of
 from lowrank_lab.models.hub import hub_commit

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_lab import progress
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.rows import batch_rows
 from lowrank_lab.models.tasks.base import Batch, Task
 from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM, of_tokens
+from lowrank_lab.process import progress
 
 
 @dataclass(frozen=True)

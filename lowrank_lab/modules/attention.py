@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowrank_lab.errors import SkippedCell, named
+from lowrank_lab.basics.errors import SkippedCell, named
 from lowrank_lab.models.discovery import family_of
 from lowrank_lab.models.families import head_size, kv_cache_shape
 from lowrank_lab.modules.base import Replacement

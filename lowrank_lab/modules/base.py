@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_lab.errors import SkippedCell, UserError
+from lowrank_lab.basics.errors import SkippedCell, UserError
 
 T = TypeVar("T", bound="Described")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lowrank_lab.checks import flag, whole
+from lowrank_lab.basics.checks import flag, whole
 from lowrank_lab.modules.formats import Format, Granularity
 
 

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.modules.formats import Format
 
 if TYPE_CHECKING:

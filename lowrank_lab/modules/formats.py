@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from lowrank_lab.checks import flag, is_count, one_of, whole
+from lowrank_lab.basics.checks import flag, is_count, one_of, whole
 
 Grid = Literal["integer", "nf4", "fp4", "codebook"]
 Granularity = Literal["tensor", "channel"] | int

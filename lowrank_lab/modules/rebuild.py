@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank_lab import modules as package
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.models.default_dtype import default_dtype
 from lowrank_lab.modules.base import CompressedLinear, Replacement, is_linear, plain_parts
 from lowrank_lab.modules.counts import count

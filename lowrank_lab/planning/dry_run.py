@@ -11,11 +11,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from lowrank_lab import environment
+from lowrank_lab.basics.errors import SkippedCell
 from lowrank_lab.cells.cell import Cell
-from lowrank_lab.errors import SkippedCell
 from lowrank_lab.planning.shapes import Shapes, shapes_of, with_sites
 from lowrank_lab.planning.steps import Planner, Step
+from lowrank_lab.process import environment
 from lowrank_lab.running import runner
 from lowrank_lab.running.context import pick_device
 

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig
 
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.cells.cell import Cell
-from lowrank_lab.errors import UserError
 from lowrank_lab.lowrank.ranks import rank_within
 from lowrank_lab.models.discovery import family_of
 from lowrank_lab.models.families import Tower, head_size, kv_cache_shape

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lowrank_lab import checks
 from lowrank_lab.artifacts.store import fingerprint
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.errors import SkippedCell, named
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.cells import config
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.compression import Compression, Plan
-from lowrank_lab.errors import SkippedCell, named
-from lowrank_lab.lazy_module import LazyModule
 
 if TYPE_CHECKING:
     import torch

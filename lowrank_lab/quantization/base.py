@@ -11,15 +11,16 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lowrank_lab import checks, progress
 from lowrank_lab.artifacts.store import fingerprint
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.errors import UserError, named
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.cells import config, versions
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.compression import Compression, Plan
 from lowrank_lab.cells.settings import quantization_settings
-from lowrank_lab.errors import UserError, named
-from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.modules.formats import Format
+from lowrank_lab.process import progress
 from lowrank_lab.quantization.activations import Activations
 from lowrank_lab.quantization.kv_cache import KvCache
 from lowrank_lab.quantization.method.base import WeightMethod

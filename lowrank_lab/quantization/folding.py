@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lowrank_lab import progress
 from lowrank_lab.calibration.statistics import Accumulator, gather
 from lowrank_lab.models.families import Tower, head_size
 from lowrank_lab.models.walk import blocks_of
@@ -29,6 +28,7 @@ from lowrank_lab.modules.linears import (
     set_steps,
 )
 from lowrank_lab.modules.steps import Scale
+from lowrank_lab.process import progress
 from lowrank_lab.quantization.inputs import Inputs, Sample, gather_inputs
 from lowrank_lab.quantization.targets import members_by_block
 

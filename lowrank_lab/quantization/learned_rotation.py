@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from lowrank_lab.artifacts.store import write_json
-from lowrank_lab.errors import named
+from lowrank_lab.basics.errors import named
 from lowrank_lab.models.families import folding_of
 from lowrank_lab.models.walk import as_batch, blocks_of
 from lowrank_lab.modules.formats import Format

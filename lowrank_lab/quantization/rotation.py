@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lowrank_lab.errors import SkippedCell
+from lowrank_lab.basics.errors import SkippedCell
 from lowrank_lab.models.families import Tower, folding_of, head_size, kv_cache_shape
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.hadamard import randomized, transform

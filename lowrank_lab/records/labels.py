@@ -9,14 +9,14 @@ from collections.abc import Collection
 from functools import cache
 from typing import Any
 
+from lowrank_lab.basics.paths import CONF
+from lowrank_lab.basics.redaction import redacted_settings
 from lowrank_lab.cells import config
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.hydra_private import composed
 from lowrank_lab.cells.options import names
 from lowrank_lab.cells.settings import ANSWERS, flattened
 from lowrank_lab.cells.told import told
-from lowrank_lab.paths import CONF
-from lowrank_lab.redaction import redacted_settings
 
 SETTING_OF = {"lowrank": "allocation"}  # the setting that is "none" without a compression, if not its own
 OLD_COMPRESSIONS = ("lowrank", "quantization")  # of records that do not list their compressions

@@ -19,16 +19,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from lowrank_lab import environment, out_of_memory, progress
 from lowrank_lab.artifacts.locks import LockedByAnother
 from lowrank_lab.artifacts.store import Artifact, disk_full, fingerprint, write_json
+from lowrank_lab.basics.errors import SkippedCell, UserError
+from lowrank_lab.basics.redaction import redacted, redacted_message, redacted_settings
 from lowrank_lab.cells import config, versions
 from lowrank_lab.cells.cell import Cell
-from lowrank_lab.errors import SkippedCell, UserError
+from lowrank_lab.process import environment, out_of_memory, progress
 from lowrank_lab.records import old
 from lowrank_lab.records.labels import labels
 from lowrank_lab.records.seal import read, sealed
-from lowrank_lab.redaction import redacted, redacted_message, redacted_settings
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lowrank_lab import environment
+from lowrank_lab.process import environment
 from lowrank_lab.records.results import compression_of
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from functools import cache
 
 from omegaconf import OmegaConf
 
-from lowrank_lab.paths import CONF
+from lowrank_lab.basics.paths import CONF
 
 MODELS = CONF / "model"
 # Published names of models by the option of conf/model/ that is the same model.

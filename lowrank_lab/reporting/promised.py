@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lowrank_lab.artifacts.store import fingerprint
+from lowrank_lab.basics.paths import CONF
 from lowrank_lab.cells import cell, config, grid
 from lowrank_lab.cells.evaluator import Evaluator
 from lowrank_lab.evaluation.harness import Harness
@@ -22,7 +23,6 @@ from lowrank_lab.evaluation.perturbed_ranks import PerturbedRanks
 from lowrank_lab.evaluation.speed import Speed
 from lowrank_lab.evaluation.truncated_activations import TruncatedActivations
 from lowrank_lab.models.families import FAMILIES
-from lowrank_lab.paths import CONF
 from lowrank_lab.records import labels
 from lowrank_lab.reporting import measured, models_of_papers
 from lowrank_lab.reporting.matching import Ours

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 
 REFERENCES = Path(__file__).parent / "references"
 COLUMNS = ["model", "method", "ratio", "quantization", "metric", "dataset", "unit", "value", "variant", "note"]

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lowrank_lab.artifacts.store import Artifact, Store
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.modules.site import Site
 from lowrank_lab.records.results import Results, compression_of
 from lowrank_lab.reporting.kinds.errors import linear_names

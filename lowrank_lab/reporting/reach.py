@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from lowrank_lab import progress
+from lowrank_lab.process import progress
 from lowrank_lab.reporting import published
 from lowrank_lab.reporting.joined import dicts, join_numbers
 from lowrank_lab.reporting.matching import Ours, apart_from_seed, matching, named_as_in

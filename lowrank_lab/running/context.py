@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from lowrank_lab import progress
 from lowrank_lab.artifacts.store import fingerprint
+from lowrank_lab.basics.errors import SkippedCell, UserError
 from lowrank_lab.calibration.gradients import make_gradients
 from lowrank_lab.calibration.statistics import make_statistics
 from lowrank_lab.calibration.tokens import load_tokens, make_calibration_tokens, make_text_tokens
@@ -23,7 +23,6 @@ from lowrank_lab.cells import versions
 from lowrank_lab.cells.cell import Cell, corpus_part
 from lowrank_lab.cells.targets import sites_of
 from lowrank_lab.checkpoints import checkpoint
-from lowrank_lab.errors import SkippedCell, UserError
 from lowrank_lab.models.changes import Snapshot
 from lowrank_lab.models.discovery import family_of
 from lowrank_lab.models.families import FAMILIES, Family, Tower
@@ -34,6 +33,7 @@ from lowrank_lab.models.tasks.named import TASKS
 from lowrank_lab.models.walk import walk
 from lowrank_lab.modules.linears import linear_shapes
 from lowrank_lab.modules.site import Site
+from lowrank_lab.process import progress
 from lowrank_lab.records.results import Record
 
 log = logging.getLogger(__name__)

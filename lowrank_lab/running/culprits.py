@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from lowrank_lab.out_of_memory import is_out_of_memory
+from lowrank_lab.process.out_of_memory import is_out_of_memory
 from lowrank_lab.running.context import Context
 
 

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from lowrank_lab import environment
 from lowrank_lab.artifacts.locks import LockedByAnother
 from lowrank_lab.artifacts.store import Store, disk_full
+from lowrank_lab.basics.errors import SkippedCell, UserError
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.checkpoints import checkpoint
 from lowrank_lab.checkpoints.description import Saved
-from lowrank_lab.errors import SkippedCell, UserError
+from lowrank_lab.process import environment
 from lowrank_lab.records.rank_sizes import sizes_of_ranks
 from lowrank_lab.records.results import CHECKPOINTS, Record
 from lowrank_lab.records.sizes import sizes

@@ -9,13 +9,13 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from typing import Any
 
-from lowrank_lab import progress, stopping
 from lowrank_lab.artifacts.locks import LockedByAnother, locked
 from lowrank_lab.artifacts.store import Store, disk_full
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.cells import config
 from lowrank_lab.cells.cell import Cell
-from lowrank_lab.errors import UserError
-from lowrank_lab.out_of_memory import without_frames
+from lowrank_lab.process import progress, stopping
+from lowrank_lab.process.out_of_memory import without_frames
 from lowrank_lab.records.results import CHECKPOINT_NAMES, CHECKPOINTS, Record, Results
 from lowrank_lab.records.seal import SEAL
 

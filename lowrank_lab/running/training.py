@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from lowrank_lab import progress
+from lowrank_lab.process import progress
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lowrank_lab import checks
 from lowrank_lab.artifacts.store import write_json
-from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.lowrank.artifacts import spectra
 from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.lowrank.ranks import (

@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from lowrank_lab import checks
-from lowrank_lab.errors import SkippedCell, UserError
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.errors import SkippedCell, UserError
 from lowrank_lab.lowrank.artifacts import tails
 from lowrank_lab.lowrank.ranks import Ranks, budget, total_cost
 from lowrank_lab.modules.site import Site, Sites

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from lowrank_lab.errors import SkippedCell
+from lowrank_lab.basics.errors import SkippedCell
 from lowrank_lab.lowrank.answers import answers_of
 from lowrank_lab.lowrank.artifacts import tails
 from lowrank_lab.lowrank.ranks import Ranks, budget, compressible, fit, rank_at, rank_for_ratio

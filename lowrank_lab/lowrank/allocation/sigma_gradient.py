@@ -7,13 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lowrank_lab import checks, progress
-from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.lowrank import artifacts
 from lowrank_lab.lowrank.allocation.global_tail import water_fill
 from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.lowrank.ranks import Ranks, budget, fit
 from lowrank_lab.modules.site import Sites, by_block
+from lowrank_lab.process import progress
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,15 +16,16 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowrank_lab import checks, progress
 from lowrank_lab.artifacts.store import write_json
-from lowrank_lab.errors import SkippedCell
-from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.errors import SkippedCell
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.lowrank import artifacts
 from lowrank_lab.lowrank.keys import LowRankKeys
 from lowrank_lab.lowrank.ranks import Ranks, budget, rank_of_cost, rank_within, total_cost
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.modules.site import Site, Sites, by_block
+from lowrank_lab.process import progress
 
 if TYPE_CHECKING:
     import torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lowrank_lab import checks
+from lowrank_lab.basics import checks
 from lowrank_lab.lowrank.metric.base import InputStatistics, OutputStatistics, Weights
 
 

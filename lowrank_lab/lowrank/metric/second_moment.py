@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowrank_lab import checks
+from lowrank_lab.basics import checks
 from lowrank_lab.lowrank.metric.base import InputStatistics, OutputStatistics, Weights
 
 

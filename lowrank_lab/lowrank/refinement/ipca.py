@@ -6,10 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowrank_lab import checks, progress
-from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.lowrank.ranks import Ranks
 from lowrank_lab.modules.site import by_block
+from lowrank_lab.process import progress
 
 if TYPE_CHECKING:
     import torch

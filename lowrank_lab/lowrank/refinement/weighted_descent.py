@@ -20,12 +20,13 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowrank_lab import checks, progress
 from lowrank_lab.artifacts.store import write_json
-from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.lowrank import artifacts
 from lowrank_lab.lowrank.ranks import Ranks
 from lowrank_lab.modules.site import Site, Sites, by_block
+from lowrank_lab.process import progress
 
 if TYPE_CHECKING:
     import torch

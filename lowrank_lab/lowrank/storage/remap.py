@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.modules.site import Site
 
 if TYPE_CHECKING:

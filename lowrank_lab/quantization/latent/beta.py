@@ -7,9 +7,9 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from lowrank_lab import checks
-from lowrank_lab.errors import SkippedCell, named
-from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.errors import SkippedCell, named
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.modules.formats import Format
 from lowrank_lab.quantization.base import Quantization, Transform
 from lowrank_lab.quantization.scales import output_error, rounded

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lowrank_lab import checks
-from lowrank_lab.errors import named
-from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.errors import named
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.modules.codec import Quantized, check_finite, encode, grids, spread
 from lowrank_lab.modules.formats import Format
 from lowrank_lab.quantization.method.base import WeightMethod

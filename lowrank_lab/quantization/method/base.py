@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lowrank_lab.errors import named
+from lowrank_lab.basics.errors import named
 from lowrank_lab.modules.formats import Format
 
 if TYPE_CHECKING:

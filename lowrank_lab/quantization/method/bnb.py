@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.modules.codec import TABLES, Quantized, check_finite
 from lowrank_lab.modules.formats import Format
 from lowrank_lab.quantization.method.base import WeightMethod

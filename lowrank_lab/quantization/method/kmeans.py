@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lowrank_lab import checks
-from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.modules.codec import Quantized, by_group, check_finite, quantize, spread
 from lowrank_lab.modules.formats import Format
 from lowrank_lab.quantization.method.base import WeightMethod

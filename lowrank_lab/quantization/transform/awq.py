@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lowrank_lab import checks
-from lowrank_lab.errors import SkippedCell, named
-from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.errors import SkippedCell, named
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.models.families import Tower, folding_of
 from lowrank_lab.modules.formats import Format
 from lowrank_lab.quantization.base import Quantization, Transform

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from lowrank_lab import checks, progress
-from lowrank_lab.errors import named
-from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.errors import named
+from lowrank_lab.basics.lazy_module import LazyModule
+from lowrank_lab.process import progress
 from lowrank_lab.quantization.base import Quantization, Transform
 from lowrank_lab.quantization.scales import largest, smoothing
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from lowrank_lab import checks
-from lowrank_lab.errors import SkippedCell, named
-from lowrank_lab.lazy_module import LazyModule
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.errors import SkippedCell, named
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.models.families import Tower, folding_of
 from lowrank_lab.quantization.base import Quantization, Transform
 from lowrank_lab.quantization.scales import largest, rounded, smoothing

@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lowrank_lab import checks
+from lowrank_lab.basics import checks
+from lowrank_lab.basics.errors import SkippedCell
+from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.cells import config, versions
-from lowrank_lab.errors import SkippedCell
-from lowrank_lab.lazy_module import LazyModule
 from lowrank_lab.quantization.base import Quantization, Transform
 
 if TYPE_CHECKING:

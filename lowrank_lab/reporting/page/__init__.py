@@ -12,7 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import pyplot as plt
 
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import figures, paper_figures, published
 from lowrank_lab.reporting.page import ours, papers

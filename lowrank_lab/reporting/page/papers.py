@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from lowrank_lab.paths import CONF
+from lowrank_lab.basics.paths import CONF
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import published
 from lowrank_lab.reporting.joined import join

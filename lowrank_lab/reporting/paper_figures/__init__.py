@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib import pyplot as plt
 
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import published
 from lowrank_lab.reporting.figures import save

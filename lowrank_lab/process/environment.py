@@ -45,7 +45,7 @@ def versions() -> dict[str, str]:
 
 def git() -> dict[str, Any]:
     """Commit and dirty flag of this checkout; None where it is not a git checkout."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
 
     def ask(*arguments: str) -> str | None:
         try:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, TextIO
 
-from lowrank_lab.errors import UserError
+from lowrank_lab.basics.errors import UserError
 
 HIDDEN = "[redacted]"
 MIN_LENGTH = 8  # characters of a secret

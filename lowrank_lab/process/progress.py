@@ -23,7 +23,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from lowrank_lab import stopping
+from lowrank_lab.process import stopping
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
