@@ -81,10 +81,10 @@ def test_the_count_fails_where_a_number_is_neither_met_nor_left_out(faults, stat
     rows = {name: {"met": 3, "left out": 2, "faults": faults} for name in published.tables()[:1]}
     monkeypatch.setattr(reach, "counts", lambda: pd.DataFrame.from_dict(rows, orient="index"))
     if status is None:
-        report.report("count", Results(tmp_path), tmp_path, tmp_path)
+        report.report("count", Results(tmp_path), tmp_path)
     else:
         with pytest.raises(SystemExit) as ended:
-            report.report("count", Results(tmp_path), tmp_path, tmp_path)
+            report.report("count", Results(tmp_path), tmp_path)
         assert ended.value.code == status
     out = capsys.readouterr().out
     assert "| asvd/table1 " in out and "| 3     | 2 " in out

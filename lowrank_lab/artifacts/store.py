@@ -234,9 +234,9 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def write_json(file: str | Path, value: Any) -> None:
-    """Write JSON as ``write_text`` does."""
-    write_text(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+def write_json(file: str | Path, value: Any, indent: int | None = 1) -> None:
+    """Write JSON as ``write_text`` does, on one line with ``indent=None``."""
+    write_text(file, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
 def write_text(file: str | Path, text: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from lowrank_lab.basics.errors import SkippedCell
+from lowrank_lab.basics.errors import SkippedCell, UserError
 from lowrank_lab.calibration.corpora import Corpus, Part, text_of
 
 Sampling = Literal["random", "disjoint"]
@@ -20,6 +20,16 @@ def tokenize(tokenizer: Any, text: str, add_special_tokens: bool) -> np.ndarray:
     """Token ids (tokens,) int64 of the whole text as one sequence."""
     ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
     return np.asarray(ids, dtype=np.int64)
+
+
+def check_in_vocabulary(largest: int, config: Any) -> None:
+    """Raise UserError where the model of ``config`` does not have the token ``largest``."""
+    size = getattr(config, "vocab_size", None)
+    if size is not None and largest >= size:
+        raise UserError(
+            f"model.path: its tokenizer gives token {largest}, but the model has only {size} (vocab_size in "
+            "config.json); it is the tokenizer of another model"
+        )
 
 
 def sample_windows(ids: np.ndarray, samples: int, seqlen: int, seed: int, sampling: Sampling) -> np.ndarray:

@@ -8,6 +8,8 @@ python report.py page                 all of it as one HTML file: <results>/inde
 python report.py check                read all records, artifacts and checkpoints again: is any of them damaged?
 python report.py count                which tables and figures have published numbers, recipes and results; status 1
                                       where a recipe's cells cannot meet a number and the catalogue gives no reason
+python report.py keep                 copy the records of experiments at scale=small to results/small (--out), which
+                                      is in git: without artifacts and without names of folders
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from lowrank_lab.process import stopping
 if TYPE_CHECKING:
     from lowrank_lab.records.results import Results
 
+CHOICES = "all, status, check, count, keep, table=NAME, figure=NAME, page"
+KEPT = Path("results/small")  # what ``keep`` writes is in git there
 WIDTH = 120  # of tables that are printed where there is no terminal and no COLUMNS
 
 
@@ -31,14 +35,14 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     stopping.end_with_reader()  # python report.py | head
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "what", nargs="?", default="all", help="all, status, check, count, table=NAME, figure=NAME, page"
-    )
+    parser.add_argument("what", nargs="?", default="all", help=CHOICES)
     parser.add_argument(
         "--results", type=_folder, default=Path("results"), help="folder given to run.py as results="
     )
     parser.add_argument(
-        "--out", type=_folder, help="where to write (default: <results>/report; the page: <results>)"
+        "--out",
+        type=_folder,
+        help=f"where to write (default: <results>/report; page: <results>; keep: {KEPT})",
     )
     parser.add_argument("--wandb", metavar="PROJECT", help="log what is written to this W&B project as well")
     arguments = parser.parse_args()
@@ -55,10 +59,8 @@ def main() -> None:
     results = Results(arguments.results)
     if not arguments.results.is_dir():
         sys.exit(f"error: --results={arguments.results}: no such folder; run something first: python run.py")
-    out = arguments.out or arguments.results / "report"
-    index = (arguments.out or arguments.results) / "index.html"
     try:
-        files = report(arguments.what, results, out, index)
+        files = report(arguments.what, results, arguments.out)
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:  # a folder of another user, a file where a folder is wanted, a full disk
@@ -71,11 +73,16 @@ def _folder(path: str) -> Path:
     return Path(path).expanduser()
 
 
-def report(what: str, results: Results, out: Path, index: Path) -> list[Path]:
-    """Print and write a report; returns the files. Raises UserError for an unknown name or no records."""
+def report(what: str, results: Results, folder: Path | None) -> list[Path]:
+    """Print and write a report, into ``folder`` if it is given; returns the files.
+
+    Raises UserError for an unknown name or no records.
+    """
     from lowrank_lab.basics.errors import UserError
-    from lowrank_lab.reporting import check, coverage, page, paper_figures, paper_tables, published, reach
+    from lowrank_lab.reporting import check, coverage, keep, page, paper_figures, paper_tables, published, reach
     from lowrank_lab.reporting.status import status
+
+    out, index = folder or results.root / "report", (folder or results.root) / "index.html"
 
     kind, _, name = what.partition("=")
     if kind in ("table", "figure") and not name:
@@ -96,6 +103,11 @@ def report(what: str, results: Results, out: Path, index: Path) -> list[Path]:
         if any(reached["faults"]):
             sys.exit(1)
         return []
+    if what == "keep":
+        kept = folder or KEPT
+        files = keep.keep(results, kept)
+        print((kept / "README.md").read_text(encoding="utf-8"))
+        return files
     if kind == "table":
         files = paper_tables.write(name, results, out / "papers")
         print(files[0].read_text(encoding="utf-8"))  # the Markdown
@@ -109,7 +121,7 @@ def report(what: str, results: Results, out: Path, index: Path) -> list[Path]:
         return _wrote([page.write(results, index)])
     if what == "all":
         return [*everything(results, out), *_wrote([page.write(results, index)])]
-    raise UserError(f"{what}: no such report; choose all, status, check, count, table=NAME, figure=NAME, page")
+    raise UserError(f"{what}: no such report; choose {CHOICES}")
 
 
 def everything(results: Results, out: Path) -> list[Path]:

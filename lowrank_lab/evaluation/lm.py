@@ -20,6 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 
 from lowrank_lab.basics.errors import UserError
+from lowrank_lab.calibration.tokens import check_in_vocabulary
 from lowrank_lab.evaluation.robust import NotFiniteError, check_output, in_batches
 from lowrank_lab.evaluation.score_check import CheckScores
 from lowrank_lab.process import progress
@@ -109,6 +110,13 @@ class InMemory(HFLM):
         self.fixed_batch_size = None if batch_size == "auto" else batch_size
         self.progress_name = name
         self.truncated = 0
+
+    def tok_encode(self, *arguments: Any, **settings: Any) -> list[int]:
+        """Raises UserError for a token that the model does not have."""
+        ids = super().tok_encode(*arguments, **settings)
+        if ids:
+            check_in_vocabulary(max(ids), self.model.config.get_text_config())
+        return ids
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)

@@ -208,13 +208,13 @@ class Results:
             if record.data["status"] in FINISHED:
                 self.attempt_file(record.data["key"]).unlink(missing_ok=True)
 
-    def write(self, record: dict[str, Any]) -> dict[str, Any]:
+    def write(self, record: dict[str, Any], indent: int | None = 1) -> dict[str, Any]:
         """Write a record, without secrets and with a checksum; returns what is now in its file."""
         file = self.path(record["key"])
         for leftover in file.parent.glob(f".{file.name}.tmp-*"):  # of a killed process, as we hold the cell's lock
             leftover.unlink(missing_ok=True)
         written = sealed(_without_secrets(record))
-        write_json(file, written)
+        write_json(file, written, indent)
         return written
 
     def records(self) -> list[dict[str, Any]]:

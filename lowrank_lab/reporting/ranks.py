@@ -92,7 +92,8 @@ def _site(described: dict[str, Any], shapes: list[dict[str, tuple[int, int]]]) -
 def artifact(record: dict[str, Any], stage: str, results: Results) -> Artifact | None:
     """The artifact of a record's stage: below the results, or where the record says; None where it is gone."""
     named = [entry["artifact"] for entry in record["stages"] if entry["stage"] == stage and "artifact" in entry]
-    for root in (results.root / "artifacts", Path(record["config"]["artifacts"])) if named else ():
+    roots = [results.root / "artifacts", *map(Path, filter(None, [record["config"].get("artifacts")]))]
+    for root in roots if named else ():
         if found := Store(root).get(*named[0].split("/")):
             return found
     return None

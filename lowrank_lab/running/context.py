@@ -18,7 +18,12 @@ from lowrank_lab.artifacts.store import fingerprint
 from lowrank_lab.basics.errors import SkippedCell, UserError
 from lowrank_lab.calibration.gradients import make_gradients
 from lowrank_lab.calibration.statistics import make_statistics
-from lowrank_lab.calibration.tokens import load_tokens, make_calibration_tokens, make_text_tokens
+from lowrank_lab.calibration.tokens import (
+    check_in_vocabulary,
+    load_tokens,
+    make_calibration_tokens,
+    make_text_tokens,
+)
 from lowrank_lab.cells import versions
 from lowrank_lab.cells.cell import Cell, corpus_part
 from lowrank_lab.cells.targets import sites_of
@@ -200,12 +205,8 @@ class Context:
     def _tokens_in(self, artifact: Path) -> tuple[np.ndarray, dict[str, Any]]:
         """The ids of a token artifact, and its facts. Raises UserError for ids that the model does not have."""
         ids, facts = load_tokens(artifact)
-        size = getattr(self.model_config, "vocab_size", None)
-        if size is not None and ids.size and ids.max() >= size:
-            raise UserError(
-                f"model.path={self.cell.cfg.model.path}: its tokenizer gives token {ids.max()}, but the model has "
-                f"only {size} (vocab_size in config.json); it is the tokenizer of another model"
-            )
+        if ids.size:
+            check_in_vocabulary(int(ids.max()), self.model_config)
         return ids, facts
 
     def calibration_batches(self, samples: int | None = None) -> list[Batch]:
