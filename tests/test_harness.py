@@ -402,7 +402,7 @@ def test_answers_come_in_the_order_of_the_requests_whatever_the_batch(model, req
 
 def test_a_token_that_the_model_does_not_have_is_an_error(model, requests, monkeypatch):
     monkeypatch.setattr(model.config, "vocab_size", 100)
-    with pytest.raises(UserError, match="its tokenizer gives token [0-9]+, but the model has only 100"):
+    with pytest.raises(UserError, match=r"its tokenizer gives token [0-9]+, but the model has only 100"):
         lm(model, 1).loglikelihood(requests)
 
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lowrank_lab.basics.checks import SEED_IN_WORDS, is_count, is_number, is_seed
 from lowrank_lab.basics.errors import UserError
+from lowrank_lab.basics.paths import RUN
 from lowrank_lab.cells import paths, schema
 from lowrank_lab.cells.moved import original_target
 
@@ -72,11 +73,9 @@ def validated(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     if missing:
         raise UserError(f"{missing[0]} must be given, for example {missing[0]}=...")
     for group in ("model", "method", "dataset", "calibration", "tracker"):
-        _check(group, cfg.get(group), bool(cfg.get(group)), "one of its options; see python run.py --help")
+        _check(group, cfg.get(group), bool(cfg.get(group)), f"one of its options; see {RUN} --help")
     only_saved = cfg.get("eval") == {} and OmegaConf.select(cfg, "save.checkpoint") is True
-    _check(
-        "eval", cfg.get("eval"), bool(cfg.get("eval")) or only_saved, "one of its options; see python run.py --help"
-    )
+    _check("eval", cfg.get("eval"), bool(cfg.get("eval")) or only_saved, f"one of its options; see {RUN} --help")
     schema.check(cfg)
     _check("compressions", cfg.compressions, OmegaConf.is_dict(cfg.compressions), "the compressions by name")
     for name, node in cfg.compressions.items():

@@ -14,6 +14,7 @@ from hydra.core.override_parser.types import Glob
 from omegaconf import DictConfig, OmegaConf
 
 from lowrank_lab.basics.errors import UserError
+from lowrank_lab.basics.paths import RUN
 from lowrank_lab.cells.paths import PATHS
 from lowrank_lab.cells.spelling import is_parsed, quoted
 
@@ -143,7 +144,7 @@ def _no_setting(config_dir: Path, key: str, words: list[str], composed: Callable
     if "." in key:
         hint = f"did you mean {near}? " if (near := _near(key, known)) and near != key else ""
         return (
-            f"{key}: no such setting with these options; {hint}python run.py ... --cfg job shows them "
+            f"{key}: no such setting with these options; {hint}{RUN} ... --cfg job shows them "
             "(an entry that is new begins with +)"
         )
     axis, _, part = key.partition("/")
@@ -154,7 +155,7 @@ def _no_setting(config_dir: Path, key: str, words: list[str], composed: Callable
         hint = f"did you mean {' or '.join(sorted(inner)[:3])}?"
     else:
         near = _near(key, [*axes, *_top_settings(config_dir)])
-        hint = f"did you mean {near}?" if near else "python run.py --help lists the axes"
+        hint = f"did you mean {near}?" if near else f"{RUN} --help lists the axes"
     return f"{key}: no such setting; {hint}"
 
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lowrank_lab.basics import checks
 from lowrank_lab.basics.errors import UserError
+from lowrank_lab.basics.paths import RUN
 
 ENTRIES = ("ratio", "sparsity", "seed", "device", "dtype", "dry_run", "data_root", "save", "results", "artifacts")
 OF_NODES = {
@@ -114,7 +115,7 @@ def _is_built(name: str, value: Any, optional: bool = False) -> None:
         return
     _is_node(name, value)
     if not isinstance(value.get("_target_"), str):
-        raise UserError(f"{name} names no class (_target_); choose one of its options, see python run.py --help")
+        raise UserError(f"{name} names no class (_target_); choose one of its options, see {RUN} --help")
     if "_partial_" in value:
         raise UserError(f"{name}._partial_: no such setting; leave it out")
 

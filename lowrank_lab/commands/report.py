@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowrank_lab.basics.paths import REPORT, RUN
 from lowrank_lab.process import stopping
 
 if TYPE_CHECKING:
@@ -34,7 +35,10 @@ WIDTH = 120  # of tables that are printed where there is no terminal and no COLU
 def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     stopping.end_with_reader()  # python report.py | head
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").replace("python report.py", REPORT),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("what", nargs="?", default="all", help=CHOICES)
     parser.add_argument(
         "--results", type=_folder, default=Path("results"), help="folder given to run.py as results="
@@ -58,7 +62,7 @@ def main() -> None:
     redaction.guard_streams()
     results = Results(arguments.results)
     if not arguments.results.is_dir():
-        sys.exit(f"error: --results={arguments.results}: no such folder; run something first: python run.py")
+        sys.exit(f"error: --results={arguments.results}: no such folder; run something first: {RUN}")
     try:
         files = report(arguments.what, results, arguments.out)
     except UserError as error:
@@ -114,7 +118,7 @@ def report(what: str, results: Results, folder: Path | None) -> list[Path]:
         return _wrote(files)
     if kind == "figure":
         if not (files := paper_figures.write(name, results, out / "papers")):
-            recipes = " or ".join(f"python run.py -m experiment={recipe}" for recipe in published.recipes(name))
+            recipes = " or ".join(f"{RUN} -m experiment={recipe}" for recipe in published.recipes(name))
             raise UserError(f"{name}: no record has what it shows; run {recipes}")
         return _wrote(files)
     if what == "page":
@@ -131,7 +135,7 @@ def everything(results: Results, out: Path) -> list[Path]:
 
     records = results.records()
     if not records:
-        raise UserError(f"no records in {results.root}; run something first: python run.py")
+        raise UserError(f"no records in {results.root}; run something first: {RUN}")
     print(tables.markdown(records, shutil.get_terminal_size(fallback=(WIDTH, 24)).columns))
     files = _wrote([*tables.write(records, out), *figures.write(records, out), *generation.write(records, out)])
     for name in (name for name, cells in coverage.ran(results).items() if cells):

@@ -19,7 +19,7 @@ from lowrank_lab import __version__
 from lowrank_lab.artifacts.locks import LockedByAnother
 from lowrank_lab.basics import redaction
 from lowrank_lab.basics.errors import UserError
-from lowrank_lab.basics.paths import CONF
+from lowrank_lab.basics.paths import CONF, REPORT
 from lowrank_lab.cells import grid, hints, spelling
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.hydra_private import argument_parser, hide_private_options, leave_settings_to_jobs
@@ -151,7 +151,7 @@ def _plan(arguments: argparse.Namespace) -> list[Cell]:
         record = _finished[cell.key]
         told = f"{cell.label}: {record['status']} ({runner.summary(record)}){runner.tracked(cell, record)}"
         print(told, file=sys.stderr)
-    print("nothing to do; python report.py makes the table", file=sys.stderr)
+    print(f"nothing to do; {REPORT} makes the table", file=sys.stderr)
     return []
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from lowrank_lab.basics.errors import UserError
+from lowrank_lab.basics.paths import REPORT, RUN
 from lowrank_lab.cells import grid
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.hydra_private import argument_parser
@@ -69,7 +70,7 @@ class Grid:
             if timed := [name for name, evaluator in cell.evaluators.items() if evaluator.of_this_machine]:
                 raise UserError(
                     f"eval={timed[0]} depends on the machine and the process that measures it; run it without "
-                    "hydra/launcher (on a cluster: srun python run.py ...)"
+                    f"hydra/launcher (on a cluster: srun {RUN} ...)"
                 )
             if runner.finished(cell) is None:
                 cells[cell.key], overrides_of_cell[cell.key] = cell, words
@@ -183,7 +184,7 @@ def _wait(unfinished: Grid, active: dict[str, set[str]], submitted: list[str]) -
     except KeyboardInterrupt:
         arrays = " ".join(dict.fromkeys(job.partition("_")[0] for job in submitted))
         print("the jobs continue without this command; repeat it to see their progress", file=sys.stderr)
-        print(f"list them: python report.py status; stop them: scancel {arrays}", file=sys.stderr)
+        print(f"list them: {REPORT} status; stop them: scancel {arrays}", file=sys.stderr)
         sys.exit(130)
     _check_outcome(unfinished)
 
@@ -213,6 +214,6 @@ def _check_outcome(unfinished: Grid, *logs: Path) -> None:
     records = [unfinished.results.find(key) for key in unfinished.cells]
     count = Counter("not finished" if record is None else record["status"] for record in records)
     if wrong := [f"{count[what]} {what}" for what in ("failed", "not finished") if count[what]]:
-        sources = ["python report.py status", *(str(log) for log in logs if count["not finished"])]
+        sources = [f"{REPORT} status", *(str(log) for log in logs if count["not finished"])]
         why = f"{' or '.join(sources)} says why, and the same command tries them again"
         raise UserError(f"of {len(records)} cells {' and '.join(wrong)}; {why}")

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from lowrank_lab.basics.checks import is_count
 from lowrank_lab.basics.errors import UserError
 from lowrank_lab.basics.lazy_module import LazyModule
+from lowrank_lab.basics.paths import RUN
 from lowrank_lab.cells import config
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.compression import Compression, Plan
@@ -69,9 +70,7 @@ class LowRank(Compression):
                 config.has(name, answer, attribute)
         for name in ("metric", "grouping", "targets", "storage"):
             if getattr(self.answers, name) is None:
-                raise UserError(
-                    f"{name}=null is not valid; it must be one of its options; see python run.py --help"
-                )
+                raise UserError(f"{name}=null is not valid; it must be one of its options; see {RUN} --help")
         for name, node in (cfg.compressions.get("lowrank") or {}).items():
             if name in cfg:
                 config.check_same(f"compressions.lowrank.{name}", node, name, cfg[name])

@@ -9,6 +9,7 @@ import pandas as pd
 
 from lowrank_lab.artifacts.store import write_json, write_text
 from lowrank_lab.basics.errors import UserError
+from lowrank_lab.basics.paths import RUN
 from lowrank_lab.records.results import FOLDER_SETTINGS, GRID_ENTRIES, Results
 from lowrank_lab.records.seal import read
 from lowrank_lab.reporting.recipe_cells import experiment_of
@@ -36,7 +37,7 @@ def keep(results: Results, out: Path, scale: str = "small") -> list[Path]:
         raise UserError(f"keep: --out is the folder of --results, {out}; choose another, such as results/{scale}")
     found = {name: file for name, file in _grids(results.root).items() if _finished(file, results, scale)}
     if not found:
-        run = f"python run.py -m experiment=demo scale={scale}"
+        run = f"{RUN} -m experiment=demo scale={scale}"
         raise UserError(f"keep: no experiment at scale={scale} has run in {results.root}; start with: {run}")
     for name, file in _grids(out).items():
         if name in found:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from lowrank_lab.basics.paths import RUN
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import published
 from lowrank_lab.reporting.joined import join
@@ -72,7 +73,7 @@ def markdown(source: Published, joined: pd.DataFrame, results: Results) -> str:
     if missing := sum(cell.status == "missing" for cell in cells):
         parts.append(f"- {missing} cells of the recipe have not run; its command goes on with them")
     if source.recipes:
-        parts.append("Ours: " + " and ".join(f"`python run.py -m experiment={name}`" for name in source.recipes))
+        parts.append("Ours: " + " and ".join(f"`{RUN} -m experiment={name}`" for name in source.recipes))
     return "\n\n".join(parts) + "\n"
 
 

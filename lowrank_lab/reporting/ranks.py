@@ -11,6 +11,7 @@ import pandas as pd
 
 from lowrank_lab.artifacts.store import Artifact, Store
 from lowrank_lab.basics.errors import UserError
+from lowrank_lab.basics.paths import RUN
 from lowrank_lab.modules.site import Site
 from lowrank_lab.records.results import Results, compression_of
 from lowrank_lab.reporting.kinds.errors import linear_names
@@ -101,8 +102,7 @@ def artifact(record: dict[str, Any], stage: str, results: Results) -> Artifact |
 
 def again(record: dict[str, Any], results: Results) -> str:
     """What makes a record's artifacts once more, in one line; its numbers stay the same."""
-    command = shlex.join(["run.py", *record["command"][1:]])
-    return f"move {results.path(record['key'])} away and run: python {command}"
+    return f"move {results.path(record['key'])} away and run: {RUN} {shlex.join(record['command'][1:])}"
 
 
 def spectrum(folder: Path, site: Site) -> pd.DataFrame:

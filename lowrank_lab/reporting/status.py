@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from lowrank_lab.basics.paths import RUN
 from lowrank_lab.launching import jobs
 from lowrank_lab.records.results import FINISHED, Results
 from lowrank_lab.reporting.tables import outdated
@@ -67,7 +68,7 @@ def status(results: Results) -> str:
     """One line a cell with its state below each grid, and a count at the end."""
     cells = asked(results)
     if not cells:
-        return f"no grid has been run in {results.root} yet; start with: python run.py"
+        return f"no grid has been run in {results.root} yet; start with: {RUN}"
     lines = []
     for grid in dict.fromkeys(cell.grid for cell in cells):
         lines.append(f"grid: {grid}")

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import pyplot as plt
 
 from lowrank_lab.basics.errors import UserError
+from lowrank_lab.basics.paths import RUN
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import figures, paper_figures, published
 from lowrank_lab.reporting.page import ours, papers
@@ -48,7 +49,7 @@ def html(results: Results) -> str:
     """
     records = results.records()
     if not records:
-        raise UserError(f"no records in {results.root}; run something first: python run.py")
+        raise UserError(f"no records in {results.root}; run something first: {RUN}")
     grids = ours.grids(results)
     sources = [paper for name in published.tables() if (paper := papers.paper(name, results))]
     measured = ours.measured(records)

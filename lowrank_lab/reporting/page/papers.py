@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from lowrank_lab.basics.paths import CONF
+from lowrank_lab.basics.paths import CONF, RUN
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import published
 from lowrank_lab.reporting.joined import join
@@ -37,7 +37,7 @@ class Paper:
 
     @property
     def command(self) -> str:
-        return " and ".join(f"python run.py -m experiment={name}" for name in self.source.recipes)
+        return " and ".join(f"{RUN} -m experiment={name}" for name in self.source.recipes)
 
 
 def paper(name: str, results: Results) -> Paper | None:
