@@ -19,7 +19,7 @@ from lowrank_lab import __version__
 from lowrank_lab.artifacts.locks import LockedByAnother
 from lowrank_lab.basics import redaction
 from lowrank_lab.basics.errors import UserError
-from lowrank_lab.basics.paths import CONF, REPORT
+from lowrank_lab.basics.paths import CONF, REPORT, RUN
 from lowrank_lab.cells import grid, hints, spelling
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.hydra_private import argument_parser, hide_private_options, leave_settings_to_jobs
@@ -29,6 +29,7 @@ from lowrank_lab.running import runner
 
 log = logging.getLogger(__name__)
 
+OmegaConf.register_new_resolver("typed", {"run": RUN, "report": REPORT}.__getitem__, replace=True)
 OmegaConf.register_new_resolver("described", lambda group: hints.described(CONF, group), replace=True)
 
 _cells: list[Cell] = []  # those of this command in the order of Hydra's jobs
