@@ -24,6 +24,7 @@ AsyncKernelManager = pytest.importorskip("jupyter_client").AsyncKernelManager
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 NAMES = [notebook.stem for notebook in NOTEBOOKS]
+READERS = ["compare_methods", "ranks_and_spectra"]  # these have nothing to show without records
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,8 @@ def _executed(kernel: AsyncKernelManager, name: str, results: Path) -> Any:
     """The notebook with its outputs. A cell that raises ends it, as "run all" does."""
     file = REPOSITORY / "notebooks" / f"{name}.ipynb"
     notebook = nbformat.read(file, as_version=4)
-    begin = f"%reset -f\nimport os\nos.environ['LOWRANK_LAB_RESULTS'] = {str(results)!r}"
+    given = {"LOWRANK_LAB_RESULTS": str(results), "LOWRANK_LAB_MODEL": "tiny:llama"}
+    begin = f"%reset -f\nimport os\nos.environ.update({given})"
     notebook.cells.insert(0, nbformat.v4.new_code_cell(begin))
     folder = {"metadata": {"path": str(file.parent)}}
     client = nbclient.NotebookClient(notebook, km=kernel, timeout=240, resources=folder)
@@ -82,7 +84,7 @@ def test_git_keeps_no_outputs(notebook):
     assert all(not cell.metadata for cell in cells)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", READERS)
 def test_an_empty_folder_ends_with_one_line(name, tmp_path, executed):
     empty = tmp_path / "results"
     notebook = executed(name, empty)
@@ -139,6 +141,22 @@ def test_an_own_method_joins_a_papers_table(grid_lab, executed):
     assert "5.68" in text  # the published dense model
     assert r"\toprule" in text
     assert "model tiny-llama; 6 of" in text
+
+
+def test_without_records_a_papers_table_has_the_published_numbers(tmp_path, executed):
+    notebook = executed("to_your_table", tmp_path / "none")
+    assert not errors(notebook)
+    text = shown(notebook)
+    assert "so published numbers alone are shown" in text
+    assert "5.68" in text
+    assert r"\toprule" in text
+
+
+def test_a_model_is_compressed_and_measured_from_nothing(tmp_path, executed):
+    notebook = executed("start_here", tmp_path)
+    assert not errors(notebook)
+    values = {r["method"]: r["metrics"]["ppl"]["value"] for r in Results(tmp_path).records() if r["metrics"]}
+    assert f"'dense': {values['dense']:.2f}" in shown(notebook)
 
 
 def test_weights_add_up_to_those_of_the_record(grid_lab):
