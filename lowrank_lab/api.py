@@ -52,7 +52,8 @@ def compress(
     The compressed model stays in ``<results>/checkpoints``. Raises UserError for a mistake, before any work, and
     SkippedCell where the settings do not go together.
     """
-    wanted = {"method": method, "ratio": ratio, "save.checkpoint": True, **settings}
+    kept = {"save.checkpoint": True, "save.dtype": "${dtype}"}  # what is returned is what was measured
+    wanted = {"method": method, "ratio": ratio, **kept, **settings}
     cell = _cell(model, tokenizer, results, wanted, {"calibration": calibration}, ())
     if not cell.checkpoints:
         raise UserError(f"method={method}: nothing is compressed; choose another method, quantization or pruning")

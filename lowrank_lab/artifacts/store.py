@@ -70,13 +70,21 @@ class Store:
             return None
         return Artifact(kind, key, path, reused=True, seconds=manifest["seconds"])
 
-    def get_or_make(self, kind: str, key: str, make: Callable[[Path], None], resumable: bool = False) -> Artifact:
+    def get_or_make(
+        self,
+        kind: str,
+        key: str,
+        make: Callable[[Path], None],
+        resumable: bool = False,
+        manifest_beside: bool = False,
+    ) -> Artifact:
         """Return the artifact ``key``, calling ``make(folder)`` to fill a new folder if it is not there.
 
         Only one process at a time computes a key; the others wait for it. If ``make`` raises, its folder is
         deleted. With ``resumable`` the folder stays, and the next ``make`` gets it with the files that this one
         wrote (``make`` must write each file whole or not at all); the seconds are the sum over all runs that were
-        not killed. The manifest lists the library versions that computed the artifact.
+        not killed. The manifest lists the library versions that computed the artifact. With ``manifest_beside`` it
+        is a hidden file beside the folder, which then has nothing but what ``make`` wrote.
         """
         if existing := self.get(kind, key):
             return existing
@@ -107,7 +115,7 @@ class Store:
                     "files": files,
                     "versions": versions(),
                 }
-                (work / MANIFEST).write_text(json.dumps(manifest, indent=1))
+                write_json(beside(final) if manifest_beside else work / MANIFEST, manifest)
                 os.replace(work, final)
             except BaseException as error:
                 # A process that was halted for long has lost its lock: another one has been faster, or has deleted
@@ -121,7 +129,7 @@ class Store:
                     raise
             else:
                 return Artifact(kind, key, final, reused=False, seconds=seconds)
-        return self.get_or_make(kind, key, make, resumable)
+        return self.get_or_make(kind, key, make, resumable, manifest_beside)
 
     def file_hash(self, file: str | Path) -> str:
         """SHA-256 of a file, cached by its path, size and modification time (models are large)."""
@@ -154,7 +162,8 @@ def examine(folder: Path, thorough: bool = False) -> tuple[dict[str, Any] | None
     A file whose modification time has changed is checked against its SHA-256; ``thorough`` checks all.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        file = beside(folder) if beside(folder).exists() else folder / MANIFEST
+        manifest = json.loads(file.read_text(encoding="utf-8"))
         for name, facts in manifest["files"].items():
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 return None, f"its manifest names {name}, which is outside of its folder"
@@ -168,6 +177,11 @@ def examine(folder: Path, thorough: bool = False) -> tuple[dict[str, Any] | None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None, f"its {MANIFEST} cannot be read"
     return manifest, ""
+
+
+def beside(folder: Path) -> Path:
+    """The manifest of an artifact that has it beside its folder."""
+    return folder.with_name(f".{folder.name}.json")
 
 
 def open_to_others(file: Path) -> None:

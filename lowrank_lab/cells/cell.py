@@ -18,6 +18,7 @@ from lowrank_lab.cells.compression import Compression
 from lowrank_lab.cells.evaluator import Evaluator
 from lowrank_lab.cells.keys import Keys
 from lowrank_lab.checkpoints.description import Saved, saved_in
+from lowrank_lab.models.origin import dtype_of
 from lowrank_lab.models.source import ModelSource, block_count, resolve
 
 LONGEST_NAME = 150  # bytes of a checkpoint's folder: file systems allow 255
@@ -63,6 +64,8 @@ class Cell:
         paths.expand(cfg)
         store = Store(cfg.artifacts)
         source = resolve(cfg.model.path, cfg.model.revision, store)
+        if cfg.dtype == config.AUTO:  # keys, records and all that compute have a dtype
+            cfg.dtype = dtype_of(source)
         saved = _saved(cfg.model.path, source)
         if saved is not None:
             cfg = _for_checkpoint(cfg, saved)
@@ -180,13 +183,21 @@ class Cell:
     def wants_checkpoint(self) -> bool:
         return bool(self.cfg.save.checkpoint or self.cfg.save.merge)
 
+    @cached_property
+    def save_dtype(self) -> str:
+        """The dtype of the weights in checkpoints."""
+        return dtype_of(self.source) if self.cfg.save.dtype == config.AUTO else self.cfg.save.dtype
+
     @property
     def checkpoints(self) -> dict[str, str]:
         """The checkpoints to save, by their names in the record: ``checkpoint`` is compressed,
         ``merged_checkpoint`` the same as dense weights.
 
-        Each is a folder in <results>/checkpoints. The dense model has none; a checkpoint can only be merged.
+        Each is a folder in <results>/checkpoints, whose name says the dtype where it is not that of the
+        computation. The dense model has none; a checkpoint can only be merged.
         """
+        if not self.wants_checkpoint:
+            return {}
         name = self.source.name
         if any(one.makes_factors for one in self.compressions.values()):
             name = f"{self.cfg.method.name}-{self.ratio:g}-{name}"
@@ -194,6 +205,7 @@ class Cell:
             name += f"-{one.name}" if one.name else ""
         short = redacted(name).encode()[:LONGEST_NAME].decode(errors="ignore")
         readable = re.sub(r"[^\w.-]+", "_", f"{short}-{self.keys.compressed[:8]}")
+        readable += f"-{self.save_dtype}" if self.save_dtype != self.cfg.dtype else ""
         folders = {}
         if self.cfg.save.checkpoint and self.compressions:
             folders["checkpoint"] = readable

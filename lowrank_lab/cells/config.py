@@ -15,8 +15,9 @@ from lowrank_lab.basics.errors import UserError
 from lowrank_lab.basics.paths import RUN
 from lowrank_lab.cells import paths, schema
 from lowrank_lab.cells.moved import original_target
+from lowrank_lab.models.origin import DTYPES
 
-DTYPES = ("float32", "bfloat16", "float16")
+AUTO = "auto"  # a dtype: that of the model's own weights
 SAMPLING = ("samples", "seqlen", "seed", "sampling", "bos")  # how windows are drawn from a text
 
 
@@ -48,7 +49,7 @@ def with_save(cfg: DictConfig) -> DictConfig:
     """``cfg`` with ``save: true`` written as ``save.checkpoint: true``; an experiment's YAML may have either."""
     if isinstance(cfg.save, bool):
         cfg = cfg.copy()
-        cfg.save = {"checkpoint": cfg.save, "merge": False}
+        cfg.save = {"checkpoint": cfg.save, "merge": False, "dtype": AUTO}
     return cfg
 
 
@@ -106,7 +107,7 @@ def _check_values(cfg: DictConfig) -> None:
     ratio = cfg.ratio
     valid = is_number(ratio) and 0 < ratio <= 1
     _check("ratio", ratio, valid, f"a number in (0, 1]: the fraction kept{_percent(ratio)}")
-    _one_of("dtype", cfg.dtype, DTYPES)
+    _one_of("dtype", cfg.dtype, (*DTYPES, AUTO))
     _check("seed", cfg.seed, is_seed(cfg.seed), SEED_IN_WORDS)
     known_device = isinstance(cfg.device, str) and re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", cfg.device)
     _check("device", cfg.device, bool(known_device), "auto, cpu, cuda or cuda:N")
@@ -115,6 +116,7 @@ def _check_values(cfg: DictConfig) -> None:
     for name in ("checkpoint", "merge"):
         valid = isinstance(cfg.save.get(name), bool)
         _check("save" if name == "checkpoint" else f"save.{name}", cfg.save.get(name), valid, "true or false")
+    _one_of("save.dtype", cfg.save.dtype, (AUTO, *DTYPES))
     for name in ("results", "artifacts"):
         valid = isinstance(cfg[name], str) and cfg[name].strip() != "" and "\0" not in cfg[name]
         _check(name, cfg[name], valid, "a folder")

@@ -151,7 +151,8 @@ def cell_of(cfg: DictConfig, overrides: list[str]) -> Cell:
 
 def cell_from(cfg: DictConfig, overrides: list[str]) -> Cell:
     """The cell of a configuration that ``overrides`` have made; its label tells some of them."""
-    return replace(Cell.from_config(cfg), words=words_of(overrides))
+    cell, words = Cell.from_config(cfg), words_of(overrides)
+    return replace(cell, words={**words, "dtype": cell.cfg.dtype} if "dtype" in words else words)  # not auto
 
 
 def _composed(config_name: str, jobs: list[list[str]], base: DictConfig) -> Iterator[DictConfig]:

@@ -19,7 +19,7 @@ OF_NODES = {
     "model": ("path", "revision", "trust_remote_code"),
     "method": ("name",),
     "calibration": ("dataset", "samples", "seqlen", "seed", "sampling", "bos", "batch_size", "offload"),
-    "save": ("checkpoint", "merge"),
+    "save": ("checkpoint", "merge", "dtype"),
 }
 AXES = ("metric", "grouping", "targets", "allocation", "refinement", "storage", "pruning", "quantization")
 OF_QUANTIZATION = ("transform", "latent", "method", "activations", "kv_cache")

@@ -18,6 +18,7 @@ from torch import nn
 
 from lowrank_lab.checkpoints import loading
 from lowrank_lab.checkpoints.bundle import code_of
+from lowrank_lab.checkpoints.casting import in_dtype
 from lowrank_lab.checkpoints.description import QUANT_METHOD, Saved, in_present_version
 from lowrank_lab.checkpoints.loading import merge
 from lowrank_lab.models.generation_settings import saveable
@@ -76,13 +77,16 @@ def describe(model: nn.Module, sites: Sites, ranks: dict[str, int | None], metho
     )
 
 
-def save(folder: Path, model: Any, tokenizer: Any, use_cache: bool, saved: Saved | None) -> None:
+def save(
+    folder: Path, model: Any, tokenizer: Any, use_cache: bool, saved: Saved | None, dtype: str | None = None
+) -> None:
     """Write ``model`` as a folder: safetensors, config.json, generation config, tokenizer.
 
     ``saved`` describes how it was compressed (None: it is dense), ``use_cache`` is the value in its original
-    config. Tied tensors are stored once.
+    config. Tied tensors are stored once. The weights are written in ``dtype``, by default their own; tensors with a
+    fixed dtype keep it. Raises UserError where a weight is too large for it.
     """
-    with _saveable_generation_config(model):
+    with _saveable_generation_config(model), in_dtype(model, saved, dtype):
         # transformers has old names for tensors of some dense models; tensors of factors have the names of modules.
         type(model).save_pretrained(model, folder, save_original_format=saved is None)
     tokenizer.save_pretrained(folder)
@@ -91,6 +95,8 @@ def save(folder: Path, model: Any, tokenizer: Any, use_cache: bool, saved: Saved
     for part in (config, *config.values()):
         if isinstance(part, dict):  # that of a model which others had quantized is no longer true
             part.pop("quantization_config", None)
+            if "dtype" in part:
+                part["dtype"] = config["dtype"]
     config["use_cache"] = use_cache
     if saved is not None:
         config["quantization_config"] = saved.to_dict()

@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lowrank_lab.basics.errors import UserError
 from lowrank_lab.checkpoints.auto_config import CompressedConfig
 from lowrank_lab.checkpoints.description import QUANT_METHOD, Saved
-from lowrank_lab.models.own_config import CODE, guarded
+from lowrank_lab.models.own_config import CARD, CODE, guarded
 from lowrank_lab.modules.base import Described, Replacement, bias_of, dense_weight
 from lowrank_lab.modules.factorized import factors_of
 from lowrank_lab.modules.rebuild import build_modules
@@ -99,9 +99,12 @@ def register(
 
 
 def save_pretrained(model: Any, save_directory: Any, **rest: Any) -> None:
-    """``save_pretrained`` of a compressed model that was loaded."""
+    """``save_pretrained`` of a compressed model that was loaded; its model card goes along."""
     type(model).save_pretrained(model, save_directory, **rest)
     finish(Path(save_directory), model.hf_quantizer.code(model))
+    card = Path(model.name_or_path, CARD)
+    if card.is_file():
+        (Path(save_directory) / CARD).write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
 
 
 def finish(folder: Path, code: str | None) -> None:

@@ -14,6 +14,7 @@ MODEL_TYPE = "lowrank_lab"  # of a compressed model, and the name of its quantiz
 WITH_CODE = "lowrank_lab_with_code"  # the type where the dense model has code of its own
 CODE = "modeling_lowrank_lab"  # the file with its code, and its class of configurations:
 CONFIG_CLASS = "CompressedConfig"
+CARD = "README.md"  # the model card, beside it
 ORIGINAL = ("model_type", "auto_map")  # what is kept of the dense model, as original_…
 
 

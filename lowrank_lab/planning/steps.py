@@ -177,7 +177,7 @@ class Planner:
     def _checkpoints(self) -> Iterator[Step]:
         for what, name in self.cell.checkpoints.items():
             fewer = self.saved_parameters if what == "checkpoint" else 0
-            size = (self.shapes.parameters - fewer) * self.value
+            size = (self.shapes.parameters - fewer) * (4 if self.cell.save_dtype == "float32" else 2)
             yield self._step(
                 what.replace("_", " "), (Store(self.cell.cfg.results), CHECKPOINTS, name), work=0, disk=size
             )

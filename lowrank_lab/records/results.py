@@ -51,6 +51,7 @@ GRID_ENTRIES = {"name", "cells"}
 FOLDER_SETTINGS = ("results", "artifacts", "data_root")  # they do not change what a cell computes
 CHECKPOINTS = "checkpoints"  # the folder of the saved models
 CHECKPOINT_NAMES = ("checkpoint", "merged_checkpoint")  # in a record: which of them are this cell's
+SAVED = "saved"  # in a record: of each checkpoint its dtype and bytes; older records do not have it
 
 
 def now() -> str:

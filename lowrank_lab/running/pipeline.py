@@ -1,6 +1,6 @@
 """The flow of one cell, read from top to bottom. Everything that needs torch begins here.
 
-checks → texts → compressions, one after the other → sizes → checkpoint → measurements → merged checkpoint
+checks → texts → compressions, one after the other → sizes → checkpoint → measurements → merged checkpoint → cards
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,14 +17,18 @@ from typing import Any
 import torch
 
 from lowrank_lab.artifacts.locks import LockedByAnother
-from lowrank_lab.artifacts.store import Store, disk_full
+from lowrank_lab.artifacts.store import Store, disk_full, write_text
 from lowrank_lab.basics.errors import SkippedCell, UserError
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.checkpoints import checkpoint
+from lowrank_lab.checkpoints.casting import bytes_in
 from lowrank_lab.checkpoints.description import Saved
+from lowrank_lab.models.origin import format_of, size_of, weights_in
+from lowrank_lab.models.own_config import CARD
 from lowrank_lab.process import environment
+from lowrank_lab.records.model_card import card, megabytes
 from lowrank_lab.records.rank_sizes import sizes_of_ranks
-from lowrank_lab.records.results import CHECKPOINTS, Record
+from lowrank_lab.records.results import CHECKPOINTS, SAVED, Record, Results
 from lowrank_lab.records.sizes import sizes
 from lowrank_lab.running.context import Context, pick_device
 from lowrank_lab.running.culprits import weights_named
@@ -58,6 +62,7 @@ def compute(cell: Cell, record: Record) -> None:
         with _failing_alone(context, "merged_checkpoint"):
             checkpoint.merge(context.model, saved)  # changes the model, so it comes last
             _save(context, "merged_checkpoint", None)
+    _write_cards(context)
 
 
 def _prepared(cell: Cell, record: Record) -> Context:
@@ -190,9 +195,45 @@ def _stop_without_numbers(context: Context) -> None:
 
 def _save(context: Context, what: str, saved: Saved | None) -> None:
     """Write one of the cell's checkpoints, unless it exists already."""
-    name, store = context.cell.checkpoints[what], Store(context.cell.cfg.results)
+    cell, store = context.cell, Store(context.cell.cfg.results)
+    name, dtype = cell.checkpoints[what], cell.save_dtype
     use_cache = getattr(context.model_config, "use_cache", True)
-    make = lambda folder: checkpoint.save(folder, context.model, context.tokenizer, use_cache, saved)
-    artifact = context.record.artifact(what.replace("_", " "), store.get_or_make(CHECKPOINTS, name, make))
+    make = lambda folder: checkpoint.save(folder, context.model, context.tokenizer, use_cache, saved, dtype)
+    made = store.get_or_make(CHECKPOINTS, name, make, manifest_beside=True)
+    artifact = context.record.artifact(what.replace("_", " "), made)
     context.record.data[what] = f"{CHECKPOINTS}/{name}"
     log.info("%s: %s", what.replace("_", " "), artifact.path)
+    facts = {
+        "dtype": dtype,
+        "bytes": sum(file.stat().st_size for file in weights_in(artifact.path, {})),
+        "source_bytes": size_of(cell.source),
+    }
+    context.record.data.setdefault(SAVED, {})[what] = facts
+    others = {other: size for other, size in bytes_in(context.model, saved).items() if other != dtype}
+    log.info("%s: %s", what.replace("_", " "), _sizes_in_words(cell, what, facts, others))
+    _write_card(context, what)
+
+
+def _sizes_in_words(cell: Cell, what: str, facts: dict[str, Any], others: dict[str, int]) -> str:
+    """What the weights were, are, and would be in the ``others``, by dtype."""
+    was = f"from {megabytes(facts['source_bytes'])} ({format_of(cell.source)}); "
+    would = ", ".join(f"save.dtype={dtype} {megabytes(size)}" for dtype, size in others.items())
+    merged = "; dense weights are no smaller than the dense model's" if what == "merged_checkpoint" else ""
+    return f"{megabytes(facts['bytes'])} in {facts['dtype']}, {was}with {would}{merged}"
+
+
+def _write_card(context: Context, what: str, others: Sequence[dict[str, Any]] = ()) -> None:
+    """Write the model card of a checkpoint; it belongs to the user, who may change it, and not to the manifest."""
+    folder = Path(context.cell.cfg.results, context.record.data[what])
+    try:
+        write_text(folder / CARD, card(context.cell, context.record.data, what, others))
+    except OSError as error:  # the checkpoint is whole without it
+        log.warning("the model card of %s is not written (%s)", folder, error.strerror)
+
+
+def _write_cards(context: Context) -> None:
+    """Write the cards again, now that the numbers are known."""
+    saved = [what for what in context.cell.checkpoints if what in context.record.data.get(SAVED, {})]
+    others = Results(context.cell.cfg.results).records() if saved else []
+    for what in saved:
+        _write_card(context, what, others)

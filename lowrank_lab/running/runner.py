@@ -16,7 +16,7 @@ from lowrank_lab.cells import config
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.process import progress, stopping
 from lowrank_lab.process.out_of_memory import without_frames
-from lowrank_lab.records.results import CHECKPOINT_NAMES, CHECKPOINTS, Record, Results
+from lowrank_lab.records.results import CHECKPOINT_NAMES, CHECKPOINTS, SAVED, Record, Results
 from lowrank_lab.records.seal import SEAL
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def _compute_and_record(cell: Cell, results: Results, grid: str | None) -> dict[
     if launch := os.environ.get(LAUNCH):
         recording.data["launch"] = launch
     previous = results.find(cell.key) or {}
-    recording.data.update({what: previous[what] for what in CHECKPOINT_NAMES if what in previous})
+    recording.data.update({what: previous[what] for what in (*CHECKPOINT_NAMES, SAVED) if what in previous})
     try:
         with progress.never_silent(), results.recording(recording), stopping.heeded():
             if "torch" not in sys.modules:
@@ -138,7 +138,8 @@ def run_postponed(cells: list[Cell], grid: str | None) -> bool:
 def finished(cell: Cell) -> dict[str, Any] | None:
     """The record of a cell that needs no more work, or None. No torch.
 
-    A cell that is done but lacks a wanted checkpoint is run again: its numbers are artifacts and are reused.
+    A cell that is done but lacks a wanted checkpoint, or has it in another dtype, is run again: its numbers are
+    artifacts and are reused.
     """
     results = Results(cell.cfg.results)
     record = results.finished(cell.key)
@@ -146,7 +147,7 @@ def finished(cell: Cell) -> dict[str, Any] | None:
         return record
     store = Store(results.root)
     for what, name in cell.checkpoints.items():
-        if what not in record or store.get(CHECKPOINTS, name) is None:
+        if record.get(what) != f"{CHECKPOINTS}/{name}" or store.get(CHECKPOINTS, name) is None:
             return None
     return record
 
