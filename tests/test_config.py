@@ -112,7 +112,7 @@ LOW_RANK = (
         ("ratio=-0.5", "ratio=-0.5 is not valid"),
         ("ratio=half", "ratio=half is not valid"),
         ("ratio==", "ratio==: its value must be quoted; write 'ratio=\"=\"'"),
-        ("dtype=int8", "dtype=int8 is not valid; it must be float32 or bfloat16 or float16"),
+        ("dtype=int8", "dtype=int8 is not valid; it must be float32 or bfloat16 or float16 or auto"),
         ("eval.ppl.seqlen=1", "eval.ppl: seqlen=1 is not valid"),
         ("eval.ppl.max_windows=0", "eval.ppl: max_windows=0 is not valid"),
         ("calibration.samples=0", "calibration.samples=0 is not valid"),

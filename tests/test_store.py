@@ -29,6 +29,19 @@ def test_made_once_then_reused(tmp_path):
     assert (second.path / "data").read_text() == "one"
 
 
+def test_a_manifest_beside_the_folder_leaves_it_alone(tmp_path):
+    store = Store(tmp_path)
+    make = lambda text: store.get_or_make("kind", "key", fill(text), manifest_beside=True)
+    path = make("one").path
+    assert [file.name for file in path.iterdir()] == ["data"]
+    assert make("two").reused
+    (path / "data").write_text("changed")
+    assert store.get("kind", "key") is None
+    assert (make("three").path / "data").read_text() == "three"
+    (path.parent / ".key.json").unlink()  # as where the folder alone was copied
+    assert store.get("kind", "key") is None
+
+
 def test_a_failure_leaves_nothing(tmp_path):
     store = Store(tmp_path)
 

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "{name}"  # this folder, or its name on the hub
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 ```
 
 `trust_remote_code=True` runs `modeling_lowrank_lab.py`, the code beside the weights, without which transformers
@@ -50,17 +50,15 @@ def card(cell: Cell, record: dict[str, Any], what: str, others: Iterable[dict[st
     """
     base_model, licence = base_model_of(cell.source), licence_of(cell.source)
     name, saved = record[what].removeprefix(f"{CHECKPOINTS}/"), record[SAVED][what]
+    others = list(others)
     measured = [one for one in others if one.get(what) == record[what] and one["key"] != record["key"]]
-    same = "" if saved["dtype"] == cell.cfg.dtype else f", before its weights were rounded to {saved['dtype']}"
     parts = [
         _front_matter(base_model, licence, what),
         f"# {name}",
         f"{base_model}, compressed with {_title(cell)} by lowrank_lab {record['versions']['lowrank_lab']}.",
-        _facts(cell, record, saved, base_model, licence),
+        _facts(cell, record, what, base_model, licence),
         "## Measured",
-        f"In {cell.cfg.dtype}{same}.\n\n{_metrics([*measured, record])}"
-        if any(one["metrics"] for one in (*measured, record))
-        else "Nothing was measured.",
+        _measured(cell, saved, [*measured, record], [one for one in others if _is_of_source(one, record)]),
         "## How to load it",
         (COMPRESSED if what == "checkpoint" else MERGED).format(name=name),
         "## How it was made",
@@ -93,21 +91,20 @@ def _title(cell: Cell) -> str:
     return f"{name} at ratio {cell.ratio:g}" if cell.is_factored else name
 
 
-def _facts(
-    cell: Cell, record: dict[str, Any], saved: dict[str, Any], base_model: str, licence: dict[str, str]
-) -> str:
-    sizes = record["sizes"]
+def _facts(cell: Cell, record: dict[str, Any], what: str, base_model: str, licence: dict[str, str]) -> str:
+    sizes, saved = record["sizes"], record[SAVED][what]
     dense = sizes["parameters"] - sizes["sites"]["parameters"] + sizes["sites"]["parameters_dense"]
     of_base = (
         f"{licence['license']}, that of the base model" if licence else "that of the base model, not known here"
     )
+    now = sizes["parameters"] if what == "checkpoint" else dense
     rows = {
         "base model": base_model,
         "licence": of_base,
         "method": _title(cell),
         "ratio counts": record["counts"]["unit"] if cell.is_factored else None,
         "other settings": ", ".join(f"{name}={value}" for name, value in record["variant"].items()) or None,
-        "parameters": f"{sizes['parameters']:,}, of {dense:,} of the base model",
+        "parameters": f"{now:,}" + (f" of the base model's {dense:,}" if now != dense else ", as the base model"),
         "weights": f"{megabytes(saved['bytes'])} in {saved['dtype']}",
         "those it was made from": f"{megabytes(saved['source_bytes'])} ({format_of(cell.source)})",
     }
@@ -115,18 +112,39 @@ def _facts(
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
-def _metrics(records: Iterable[dict[str, Any]]) -> str:
-    """A table with a row for each measurement; the last of those with the same protocol."""
-    rows: dict[str, str] = {}
-    for record in records:
-        for measured in record["metrics"].values():
-            protocol = measured.get("protocol") or {}
-            told = ", ".join(f"{name} {_short(protocol[name])}" for name in PROTOCOL if name in protocol)
-            number = measured["value"]
-            number = f"{number:.4g}" if isinstance(number, int | float) else "not a number"
-            key = json.dumps([measured["metric"], protocol], sort_keys=True, default=str)
-            rows[key] = f"| {_cell(measured['metric'])} | {number} | {_cell(told)} |"
-    return "\n".join(["| measure | value | protocol |", "|---|---|---|", *rows.values()])
+def _measured(
+    cell: Cell, saved: dict[str, Any], records: list[dict[str, Any]], of_source: list[dict[str, Any]]
+) -> str:
+    if not any(record["metrics"] for record in records):
+        return "Nothing was measured."
+    rounded = "" if saved["dtype"] == cell.cfg.dtype else f", before its weights were rounded to {saved['dtype']}"
+    return f"In {cell.cfg.dtype}{rounded}.\n\n{_metrics(records, of_source)}"
+
+
+def _metrics(records: Iterable[dict[str, Any]], of_source: Iterable[dict[str, Any]]) -> str:
+    """A table with a row for each measurement, beside that of the model that it was made from where it is known."""
+    before = {protocol: number for record in of_source for protocol, (_, number) in _numbers(record).items()}
+    found = {protocol: row for record in records for protocol, row in _numbers(record).items()}
+    rows = [f"| {name} | {number} | {before.get(protocol, '')} |" for protocol, (name, number) in found.items()]
+    return "\n".join(["| measure | value | before the compression |", "|---|---|---|", *rows])
+
+
+def _numbers(record: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """By metric and protocol each measurement of a record: what it is in words, and the number."""
+    found = {}
+    for measured in record["metrics"].values():
+        protocol, value = measured.get("protocol") or {}, measured["value"]
+        told = ", ".join(f"{name} {_without_folders(protocol[name])}" for name in PROTOCOL if name in protocol)
+        number = f"{value:.4g}" if isinstance(value, int | float) else "not a number"
+        key = json.dumps([measured["metric"], protocol], sort_keys=True, default=str)
+        found[key] = _cell(measured["metric"] + (f" ({told})" if told else "")), number
+    return found
+
+
+def _is_of_source(one: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether ``one`` is a record of the model that was compressed, in the same dtype."""
+    same_model = one.get("content", {}).get("model") == record["content"]["model"]
+    return same_model and one["config"].get("dtype") == record["config"]["dtype"] and one.get("compressions") == {}
 
 
 def _command(cell: Cell, base_model: str) -> str:
@@ -135,17 +153,18 @@ def _command(cell: Cell, base_model: str) -> str:
     words = []
     for name, value in cell.words.items():
         if name not in NOT_TOLD:
-            words.append(shlex.quote(f"{name}={told.get(name) or DIRECTORIES.sub('', value)}"))
+            words.append(shlex.quote(f"{name}={told.get(name) or _without_folders(value)}"))
     return " ".join(["python run.py", *words])
 
 
 def _software(record: dict[str, Any]) -> str:
     found = [f"{name} {record['versions'][name]}" for name in ("lowrank_lab", "torch", "transformers")]
     commit = record["git"]["commit"]
-    return ", ".join([*found, *([f"commit {commit[:12]}"] if commit else [])])
+    changed = " with changes" if record["git"]["dirty"] else ""
+    return ", ".join([*found, *([f"commit {commit[:12]}{changed}"] if commit else [])])
 
 
-def _short(value: Any) -> str:
+def _without_folders(value: Any) -> str:
     return DIRECTORIES.sub("", str(value))
 
 

@@ -218,7 +218,11 @@ def _sizes_in_words(cell: Cell, what: str, facts: dict[str, Any], others: dict[s
     """What the weights were, are, and would be in the ``others``, by dtype."""
     was = f"from {megabytes(facts['source_bytes'])} ({format_of(cell.source)}); "
     would = ", ".join(f"save.dtype={dtype} {megabytes(size)}" for dtype, size in others.items())
-    merged = "; dense weights are no smaller than the dense model's" if what == "merged_checkpoint" else ""
+    merged = (
+        "; dense weights are no smaller than the dense model's: save=true keeps factors"
+        if what == "merged_checkpoint"
+        else ""
+    )
     return f"{megabytes(facts['bytes'])} in {facts['dtype']}, {was}with {would}{merged}"
 
 
