@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -77,7 +78,7 @@ def _casted(model: Any, saved: Saved | None, dtype: str, empty: nn.Module | None
 def _empty(model: Any, saved: Saved | None) -> nn.Module:
     """The model without values, as ``from_pretrained`` builds it, were its dtype MARK."""
     with torch.device("meta"), default_dtype(MARK):
-        empty = type(model)(model.config)
+        empty = type(model)(deepcopy(model.config))
         if saved is not None:
             build_modules(empty, saved.modules)
     return empty

@@ -27,7 +27,7 @@ from lowrank_lab.checkpoints.description import QUANT_METHOD, Saved
 from lowrank_lab.models.own_config import CARD, CODE, guarded
 from lowrank_lab.modules.base import Described, Replacement, bias_of, dense_weight
 from lowrank_lab.modules.factorized import factors_of
-from lowrank_lab.modules.rebuild import build_modules
+from lowrank_lab.modules.rebuild import build_modules, set_up_modules
 
 
 class LowRankConfig(QuantizationConfigMixin):
@@ -51,6 +51,7 @@ class LowRankQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
         saved = self.quantization_config.saved
         build_modules(model, _paths_in(model, saved.modules))
+        set_up_modules(model, saved.modules)
         self._shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
         return model
 

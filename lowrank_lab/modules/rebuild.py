@@ -42,6 +42,7 @@ def register_kinds() -> None:
 def build_modules(model: Any, modules: Mapping[str, dict[str, Any]]) -> None:
     """Build the modules of ``describe_modules`` in a dense model on the meta device, in place.
 
+    It has all their tensors then; before a forward ``set_up_modules`` is needed too.
     Raises UserError for a kind that is not known.
     """
     for path in sorted(modules, key=lambda path: path.count(".")):  # a module before those within it
@@ -58,6 +59,10 @@ def build_modules(model: Any, modules: Mapping[str, dict[str, Any]]) -> None:
     for path, description in modules.items():
         for name, shared in description.get("borrows", {}).items():
             model.get_submodule(path).borrow(name, model.get_submodule(shared))
+
+
+def set_up_modules(model: Any, modules: Mapping[str, dict[str, Any]]) -> None:
+    """Have ``model`` use the modules of ``build_modules``."""
     for kind in {description["kind"] for description in modules.values()}:
         Replacement.of_kind(kind).set_up(model)
 
