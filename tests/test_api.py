@@ -55,6 +55,16 @@ def test_a_loaded_model_and_its_folder_are_compressed_alike(checkpoints, given):
     assert not torch.allclose(logits(loaded), before, atol=1e-3)
 
 
+def test_what_is_returned_and_kept_is_in_the_dtype_of_the_computation(checkpoints, given, tmp_path):
+    half = AutoModelForCausalLM.from_pretrained(checkpoints["llama"], dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints["llama"])
+    for settings, wanted in (({}, torch.float32), ({"dtype": "auto"}, torch.bfloat16)):
+        given = {**given, "results": tmp_path / str(wanted)}
+        model = lowrank_lab.compress(half, ratio=0.6, calibration=TEXTS, tokenizer=tokenizer, **given, **settings)
+        [folder] = (tmp_path / str(wanted) / "checkpoints").glob("[!.]*")
+        assert model.dtype == AutoModelForCausalLM.from_pretrained(folder).dtype == wanted
+
+
 def test_what_save_pretrained_keeps_is_the_compressed_model(given, tmp_path):
     model = lowrank_lab.compress("tiny:llama", ratio=0.6, calibration=TEXTS, **given)
     model.save_pretrained(tmp_path / "kept")

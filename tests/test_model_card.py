@@ -17,7 +17,7 @@ import lowrank_lab
 from lowrank_lab.artifacts.store import Store
 from lowrank_lab.evaluation.perplexity import Perplexity
 from lowrank_lab.models import origin, tiny
-from lowrank_lab.models.source import resolve
+from lowrank_lab.models.source import ModelSource, resolve
 from lowrank_lab.reporting.check import check
 
 from . import gguf_files
@@ -171,6 +171,17 @@ def test_the_licence_of_a_folder(checkpoints, tmp_path, name):
     (tmp_path / "model" / name.strip()).write_text(text)
     source = resolve(str(tmp_path / "model"), None, Store(tmp_path / "store"))
     assert origin.licence_of(source) == licence
+
+
+def test_of_a_model_of_the_hub_its_cache_or_a_request_tells(tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "model.safetensors").write_bytes(b"12345")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _name, file, **_: str(tmp_path / file))
+    source = ModelSource("hub", "Model-1", "org/Model-1", "", "commit", {"torch_dtype": "float16"})
+    assert (origin.base_model_of(source), origin.licence_of(source)) == ("org/Model-1", {"license": "mit"})
+    assert (origin.dtype_of(source), origin.size_of(source)) == ("float16", 5)
+    monkeypatch.undo()  # tests have no network
+    assert (origin.licence_of(source), origin.size_of(source)) == ({}, None)
 
 
 @pytest.mark.parametrize(

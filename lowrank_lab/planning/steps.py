@@ -175,12 +175,13 @@ class Planner:
         return available if evaluator.max_windows is None else min(available, evaluator.max_windows)
 
     def _checkpoints(self) -> Iterator[Step]:
-        for what, name in self.cell.checkpoints.items():
+        cell = self.cell
+        for what, name in cell.checkpoints.items():
             fewer = self.saved_parameters if what == "checkpoint" else 0
-            size = (self.shapes.parameters - fewer) * (4 if self.cell.save_dtype == "float32" else 2)
-            yield self._step(
-                what.replace("_", " "), (Store(self.cell.cfg.results), CHECKPOINTS, name), work=0, disk=size
-            )
+            size = (self.shapes.parameters - fewer) * (4 if cell.save_dtype == "float32" else 2)
+            copies = size if cell.save_dtype != cell.cfg.dtype else 0
+            kept = (Store(cell.cfg.results), CHECKPOINTS, name)
+            yield self._step(what.replace("_", " "), kept, results=copies, disk=size)
 
     def _sums(self) -> int:
         live = memory.activations(self.shapes, self.tokens, self.value)
