@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterable
 from typing import Any
 
+from lowrank_lab.basics.paths import RUN
 from lowrank_lab.basics.redaction import redacted
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.models.origin import base_model_of, format_of, licence_of
@@ -154,7 +155,7 @@ def _command(cell: Cell, base_model: str) -> str:
     for name, value in cell.words.items():
         if name not in NOT_TOLD:
             words.append(shlex.quote(f"{name}={told.get(name) or _without_folders(value)}"))
-    return " ".join(["python run.py", *words])
+    return " ".join([RUN, *words])
 
 
 def _software(record: dict[str, Any]) -> str:

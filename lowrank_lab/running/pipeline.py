@@ -237,7 +237,9 @@ def _write_card(context: Context, what: str, others: Sequence[dict[str, Any]] = 
 
 def _write_cards(context: Context) -> None:
     """Write the cards again, now that the numbers are known."""
-    saved = [what for what in context.cell.checkpoints if what in context.record.data.get(SAVED, {})]
+    record = context.record.data
+    wanted = [what for what in context.cell.checkpoints if what not in record.get("not_saved", {})]
+    saved = [what for what in wanted if what in record.get(SAVED, {})]
     others = Results(context.cell.cfg.results).records() if saved else []
     for what in saved:
         _write_card(context, what, others)
