@@ -212,7 +212,7 @@ def test_a_checkpoint_stays_in_its_folder_whatever_the_method_is_called(lab, nam
 )
 def test_a_report_is_of_what_is_in_the_catalogue(lab, what, tmp_path):
     with pytest.raises(UserError, match="no such table or figure") as error:
-        report.report(what, lab.results, tmp_path / "out", tmp_path / "index.html")
+        report.report(what, lab.results, tmp_path / "out")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
