@@ -7,15 +7,10 @@ from textwrap import fill
 import pandas as pd
 
 NEVER_DROPPED = ("method", "variant", "ratio")
-FIRST_DROPPED = (  # what says least about a method
-    "evaluation (s)",
-    "compression (s)",
-    "parameters (M)",
-    "reached",
-    "bits a weight",
-    "size (MB)",
-)
+COSTS = ("evaluation (s)", "compression (s)", "parameters (M)", "reached")  # what says least about a method, first
+SIZES = ("size (MB)", "counts", "bits a weight")  # what quantized rows are compared by, the most important last
 NARROWEST_VARIANT = 16
+READABLE_VARIANT = 26
 HEADER_PADDING = 2  # of tabulate
 
 
@@ -27,14 +22,17 @@ def as_markdown(table: pd.DataFrame, widths: list[int | None] | None = None) -> 
 def fitted(table: pd.DataFrame, width: int, csv: str) -> str:
     """A table of text as Markdown in ``width`` characters, with a line about the columns left out.
 
-    Where that is not enough, the variant is broken over lines. A table whose least columns are wider stays so.
+    Costs, and columns that say the same in all rows, go before the variant is broken over lines; all others only
+    where a variant of READABLE_VARIANT characters is still too wide. A table whose least columns are wider stays so.
     """
     dropped: list[str] = []
-    for name in _in_order_of_dropping(table):
-        if width_of(table) <= width:
+    cheap = _same_in_all_rows(table)
+    cheap += [name for name in COSTS if name in table and name not in cheap]
+    for name in (*cheap, *_dear(table, cheap)):
+        if width_of(table, None if name in cheap else READABLE_VARIANT) <= width:
             break
+        dropped.append(f"{name} = {table[name].iloc[0]}" if name in _same_in_all_rows(table) else name)
         table = table.drop(columns=name)
-        dropped.append(name)
     widths: list[int | None] = [None] * table.shape[1]
     if (excess := width_of(table) - width) > 0 and "variant" in table:
         place = list(table).index("variant")
@@ -45,20 +43,34 @@ def fitted(table: pd.DataFrame, width: int, csv: str) -> str:
     return text
 
 
-def width_of(table: pd.DataFrame) -> int:
-    """The characters of a line of the table in Markdown."""
-    return sum(found + 3 for found in _widths(table)) + 1
+def width_of(table: pd.DataFrame, variant: int | None = None) -> int:
+    """The characters of a line of the table in Markdown, its variant at most ``variant`` wide."""
+    widths = dict(zip(table, _widths(table), strict=True))
+    if variant is not None and "variant" in widths:
+        widths["variant"] = min(widths["variant"], variant)
+    return sum(found + 3 for found in widths.values()) + 1
 
 
 def _widths(table: pd.DataFrame) -> list[int]:
     return [max(len(str(name)) + HEADER_PADDING, *(len(text) for text in table[name])) for name in table]
 
 
-def _in_order_of_dropping(table: pd.DataFrame) -> list[str]:
-    """Costs first, then what was measured from its last column on; its mean, or its first column, stays."""
-    names = [str(name) for name in table]
-    costs = [name for name in FIRST_DROPPED if name in names]
-    measured = [name for name in names if name not in (*costs, *NEVER_DROPPED, "counts")]
-    main = "mean" if "mean" in measured else measured[0]
-    least = [name for name in reversed(measured) if name != main]
-    return [*costs, *least, *(name for name in names if name == "counts")]
+def _measured(table: pd.DataFrame) -> list[str]:
+    """The columns of the measurement that may go, from the last on: its mean, or its first column, stays."""
+    names = [str(name) for name in table if name not in (*NEVER_DROPPED, *COSTS, *SIZES)]
+    main = "mean" if "mean" in names else names[0]
+    return [name for name in reversed(names) if name != main]
+
+
+def _same_in_all_rows(table: pd.DataFrame) -> list[str]:
+    """Such columns as one sentence can tell; in a table of one row these would be all."""
+    names = [name for name in (*COSTS, *SIZES, *_measured(table)) if name in table]
+    return [name for name in names if len(table) > 1 and table[name].nunique() == 1]
+
+
+def _dear(table: pd.DataFrame, cheap: list[str]) -> list[str]:
+    """All other columns that may go; sizes last where they are what rows are compared by."""
+    sizes = [name for name in SIZES if name in table]
+    measured = _measured(table)
+    names = [*measured, *sizes] if "bits a weight" in table else [*sizes, *measured]
+    return [name for name in names if name not in cheap]

@@ -27,8 +27,8 @@ def comparison(records: list[dict[str, Any]], section: Section = PERPLEXITY) -> 
 
     ``group`` numbers the sets of rows that are comparable (same model content and protocol), ``identity`` is
     a hash of what they share, and ``measured`` is all that the evaluator returned. ``variant`` says in what a row
-    differs from its method as published or from the other rows of its method, ``whole`` whether its ratio counts
-    all linears. Records of other component versions are left out.
+    differs from its method as published or from the other rows of its method, ``told`` the same by setting, ``whole``
+    whether its ratio counts all linears. Records of other component versions are left out.
     """
     done = {r["key"]: r for r in records if r["status"] == "done" and not outdated(r)}
     rows = frame(list(done.values()))
@@ -58,8 +58,10 @@ def comparison(records: list[dict[str, Any]], section: Section = PERPLEXITY) -> 
     rows = rows.drop_duplicates(["same", "identity"]).drop(columns="same")
     order = rows["model"] + rows["protocol_text"] + rows["identity"]
     rows["group"] = pd.factorize(order, sort=True)[0]
+    rows["told"] = None
     for _, group in rows.groupby("group"):
-        rows.loc[group.index, "variant"] = group["key"].map(variants([done[key] for key in group["key"]]))
+        rows.loc[group.index, "told"] = group["key"].map(told([done[key] for key in group["key"]]))
+    rows["variant"] = rows["told"].map(in_words)
     rows["counted"] = rows["key"].map(lambda key: done[key]["counts"]["unit"])
     rows["whole"] = rows["key"].map(lambda key: done[key]["counts"]["whole"])
     rows["bits"] = rows["key"].map(lambda key: bits(done[key]))
@@ -198,11 +200,14 @@ def latex(records: list[dict[str, Any]]) -> str:
 def csv(records: list[dict[str, Any]], section: Section) -> str:
     """All rows with full precision, a column for each part of the protocol; "" where there are none."""
     rows = comparison(records, section)
-    if rows.empty:
-        return ""
-    protocol = pd.DataFrame(list(rows["protocol"])).add_prefix("protocol_")
+    return "" if rows.empty else csv_of(rows, section)
+
+
+def csv_of(rows: pd.DataFrame, section: Section) -> str:
+    """The CSV of some rows of ``comparison``, such as one comparable set."""
+    protocol = pd.DataFrame(list(rows["protocol"]), index=rows.index).add_prefix("protocol_")
     details = pd.DataFrame([section.details(one) for one in rows["measured"]], index=rows.index)
-    rows = rows.drop(columns=["protocol", "protocol_text", "identity", "reason", "measured", "whole"])
+    rows = rows.drop(columns=["protocol", "protocol_text", "identity", "reason", "measured", "whole", "told"])
     return pd.concat([rows, details, protocol], axis=1).to_csv(index=False)
 
 
@@ -220,12 +225,22 @@ def write(records: list[dict[str, Any]], folder: Path) -> list[Path]:
 
 
 def variants(records: list[dict[str, Any]]) -> dict[str, str]:
-    """What a table shows of each record (by key) besides its method and ratio; "" for most.
+    """What a table shows of each record (by key) besides its method and ratio; "" for most."""
+    return {key: in_words(settings) for key, settings in told(records).items()}
+
+
+def in_words(settings: dict[str, str]) -> str:
+    """The settings of ``told`` as one text."""
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
+
+
+def told(records: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """By key, the settings by which a table tells a record from others of its method and ratio.
 
     That is every setting in which it differs from its method, and every one that the records of its method do not
     share.
     """
-    texts = {}
+    found = {}
     for record in records:
         same_method = [other["settings"] for other in records if other["method"] == record["method"]]
         shown = {
@@ -233,9 +248,10 @@ def variants(records: list[dict[str, Any]]) -> dict[str, str]:
             for name, value in record["settings"].items()
             if name in record["variant"] or any(other.get(name, value) != value for other in same_method)
         }
-        told = [f"{name}={word(value)}" for name, value in shown.items() if not _is_implied(name, value, shown)]
-        texts[record["key"]] = ", ".join(told)
-    return texts
+        found[record["key"]] = {
+            name: word(value) for name, value in shown.items() if not _is_implied(name, value, shown)
+        }
+    return found
 
 
 def _is_implied(name: str, value: Any, shown: dict[str, Any]) -> bool:
