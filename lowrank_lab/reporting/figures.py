@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import re
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +17,27 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from lowrank_lab.reporting.kinds.errors import linear_names
 from lowrank_lab.reporting.sections import OUTPUT_ERROR, PERPLEXITY, SPEED, TRUNCATION
-from lowrank_lab.reporting.tables import all_groups
+from lowrank_lab.reporting.tables import all_groups, csv_of, in_words, is_dense, present
 
-# Okabe and Ito's palette: distinct with every common kind of colour blindness, and by marker in grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's palette, distinct with every common kind of colour blindness, and then darker and softer ones of Tol's.
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
+    *("#999933", "#882255", "#44AA99", "#332288", "#661100", "#CC6677", "#117733", "#DDCC77", "#AA4499", "#7F7F7F"),
+)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES: Any = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)), (0, (9, 3)))
+DENSE: Any = {"color": "0.35", "linestyle": "--", "linewidth": 1.5}
 STYLE: Any = {
     "font.size": 14,
     "axes.labelsize": 15,
     "legend.fontsize": 13,
+    "legend.handlelength": 2.8,
     "lines.linewidth": 2.2,
     "lines.markersize": 8,
     "axes.spines.top": False,
@@ -38,10 +49,34 @@ STYLE: Any = {
 }
 
 
-def look(number: int) -> dict[str, Any]:
-    """Colour and marker of a line; shifted once the colours are used up, so that no pair comes twice."""
-    marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
-    return {"color": COLOURS[number % len(COLOURS)], "marker": marker}
+def look(number: int, line: int = 0) -> dict[str, Any]:
+    """Colour, marker and style of a line: no colour comes twice before all are used, and then in another style.
+
+    ``line`` counts the styles of one colour, for what is told apart within it.
+    """
+    times = number // len(COLOURS)
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKERS[(number + times) % len(MARKERS)],
+        "linestyle": LINES[(times + line) % len(LINES)],
+    }
+
+
+def readable(value: float, _: object = None) -> str:
+    """A tick as people read it: 0.5, 25, 1,500, 20 k, 3 M."""
+    return f"{value:,g}" if value < 1e4 else EngFormatter()(value)
+
+
+def log_scale(axes: Axes, values: pd.Series) -> None:
+    """A log scale for ``values``, with ticks at round numbers as people read them."""
+    axes.set_yscale("log")
+    span = values.max() / values.min()
+    if span < 10:
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+    elif span < 1e4:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(readable)
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def label_of(name: str, variant: str) -> str:
@@ -49,32 +84,38 @@ def label_of(name: str, variant: str) -> str:
     return textwrap.fill(f"{name} ({variant})" if variant else name, 36)
 
 
+def _numbers(group: pd.DataFrame) -> dict[str, int]:
+    """By method its number for ``look``: the same in all figures of a comparable set."""
+    return {name: number for number, name in enumerate(sorted(set(group["method"]) - {"dense"}))}
+
+
+def _dense_line(axes: Axes, rows: pd.DataFrame) -> None:
+    """The dense model's perplexity; in other dtypes it is hardly another."""
+    for value in rows["value"].map("{:.4g}".format).unique():
+        axes.axhline(float(value), **DENSE, label=f"dense ({value})")
+
+
 def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | None:
-    """Perplexity (log scale) against the fraction of all linears kept, a line for each method."""
-    if not ((group["method"] != "dense") & group["whole"]).any():
+    """Perplexity (log scale) against the fraction of all linears kept, a colour for each method.
+
+    Its variants have styles of their own. Quantized cells are in ``perplexity_against_bits`` alone, and ratios of
+    part of the model would stand at the wrong place on this axis.
+    """
+    compressed = group[(group["method"] != "dense") & group["whole"] & (group["quantized"] == "none")]
+    if compressed.empty:
         return None
+    numbers = _numbers(group)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
-        # Ratios of part of the model would stand at the wrong place on this axis.
-        compressed = group[(group["method"] != "dense") & group["whole"]]
-        for number, ((method, variant), line) in enumerate(compressed.groupby(["method", "variant"], sort=True)):
-            line = line.sort_values("ratio_reached")
-            axes.plot(
-                line["ratio_reached"],
-                line["value"],
-                **look(number),
-                label=label_of(method, variant),
-            )
-        dense = group[group["method"] == "dense"]
-        for value, variant in zip(dense["value"], dense["variant"], strict=True):
-            label = f"dense ({variant}, {value:.4g})" if variant else f"dense ({value:.4g})"
-            axes.axhline(value, color="0.35", linestyle="--", label=label)
-        axes.set_yscale("log")
-        if group["value"].max() < 10 * group["value"].min():  # plain numbers, where powers of ten would say nothing
-            axes.yaxis.set_major_locator(MaxNLocator(6))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_xticks(sorted(compressed["ratio"].unique()))
+        variants = compressed["told"].map(lambda told: in_words(present(told)))  # none of these is quantized
+        for method, of_method in compressed.groupby("method", sort=True):
+            for style, (variant, line) in enumerate(of_method.groupby(variants, sort=True)):
+                line = line.sort_values("ratio_reached")
+                looks = look(numbers[method], style)
+                axes.plot(line["ratio_reached"], line["value"], **looks, label=label_of(method, variant))
+        _dense_line(axes, group[is_dense(group)])
+        log_scale(axes, pd.concat([compressed["value"], group.loc[is_dense(group), "value"]]))
+        _ticks_at(axes, compressed["ratio"])
         axes.margins(x=0.1)
         words = " (remapped: words)" if (compressed["counted"] == "16-bit words").any() else ""
         axes.set_xlabel(f"ratio of compressible parameters{words} kept")
@@ -88,39 +129,82 @@ def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | 
     return figure
 
 
-def perplexity_figure(group: pd.DataFrame, caption: str) -> plt.Figure | None:
-    """Against the ratio; where cells are quantized, against the bits kept, which alone compares these."""
-    quantized = (group["quantized"] != "none").any()
-    return perplexity_against_bits(group, caption) if quantized else perplexity_against_ratio(group, caption)
+def _ticks_at(axes: Axes, ratios: pd.Series) -> None:
+    """Ticks at the ratios that were asked for, if their numbers have room."""
+    ticks = sorted(ratios.unique())
+    closest = min((b - a for a, b in pairwise(ticks)), default=1)
+    if closest >= (ticks[-1] - ticks[0]) / 10:
+        axes.set_xticks(ticks)
 
 
-def perplexity_against_bits(group: pd.DataFrame, caption: str) -> plt.Figure:
-    """Perplexity against the bits kept for each weight of the dense linears, both on log scales.
+def perplexity_against_bits(group: pd.DataFrame, caption: str) -> plt.Figure | None:
+    """Perplexity against the bits kept for each weight of the dense linears, both on log scales; None without
+    quantized cells.
 
-    A line for each method, way to quantize and other compressions, over ratios and formats alike, through those
-    cells that none of its line with as few bits beats; the others are fainter.
+    The colour tells the method, the style of the line the ratio and other compressions, the marker how the weights
+    are rounded. A line goes through those cells that none of it with as few bits beats; the others are hollow.
     """
+    rows = group[group["whole"]]
+    cells = rows[~is_dense(rows)]
+    if (cells["quantized"] == "none").all():
+        return None
+    numbers = _numbers(group)
+    names = [name for name in ("dense", *numbers) if (cells["method"] == name).any()]
+    cells = cells.sort_values(["ratio", "others", "bits", "value"], ascending=[False, True, True, True])
+    kept = cells["ratio"].map("ratio {:g}".format) + cells["others"].map(lambda others: others and f", {others}")
+    ways = sorted(cells["quantized"].unique(), key=lambda way: (way != "none", way))
+    colours = {name: look(numbers[name])["color"] if name in numbers else DENSE["color"] for name in names}
+    styles = {name: LINES[number % len(LINES)] for number, name in enumerate(dict.fromkeys(kept))}
+    markers = {way: MARKERS[number % len(MARKERS)] for number, way in enumerate(ways)}
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(11, 6), layout="constrained")
-        rows = group[group["whole"]]
-        plain = (rows["method"] == "dense") & (rows["quantized"] == "none") & (rows["others"] == "")
-        lines = rows[~plain].groupby(["method", "quantized", "others"])
-        for number, ((method, quantized, others), line) in enumerate(lines):
-            line = line.sort_values(["bits", "value"])
-            best = line["value"] <= line["value"].cummin()
-            label = label_of(method, ", ".join(name for name in (others, quantized) if name not in ("", "none")))
-            axes.plot(line["bits"][best], line["value"][best], **look(number), label=label)
-            axes.plot(line["bits"][~best], line["value"][~best], **look(number), linestyle="", alpha=0.4)
-        for value in rows[plain]["value"].map("{:.4g}".format).unique():  # in other dtypes it is hardly another
-            axes.axhline(float(value), color="0.35", linestyle="--", label=f"dense ({value})")
+        joined: list[str] = []  # of the lines that join two points or more
+        for (method, line), of_line in cells.groupby(["method", kept], sort=False):
+            best = of_line["value"] <= of_line["value"].cummin()
+            colour, front = colours[method], of_line[best]
+            axes.plot(front["bits"], front["value"], color=colour, linestyle=styles[line], label=f"{method}, {line}")
+            joined += [line] if len(front) > 1 else []
+            for way, of_way in of_line.groupby("quantized"):
+                for points, fill in ((of_way[best[of_way.index]], "full"), (of_way[~best[of_way.index]], "none")):
+                    looks = {"color": colour, "fillstyle": fill, "markeredgewidth": 1.6, "label": "_points"}
+                    axes.plot(points["bits"], points["value"], markers[way], **looks)
+        _dense_line(axes, rows[is_dense(rows)])
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
+        _bit_ticks(axes, cells["bits"])
+        log_scale(axes, rows["value"])
         axes.set_xlabel("bits kept for each weight of the dense linears")
         axes.set_ylabel("perplexity")
         axes.set_title(wrapped(caption), fontsize=11)
-        figure.legend(loc="outside right upper", frameon=False)
+        parts = [("method", [Line2D([], [], color=colour, linewidth=5, label=name) for name, colour in colours.items()])]
+        shown = [line for line in styles if line in joined]
+        parts.append(("kept", [Line2D([], [], color="0.2", linestyle=styles[line], label=line) for line in shown]))
+        marks = [Line2D([], [], color="0.2", marker=markers[way], linestyle="", label=way) for way in ways]
+        parts.append(("rounded by", marks))
+        _legend_of_parts(figure, axes, parts)
     return figure
+
+
+def _bit_ticks(axes: Axes, bits: pd.Series) -> None:
+    """Numbers of bits that people use; of a narrow range as many as there is room for."""
+    if bits.max() < 2 * bits.min():
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+    else:
+        usual = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+        axes.set_xticks([tick for tick in usual if bits.min() / 1.3 <= tick <= bits.max() * 1.3])
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend_of_parts(figure: plt.Figure, axes: Axes, parts: list[tuple[str, list[Line2D]]]) -> None:
+    """One legend beside the axes, each of its parts under a heading."""
+    dense = [line for line in axes.get_lines() if str(line.get_label()).startswith("dense (")]
+    handles: list[Line2D] = dense[:1]
+    for heading, of_part in parts:
+        bold = heading.replace(" ", "~")
+        handles += [Line2D([], [], linestyle="", label=f"$\\bf{{{bold}}}$"), *of_part] if of_part else []
+    height = max(6, 0.33 * len(handles) + 0.5)
+    figure.set_size_inches(11, height)
+    figure.legend(handles=handles, loc="outside right upper", frameon=False)
 
 
 def speed_against_settings(group: pd.DataFrame, caption: str) -> plt.Figure | None:
@@ -242,8 +326,7 @@ def truncations(points: pd.DataFrame, caption: str) -> plt.Figure:
                     axes.plot(
                         line["ratio"],
                         line[f"{kind}_nll"] - line["dense_nll"],
-                        style,
-                        **look(number),
+                        **{**look(number), "linestyle": style},
                         label=f"block {block}, {kind}",
                     )
             axes.axhline(0, color="0.35", linestyle=":", label="dense")
@@ -257,51 +340,67 @@ def truncations(points: pd.DataFrame, caption: str) -> plt.Figure:
     return figure
 
 
-# By metric, a figure of one comparable set, or None where there is nothing to draw.
-FIGURES: dict[str, Callable[[pd.DataFrame, str], plt.Figure | None]] = {
-    PERPLEXITY.metric: perplexity_figure,
-    SPEED.metric: speed_against_settings,
-    OUTPUT_ERROR.metric: output_error_against_block,
-    TRUNCATION.metric: truncation_against_ratio,
+# By name, the metric and the figure of one comparable set, or None where there is nothing to draw.
+FIGURES: dict[str, tuple[str, Callable[[pd.DataFrame, str], plt.Figure | None]]] = {
+    "perplexity": (PERPLEXITY.metric, perplexity_against_ratio),
+    "perplexity-by-bits": (PERPLEXITY.metric, perplexity_against_bits),
+    "speed": (SPEED.metric, speed_against_settings),
+    "output-error": (OUTPUT_ERROR.metric, output_error_against_block),
+    "truncation": (TRUNCATION.metric, truncation_against_ratio),
 }
 
 
 LONGEST_NAME = 100  # characters of a model's in the name of a file, of which file systems allow 255
 
 
-def drawn(records: list[dict[str, Any]]) -> Iterator[tuple[str, str, plt.Figure]]:
-    """Name, caption and figure of each comparable set that can be drawn; each is closed when the next is asked."""
+@dataclass(frozen=True)
+class Drawn:
+    """A figure with the name of its files, its caption, and the rows that it shows with their CSV."""
+
+    name: str
+    caption: str
+    figure: plt.Figure
+    rows: pd.DataFrame
+    csv: str
+
+
+def drawn(records: list[dict[str, Any]]) -> Iterator[Drawn]:
+    """The figures of each comparable set that can be drawn; each is closed when the next is asked."""
     for section, caption, group in all_groups(records):
-        if section.metric not in FIGURES:
-            continue
-        figure = FIGURES[section.metric](group, caption)
-        if figure is None:
-            continue
-        first = group.iloc[0]
-        what = [
-            section.metric,
-            first["model"][:LONGEST_NAME],
-            first["protocol_text"].split(",")[0],
-            first["identity"][:6],
-        ]
-        yield re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(what)), caption, figure
-        plt.close(figure)
+        for kind, (metric, draw) in FIGURES.items():
+            figure = draw(group, caption) if metric == section.metric else None
+            if figure is not None:
+                yield Drawn(_name(kind, group), caption, figure, group, csv_of(group, section))
+                plt.close(figure)
+
+
+def _name(kind: str, group: pd.DataFrame) -> str:
+    first = group.iloc[0]
+    what = [kind, first["model"][:LONGEST_NAME], first["protocol_text"].split(",")[0], first["identity"][:6]]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(what))
 
 
 def write(records: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """Write each comparable set as PNG and PDF; returns the files written."""
+    """Write each figure as PNG and PDF; returns the files written."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for name, _, figure in drawn(records):
+    for one in drawn(records):
         for suffix in ("png", "pdf"):
-            files.append(folder / f"{name}.{suffix}")
-            save(figure, files[-1])
+            files.append(folder / f"{one.name}.{suffix}")
+            save(one.figure, files[-1])
     return files
 
 
 def save(figure: plt.Figure, file: Path) -> None:
-    """Write a PNG or PDF without its date of creation, so that the same records give the same bytes."""
-    figure.savefig(file, metadata={"CreationDate": None} if file.suffix == ".pdf" else {"Software": None})
+    """Write a PNG or PDF."""
+    file.write_bytes(content(figure, file.suffix.removeprefix(".")))
+
+
+def content(figure: plt.Figure, kind: str) -> bytes:
+    """A figure as "png" or "pdf" without its date of creation, so that the same records give the same bytes."""
+    file = io.BytesIO()
+    figure.savefig(file, format=kind, metadata={"CreationDate": None} if kind == "pdf" else {"Software": None})
+    return file.getvalue()
 
 
 def wrapped(caption: str) -> str:

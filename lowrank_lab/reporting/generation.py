@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lowrank_lab.reporting import tables
 from lowrank_lab.reporting.section import fraction
 from lowrank_lab.reporting.sections import REPETITION
 
+ANSWER = ("greedy", "repetition", "sampled", "repetition")
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # for what cannot be printed
 HEAD = """# Generated text
 
@@ -49,24 +50,32 @@ def _questions(group: pd.DataFrame) -> Iterator[str]:
     """Heading and table of each question that the cells of ``group`` were asked."""
     shown = tables.presentable(group, REPETITION)
     shown = shown[[name for name in ("method", "variant", "ratio", "counts") if name in shown]]
-    answered = [measured["answers"] for measured in group["measured"] if "answers" in measured]
-    for number, asked in enumerate(answered[0] if answered else []):
-        how = f"after {asked['shots']} examples" if asked["shots"] else "alone"
-        rows = [[*shown, "greedy", "repetition", "sampled", "repetition"]]
-        for names, measured in zip(shown.itertuples(index=False), group["measured"], strict=True):
-            rows.append([*names, *_answers(measured, number)])
+    for question, how, answers in answered(group, _escaped):
+        rows = [[*shown, *ANSWER]]
+        rows += [[*names, *texts] for names, texts in zip(shown.itertuples(index=False), answers, strict=True)]
         lines = [f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]
-        yield f"### {_escaped(asked['question'])}\n\n({how})\n\n" + "\n".join(lines)
+        yield f"### {_escaped(question)}\n\n({how})\n\n" + "\n".join(lines)
 
 
-def _answers(measured: dict[str, Any], number: int) -> list[str]:
-    """The cells of one model's answers to a question: text and repetition of the greedy and the sampled one."""
+def answered(group: pd.DataFrame, show: Callable[[str], str]) -> Iterator[tuple[str, str, list[list[str]]]]:
+    """Each question that the cells of ``group`` were asked, how, and of each row the texts of ANSWER.
+
+    ``show`` makes of a model's text what can be shown.
+    """
+    known = [measured["answers"] for measured in group["measured"] if "answers" in measured]
+    for number, asked in enumerate(known[0] if known else []):
+        how = f"after {asked['shots']} examples" if asked["shots"] else "alone"
+        yield asked["question"], how, [_answers(measured, number, show) for measured in group["measured"]]
+
+
+def _answers(measured: dict[str, Any], number: int, show: Callable[[str], str]) -> list[str]:
+    """One model's answers to a question: text and repetition of the greedy and the sampled one."""
     if "answers" not in measured:
         return [f"({measured['not_finite']} is not finite)", "—", "", "—"]
     cells = []
     for kind in ("greedy", "sampled"):
         answer = measured["answers"][number][kind]
-        text = _escaped(answer["text"]) or "(nothing)"
+        text = show(answer["text"]) or "(nothing)"
         cells += [f"{text} […]" if answer["cut"] else text, fraction(answer["repetition"])]
     return cells
 
@@ -75,7 +84,15 @@ def _escaped(text: str) -> str:
     """Any text as one cell of a Markdown table that shows it as it is."""
 
     def escape(line: str) -> str:
-        shown = "".join(c if c.isprintable() else " " if c.isspace() else UNKNOWN for c in line)
-        return re.sub(r"([\\`*_~|\[\]$])", r"\\\1", html.escape(shown, quote=False))
+        return re.sub(r"([\\`*_~|\[\]$])", r"\\\1", html.escape(line, quote=False))
 
-    return "<br>".join(map(escape, text.strip().splitlines()))
+    return "<br>".join(map(escape, printable(text).splitlines()))
+
+
+def printable(text: str) -> str:
+    """Any text in characters that can be printed, line by line."""
+
+    def shown(line: str) -> str:
+        return "".join(c if c.isprintable() else " " if c.isspace() else UNKNOWN for c in line)
+
+    return "\n".join(map(shown, text.strip().splitlines()))

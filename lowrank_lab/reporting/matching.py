@@ -40,17 +40,21 @@ def is_cell(row: dict[str, Any], record: dict[str, Any], table: Published) -> bo
     No published row has further compressions.
     """
     method = table.also.get(row["method"], row["method"])
-    quantization = table.also.get(row["quantization"], row["quantization"])
-    quantization = QUANTIZATIONS.get(quantization, quantization) or "none"
     config = record["config"]
     kept = table.ratio if row["ratio"] == "" else row["kept"]
     return (
         record["method"] == method
         and (method == "dense" or record["ratio"] == kept)
-        and record["quantization"]["name"] == quantization
+        and record["quantization"]["name"] == quantization_of(row["quantization"], table)
         and not other_compressions(record)
         and all(setting(config, name) == value for name, value in settings_in(row["variant"]))
     )
+
+
+def quantization_of(published: str, table: Published) -> str:
+    """As records name it; "none" for none."""
+    ours = table.also.get(published, published)
+    return QUANTIZATIONS.get(ours, ours) or "none"
 
 
 def settings_in(variant: str) -> list[tuple[str, str]]:

@@ -73,4 +73,13 @@ def _standard_error(source: dict[str, Any]) -> str:
 def marks(model: str, record: dict[str, Any], differs: str) -> str:
     """What a reader must know of our number next to one of ``model``: another model, and another protocol."""
     same = record["config"]["model"]["path"] == models_of_papers.paths().get(model)
-    return "; ".join(text for text in ("" if same else f"model {record['model']}", differs) if text)
+    return "; ".join(text for text in ("" if same else _of_model(record["model"]), differs) if text)
+
+
+def another_model(marks: str, our_model: str) -> bool:
+    """Whether ``marks`` say that ours is another model, so that a difference would say nothing."""
+    return _of_model(our_model) in marks.split("; ")
+
+
+def _of_model(name: str) -> str:
+    return f"model {name}"

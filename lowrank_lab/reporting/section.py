@@ -23,6 +23,7 @@ class Section:
                   dict for each, which has its row
     details       its numbers in full precision, by the name of their column in the CSV, besides ``value``
     ascending     whether the lowest value ranks first
+    alike         whether this holds for all its columns, so that the best of each can be marked
     """
 
     metric: str
@@ -32,6 +33,7 @@ class Section:
     cells: Callable[[Measured], dict[str, str] | list[dict[str, str]]]
     details: Callable[[Measured], dict[str, float]] = lambda measured: {}
     ascending: bool = True
+    alike: bool = False
     entries: tuple[str, ...] = ()
 
     def shows(self, measured: Measured) -> bool:

@@ -99,6 +99,11 @@ def outdated(record: dict[str, Any]) -> bool:
     return "GGUF" not in made_by and names_gguf(record["config"]["model"]["path"])
 
 
+def is_dense(rows: pd.DataFrame) -> pd.Series:
+    """Which rows of ``comparison`` are the dense model as it is."""
+    return (rows["method"] == "dense") & (rows["quantized"] == "none") & (rows["others"] == "")
+
+
 def groups(records: list[dict[str, Any]], section: Section) -> Iterator[tuple[str, pd.DataFrame]]:
     """The comparable sets of ``comparison``, each with its caption."""
     rows = comparison(records, section)
@@ -232,6 +237,11 @@ def variants(records: list[dict[str, Any]]) -> dict[str, str]:
 def in_words(settings: dict[str, str]) -> str:
     """The settings of ``told`` as one text."""
     return ", ".join(f"{name}={value}" for name, value in settings.items())
+
+
+def present(settings: dict[str, str]) -> dict[str, str]:
+    """Those of ``told`` but for the compressions that a cell does not have, which other cells of its table do."""
+    return {name: value for name, value in settings.items() if value != "none"}
 
 
 def told(records: list[dict[str, Any]]) -> dict[str, dict[str, str]]:

@@ -53,5 +53,6 @@ ACCURACY = Section(
     cells=_accuracy_cells,
     details=_accuracy_details,
     ascending=False,
+    alike=True,
     entries=("tasks",),
 )

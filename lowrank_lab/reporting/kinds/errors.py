@@ -50,6 +50,7 @@ OUTPUT_ERROR = Section(
     describe=describe_windows,
     cells=_error_cells,
     details=_error_details,
+    alike=True,
 )
 
 

@@ -27,4 +27,5 @@ PERPLEXITY = Section(
     must_agree=OF_WINDOWS,
     describe=describe_windows,
     cells=lambda measured: {"perplexity": number(measured["value"])},
+    alike=True,
 )

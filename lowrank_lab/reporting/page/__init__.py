@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib import pyplot as plt
 
 from lowrank_lab.basics.errors import UserError
 from lowrank_lab.basics.paths import RUN
 from lowrank_lab.records.results import Results
-from lowrank_lab.reporting import figures, paper_figures, published
-from lowrank_lab.reporting.page import ours, papers
+from lowrank_lab.reporting import published
+from lowrank_lab.reporting.page import ours, papers, ranking, tags
 from lowrank_lab.reporting.page.facts import facts
-from lowrank_lab.reporting.page.table import Table
+from lowrank_lab.reporting.page.images import Image, images
 from lowrank_lab.reporting.status import STATES, asked, count
 
 FOLDER = Path(__file__).parent
-
-
-@dataclass(frozen=True)
-class Image:
-    """A figure: an id for links to it, its caption, what it shows in words, and a PNG as a data URI."""
-
-    id: str
-    caption: str
-    alt: str
-    source: str
+MOST_HEADLINES = 4
 
 
 def write(results: Results, file: Path) -> Path:
@@ -43,18 +29,19 @@ def write(results: Results, file: Path) -> Path:
 
 
 def html(results: Results) -> str:
-    """The page: state of the grids, published tables with our numbers, our tables, figures, and facts of records.
+    """The page: what came out, published tables with our numbers, our tables, answers, figures, and states of cells.
 
     Raises UserError where there are no records.
     """
-    records = results.records()
+    records = {record["key"]: record for record in results.records()}
     if not records:
         raise UserError(f"no records in {results.root}; run something first: {RUN}")
-    grids = ours.grids(results)
     sources = [paper for name in published.tables() if (paper := papers.paper(name, results))]
-    measured = ours.measured(records)
-    others = [table for table in (ours.without_number(records), ours.left_out(records)) if table]
-    tables = [*grids, *(paper.table for paper in sources), *measured, *others]
+    measured, answers, grids = ours.measured(records), ours.answers(records), ours.grids(results, records)
+    others = [*ours.without_number(records), *ours.left_out(records)]
+    rows = [row for table in (*(p.table for p in sources), *measured, *answers, *grids, *others) for row in table.rows]
+    headlines = list(ranking.headlines(list(records.values())))
+    best, rest = _best_first(list(images(results, records)), [caption for caption, _ in headlines])
     template = Environment(
         loader=PackageLoader("lowrank_lab.reporting.page", "."),
         autoescape=True,  # labels, reasons and commands may hold anything
@@ -65,17 +52,29 @@ def html(results: Results) -> str:
     return template.render(
         style=(FOLDER / "style.css").read_text(encoding="utf-8"),
         script=(FOLDER / "script.js").read_text(encoding="utf-8"),
-        states=count(asked(results)),
-        grids=grids,
+        headlines=headlines[:MOST_HEADLINES],
+        best=best,
         papers=sources,
-        own=[*measured, *others],
-        images=list(_images(results)),
-        filters=_filters(tables),
-        rows=sum(len(table.rows) for table in tables),
-        records=_json({record["key"]: facts(record) for record in records}),
+        measured=measured,
+        answers=answers,
+        images=rest,
+        states={state: number for state, number in count(asked(results)).items() if number},
+        grids=grids,
+        others=others,
+        filters=tags.filters(rows),
+        named=tags.FILTERS,
+        rows=len(rows),
+        records=_json({key: facts(record) for key, record in records.items()}),
         explained=EXPLAINED,
         json=json.dumps,
     )
+
+
+def _best_first(found: list[Image], captions: list[str]) -> tuple[Image | None, list[Image]]:
+    """The figure of the first headline, or else the first there is; and the rest."""
+    best = next((image for caption in captions for image in found if image.caption == caption), None)
+    best = best or next(iter(found), None)
+    return best, [image for image in found if image is not best]
 
 
 EXPLAINED = dict(
@@ -94,47 +93,6 @@ EXPLAINED = dict(
         strict=True,
     )
 )
-
-
-def _filters(tables: list[Table]) -> dict[str, list[tuple[str, str]]]:
-    """By what can be filtered, the values that some row has, each with what people read."""
-    rows = [row for table in tables for row in table.rows]
-    names = published.method_names()
-
-    def values(what: str) -> set[str]:
-        return {value for row in rows for value in row.tags[what]}
-
-    methods = sorted(values("method"), key=lambda method: (method != "dense", method))
-    ratios = sorted(values("ratio") - {"none"}, key=float, reverse=True)
-    return {
-        "model": [(model, model) for model in sorted(values("model"), key=str.lower)],
-        "method": [(method, f"{names[method]} ({method})" if method in names else method) for method in methods],
-        "ratio": [(ratio, ratio) for ratio in [*ratios, *(values("ratio") & {"none"})]],
-    }
-
-
-def _images(results: Results) -> Iterator[Image]:
-    for name, title, figure in paper_figures.drawn(results):
-        yield _image(name.replace("/", "-"), title, figure)
-    for name, caption, figure in figures.drawn(results.records()):
-        yield _image(name, caption, figure)
-
-
-def _image(name: str, caption: str, figure: plt.Figure) -> Image:
-    png = io.BytesIO()
-    figure.savefig(png, format="png", metadata={"Software": None})
-    source = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-    return Image(f"figure-{name}", caption, _alt(figure), source)
-
-
-def _alt(figure: plt.Figure) -> str:
-    """What is drawn against what, and the names of the lines."""
-    axes = [one for one in figure.axes if one.get_visible()]
-    labels = (label for one in axes for label in one.get_legend_handles_labels()[1])
-    y = next(filter(None, (one.get_ylabel() for one in axes)), "")
-    x = next(filter(None, (one.get_xlabel() for one in axes)), "")
-    text = f"{y} against {x}: {', '.join(dict.fromkeys(labels))}"
-    return " ".join(text.split())
 
 
 def _json(value: object) -> str:

@@ -10,7 +10,9 @@ from lowrank_lab.basics.paths import CONF, RUN
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import published
 from lowrank_lab.reporting.joined import join
+from lowrank_lab.reporting.matching import quantization_of, settings_in
 from lowrank_lab.reporting.page.table import Cell, Column, Row, Table, number_in, ratio_tag
+from lowrank_lab.reporting.page.tags import NONE, Tags
 from lowrank_lab.reporting.paper_tables import (
     LINE,
     column_name,
@@ -20,6 +22,7 @@ from lowrank_lab.reporting.paper_tables import (
     ours_text,
     setting_apart,
 )
+from lowrank_lab.reporting.protocols import another_model
 from lowrank_lab.reporting.published import Published
 from lowrank_lab.reporting.recipe_cells import recipe_cells
 
@@ -34,6 +37,11 @@ class Paper:
     table: Table
     marks: dict[str, str]
     notes: list[str]
+
+    @property
+    def compared(self) -> bool:
+        """Whether a number of ours has its difference from the published one."""
+        return any(cell.below for row in self.table.rows for cell in row.cells[1:])
 
     @property
     def command(self) -> str:
@@ -57,15 +65,16 @@ def _table(source: Published, joined: pd.DataFrame, marks: dict[str, str]) -> Ta
     filled = [name for name in ("quantization", "variant") if (joined[name].replace("none", "") != "").any()]
     if joined["model"].nunique() > 1:
         filled = ["model", *filled]
-    columns = [Column(name) for name in ("method", "ratio", *filled)]
-    heads = list(dict.fromkeys(column_name(row) for _, row in joined.iterrows()))
-    columns += [Column(kind, head) for head in heads for kind in ("published", "ours")]
+    columns = [Column("method"), Column("ratio")]
+    heads = {column_name(row): source.also.get(row["dataset"], row["dataset"]) for _, row in joined.iterrows()}
+    columns += [Column(kind, head, heads[head]) for head in heads for kind in ("published", "ours")]
     rows = []
     by_model = [rows for _, rows in joined.groupby("model", sort=False)]
     for line in (line for rows_of_one in by_model for _, line in rows_of_one.groupby(LINE, sort=False)):
         first = line.iloc[0]
-        cells = [Cell(published.printed(first["method"])), Cell(first["ratio"] or "—", number_in(first["ratio"]))]
-        cells += [Cell(first[name]) for name in filled]
+        told = ", ".join(first[name] for name in filled if first[name] not in ("", "none"))
+        cells = [Cell(published.printed(first["method"]), below=told)]
+        cells.append(Cell(first["ratio"] or "—", number_in(first["ratio"])))
         numbers = {column_name(row): row for _, row in line.iterrows()}
         for head in heads:
             if head in numbers:
@@ -78,15 +87,19 @@ def _table(source: Published, joined: pd.DataFrame, marks: dict[str, str]) -> Ta
     return Table(source.name.replace("/", "-"), title, tuple(columns), tuple(rows))
 
 
-def _tags(line: pd.DataFrame, source: Published) -> dict[str, list[str]]:
+def _tags(line: pd.DataFrame, source: Published) -> Tags:
     """A line is found by its own model and method, and by those that we measured in their place."""
     first = line.iloc[0]
     models = [first["model"], *(model for model in line["our_model"] if model)]
     methods = [first["method"], source.also.get(first["method"], first["method"])]
+    datasets = [source.also.get(name, name) for name in line["dataset"] if name]
     return {
         "model": list(dict.fromkeys(models)),
+        "dataset": list(dict.fromkeys(datasets)) or [NONE],
         "method": list(dict.fromkeys(methods)),
         "ratio": [ratio_tag(first["ratio"])],
+        "quantization": [quantization_of(first["quantization"], source)],
+        "variant": [f"{name}={value}" for name, value in settings_in(first["variant"])] or [NONE],
     }
 
 
@@ -96,13 +109,13 @@ def _published(row: pd.Series) -> Cell:
 
 
 def _ours(row: pd.Series, source: Published, marks: dict[str, str]) -> Cell:
-    """Our number, coloured by how far it is from the published one; or what became of the cell."""
+    """Our number, coloured by how far it is from the published one of the same model; or what became of the cell."""
     keys = tuple(row["keys"].split())
     if row["status"] != "done":
         return _without_number(row["status"], keys, row["method"], source)
     below, kind = "", ""
     reference = number_in(row["published"])
-    if reference and pd.notna(row["difference"]):
+    if reference and pd.notna(row["difference"]) and not another_model(row["differs"], row["our_model"]):
         relative = row["difference"] / abs(reference)
         below = f"{_minus(difference_text(row))} · {_relative(relative)}"
         kind = _colour(relative) + (" muted" if row["differs"] else "")

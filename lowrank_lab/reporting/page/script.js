@@ -6,11 +6,14 @@ const records = JSON.parse(document.getElementById("records").textContent);
 const rows = [...document.querySelectorAll("tbody tr")];
 const boxes = [...document.querySelectorAll(".filter input")];
 const filters = [...new Set(boxes.map((box) => box.name))];
+const figures = [...document.querySelectorAll("figure")];
 const dialog = document.getElementById("record");
+const large = document.getElementById("large");
 for (const table of document.querySelectorAll("table")) table.inOrder = [...table.tBodies[0].rows];
-for (const row of rows) {
-  row.tags = Object.fromEntries(filters.map((name) => [name, JSON.parse(row.dataset[name])]));
+for (const one of [...rows, ...figures]) {
+  one.tags = Object.fromEntries(filters.map((name) => [name, JSON.parse(one.dataset[name] ?? "null")]));
 }
+for (const link of document.querySelectorAll("a.png")) link.href = link.closest("figure").querySelector("img").src;
 
 // ---- the address
 
@@ -35,17 +38,26 @@ function show() {
   filter(state);
   sort(state);
   openRecords(state.getAll("record").filter((key) => key in records));
+  openLarge(figures.find((figure) => figure.id === state.get("large")));
   const place = state.get("at") && document.getElementById(state.get("at"));
-  if (place) (place.closest(".part") ?? place).scrollIntoView();
+  if (!place) return;
+  for (let one = place.closest("details"); one; one = one.parentElement.closest("details")) one.open = true;
+  (place.closest(".part, figure") ?? place).scrollIntoView();
 }
 
 function filter(state) {
   const wanted = Object.fromEntries(filters.map((name) => [name, state.getAll(name)]));
-  for (const row of rows) {
-    row.hidden = !filters.every((name) => !wanted[name].length || row.tags[name].some((tag) => wanted[name].includes(tag)));
+  // What has no values of a filter, such as a figure over all ratios, does not depend on it.
+  const fits = (tags, name) => !wanted[name].length || !tags || tags.some((tag) => wanted[name].includes(tag));
+  for (const one of [...rows, ...figures]) one.hidden = !filters.every((name) => fits(one.tags[name], name));
+  for (const head of document.querySelectorAll("th[data-set]")) {
+    showColumn(head, filters.includes("dataset") && !fits([head.dataset.set], "dataset"));
   }
-  for (const part of document.querySelectorAll(".tables:has(tr), .part")) {
-    part.hidden = !part.querySelector("tbody tr:not([hidden])");
+  for (const part of document.querySelectorAll(".part:has(tr, figure)")) {
+    part.hidden = !part.querySelector("tbody tr:not([hidden]), figure:not([hidden])");
+  }
+  for (const item of document.querySelectorAll("nav li")) {
+    item.hidden = document.getElementById(item.firstChild.hash.slice(1)).closest("[hidden]") !== null;
   }
   for (const box of boxes) box.checked = wanted[box.name].includes(box.value);
   for (const chosen of document.querySelectorAll(".chosen")) {
@@ -55,7 +67,15 @@ function filter(state) {
   const left = rows.filter((row) => !row.hidden).length;
   const all = left === rows.length;
   document.getElementById("shown").textContent = all ? `${left} rows` : `${left} of ${rows.length} rows`;
+  document.getElementById("nothing").hidden = left > 0;
   document.getElementById("reset").hidden = filters.every((name) => !wanted[name].length);
+}
+
+function showColumn(head, hidden) {
+  if (head.hidden === hidden) return;
+  head.hidden = hidden;
+  const column = head.querySelector("button")?.dataset.column;
+  if (column) for (const row of head.closest("table").inOrder) row.cells[column].hidden = hidden;
 }
 
 function sort(state) {
@@ -94,6 +114,14 @@ function openRecords(keys) {
   document.getElementById("record-content").replaceChildren(...keys.flatMap((key) => describe(records[key])));
   if (!dialog.open) dialog.showModal();
   dialog.scrollTop = 0;
+}
+
+function openLarge(figure) {
+  if (!figure) return large.close();
+  const image = figure.querySelector("img").cloneNode();
+  document.getElementById("large-title").textContent = figure.querySelector("figcaption").firstChild.textContent;
+  document.getElementById("large-content").replaceChildren(image);
+  if (!large.open) large.showModal();
 }
 
 function describe(record) {
@@ -180,5 +208,6 @@ document.addEventListener("keydown", (event) => {
 });
 
 dialog.addEventListener("close", () => go((state) => state.delete("record")));
+large.addEventListener("close", () => go((state) => state.delete("large")));
 window.addEventListener("hashchange", show);
 show();

@@ -6,8 +6,6 @@ import math
 import re
 from dataclasses import dataclass, field
 
-FILTERS = ("model", "method", "ratio")
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -38,15 +36,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its name, and that of the columns it stands with ("" for a column alone)."""
+    """A column: its name, that of the columns it stands with ("" for a column alone), and its data set, if it is of
+    one: it is hidden where the filter names others."""
 
     name: str
     group: str = ""
+    dataset: str = ""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Its cells, and by each of FILTERS the values under which it is shown."""
+    """Its cells, and by filter (see tags.py) the values under which it is shown."""
 
     cells: tuple[Cell, ...]
     tags: dict[str, list[str]]
@@ -54,8 +54,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """``id`` names it in the address. Of a grid's cells, ``counts`` says how many are in each state, and ``open``
-    that they are not folded up."""
+    """``id`` names it in the address, ``about`` says more than the title. Of a grid's cells, ``counts`` says how many
+    are in each state. ``open``: not folded up."""
 
     id: str
     title: str
@@ -63,6 +63,7 @@ class Table:
     rows: tuple[Row, ...]
     counts: dict[str, int] = field(default_factory=dict)
     open: bool = True
+    about: str = ""
 
     @property
     def numeric(self) -> set[int]:

@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from lowrank_lab.basics.errors import UserError
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import published
-from lowrank_lab.reporting.figures import save
+from lowrank_lab.reporting.figures import Drawn, save
 from lowrank_lab.reporting.paper_figures.asvd import ASVD
 from lowrank_lab.reporting.paper_figures.common import PaperFigure
 from lowrank_lab.reporting.paper_figures.dobi import DOBI
@@ -28,13 +28,13 @@ PAPER_FIGURES: dict[str, PaperFigure] = {
 }
 
 
-def drawn(results: Results) -> Iterator[tuple[str, str, plt.Figure]]:
-    """Name, title and figure of each whose recipes have records to show; each is closed when the next is asked."""
+def drawn(results: Results) -> Iterator[Drawn]:
+    """Each figure whose recipes have records to show; it is closed when the next is asked."""
     for name, figure in PAPER_FIGURES.items():
         data = data_of(name, results)
         if not data.empty:
             shown = figure.draw(data)
-            yield name, figure.title, shown
+            yield Drawn(file_name(name), figure.title, shown, data, _csv(data))
             plt.close(shown)
 
 
@@ -56,10 +56,19 @@ def write(name: str, results: Results, folder: Path) -> list[Path]:
     if data.empty:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{name.replace('/', '_')}{ending}" for ending in (".csv", ".png", ".pdf")]
-    files[0].write_text(data.to_csv(index=False, lineterminator="\n"), encoding="utf-8")
+    files = [folder / f"{file_name(name)}{ending}" for ending in (".csv", ".png", ".pdf")]
+    files[0].write_text(_csv(data), encoding="utf-8")
     figure = PAPER_FIGURES[name].draw(data)
     for file in files[1:]:
         save(figure, file)
     plt.close(figure)
     return files
+
+
+def file_name(name: str) -> str:
+    """A figure's name as that of its files, without an ending."""
+    return name.replace("/", "_")
+
+
+def _csv(data: pd.DataFrame) -> str:
+    return data.to_csv(index=False, lineterminator="\n")

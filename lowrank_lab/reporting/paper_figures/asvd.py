@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-from lowrank_lab.reporting.figures import COLOURS, label_of, look
+from lowrank_lab.reporting.figures import COLOURS, label_of, log_scale, look
 from lowrank_lab.reporting.paper_figures import common
 from lowrank_lab.reporting.paper_figures.common import STEPS, PaperFigure, Records
 
@@ -75,7 +75,7 @@ def draw_sensitivities(frame: pd.DataFrame) -> plt.Figure:
             axes.set_title(name, fontsize=13)
             axes.set_xlabel("block")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            common.log_scale(axes, frame["perplexity"])
+            log_scale(axes, frame["perplexity"])
         for axes in grid[::4]:
             axes.set_ylabel("perplexity")
         shades = plt.cm.ScalarMappable(colours, STEPS)
@@ -111,7 +111,7 @@ def draw_perplexities(frame: pd.DataFrame) -> plt.Figure:
             model, dataset = map(str, of)
             label = label_of(model, dataset if several else "")
             axes.plot(line["ratio_reached"], line["perplexity"], **look(number), label=label)
-        common.log_scale(axes, frame["perplexity"])
+        log_scale(axes, frame["perplexity"])
         axes.set_xlabel("ratio of compressible parameters kept")
         axes.set_ylabel("perplexity")
         axes.legend(frameon=False)

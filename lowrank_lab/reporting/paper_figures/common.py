@@ -10,7 +10,6 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from lowrank_lab.records.results import compression_of
 from lowrank_lab.reporting.figures import STYLE, wrapped
@@ -93,19 +92,6 @@ def panels(count: int, columns: int, sharey: bool, height: float = 3.4) -> tuple
     for axes in grid.flat[count:]:
         axes.set_visible(False)
     return figure, list(grid.flat[:count])
-
-
-def log_scale(axes: Axes, values: pd.Series) -> None:
-    """A log scale for ``values``; with plain numbers on it where they are not large."""
-    axes.set_yscale("log")
-    if values.max() < 10 * values.min():
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-    elif values.max() < 1e4:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    else:
-        return
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def legend_below(figure: plt.Figure, axes: Axes, columns: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from matplotlib import pyplot as plt
 
-from lowrank_lab.reporting.figures import label_of, look
+from lowrank_lab.reporting.figures import label_of, log_scale, look
 from lowrank_lab.reporting.paper_figures import common
 from lowrank_lab.reporting.paper_figures.common import PaperFigure, Records
 
@@ -92,7 +92,7 @@ def _by_ratio(
             axes.plot(line["ratio"], line["perplexity"], **look(number), label=label_of(name, ""))
         for value in dense["perplexity"]:
             axes.axhline(value, color="0.35", linestyle="--", label=f"dense ({value:.4g})")
-        common.log_scale(axes, frame["perplexity"])
+        log_scale(axes, frame["perplexity"])
         axes.set_xticks(sorted(frame["ratio"][frame["ratio"] < 1].unique()))
         axes.margins(x=0.1)
         axes.set_xlabel("ratio of the targeted parameters kept")

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-from lowrank_lab.reporting.figures import look
+from lowrank_lab.reporting.figures import log_scale, look
 from lowrank_lab.reporting.paper_figures import common
 from lowrank_lab.reporting.paper_figures.common import STEPS, PaperFigure, Records
 
@@ -66,7 +66,7 @@ def draw_progress(frame: pd.DataFrame) -> plt.Figure:
             axes.set_xlabel("steps of training")
             axes.set_ylabel(quantity)
             if not of_quantity.empty:
-                common.log_scale(axes, of_quantity["value"])
+                log_scale(axes, of_quantity["value"])
         common.legend_below(figure, panels[0], 3)
         common.title(figure, f"{common.subject(frame)}: training of the ranks")
     return figure
