@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import re
@@ -12,15 +14,18 @@ from html import escape as html_of
 from html.parser import HTMLParser
 from urllib.parse import parse_qs
 
+import pandas as pd
 import pytest
 
 from lowrank_lab.basics.errors import UserError
 from lowrank_lab.cells import config
 from lowrank_lab.commands import report
-from lowrank_lab.records.results import Results
+from lowrank_lab.records.results import Results, other_compressions
 from lowrank_lab.reporting import page
-from lowrank_lab.reporting.page.papers import _colour, _relative
+from lowrank_lab.reporting.page import tags
+from lowrank_lab.reporting.page.papers import _colour, _ours, _relative, _without_number
 from lowrank_lab.reporting.page.table import number_in
+from lowrank_lab.reporting.published import load
 
 from .conftest import REPOSITORY, Lab
 
@@ -51,6 +56,9 @@ def results(tmp_path_factory, data_root) -> Results:
     ):
         own = {"key": cell.key, "label": cell.label, "method": "asvd", "ratio": cell.ratio}
         lab.results.write({**ran, **own, "config": config.plain(cell.cfg), **facts})
+    lab.run("method=svdllm", "ratio=0.8")
+    lab.run("method=svd", "ratio=0.8", "quantization=int8")
+    lab.run("method=svd", "pruning=magnitude", "eval=[ppl,generation]", "eval.generation.max_new_tokens=4")
     named = {"label": HOSTILE, "model": HOSTILE, "method": HOSTILE, "command": ["run.py", HOSTILE]}
     lab.results.write({**ran, **named, "key": "hostile1"})
     why = {"status": "failed", "reason": HOSTILE, "traceback": HOSTILE, "metrics": {}, "stages": []}
@@ -116,10 +124,12 @@ def records(html) -> dict:
 def test_every_link_has_a_target(read, records):
     ids = read.all("id")
     assert len(ids) == len(set(ids))
-    links = [link.removeprefix("#") for link in read.all("href") if link != "data:,"]
-    keys = [key for link in links if "=" in link for key in parse_qs(link)["record"]]
+    links = [link.removeprefix("#") for link in read.all("href") if link.startswith("#")]
+    asked = [parse_qs(link) for link in links if "=" in link]
+    keys = [key for one in asked for key in one.get("record", ())]
     assert len(keys) > 20
     assert set(keys) <= set(records)
+    assert {figure for one in asked for figure in one.get("large", ())} <= set(ids)
     assert {link for link in links if "=" not in link} <= set(ids)
     assert set(read.all("aria-labelledby")) <= set(ids)
 
@@ -130,13 +140,94 @@ def test_nothing_is_loaded_from_elsewhere(html, read):
     style = re.search(r"<style>(.*?)</style>", html, re.S).group(1)
     assert "url(" not in style and "@import" not in style
     assert all(image["alt"].count("against") == 1 for tag, image in read.elements if tag == "img")
+
+
+def test_figures_can_be_taken_away(read, results):
     figures = [attributes["id"] for tag, attributes in read.elements if tag == "figure"]
-    assert figures[0] == "figure-asvd-figure5"  # the papers' first, then ours
-    assert any(name.startswith("figure-perplexity_tiny-llama_") for name in figures)
+    assert figures[0].startswith("figure-perplexity_tiny-llama_")  # that of the headline
+    assert figures[1] == "figure-asvd_figure5"  # then the papers', and ours
+    assert any(name.startswith("figure-perplexity-by-bits_tiny-llama_") for name in figures)
     assert sum(tag == "img" for tag, _ in read.elements) == len(figures)
+    files = {found["download"]: found.get("href") for _, found in read.elements if "download" in found}
+    for name in (figure.removeprefix("figure-") for figure in figures):
+        assert f"{name}.png" in files  # its content is that of the picture; the script gives it
+        assert base64.b64decode(files[f"{name}.pdf"].partition(",")[2]).startswith(b"%PDF")
+    csv = base64.b64decode(files[f"{figures[0].removeprefix('figure-')}.csv"].partition(",")[2])
+    shown = pd.read_csv(io.BytesIO(csv))
+    assert set(shown["quantized"]) == {"none"}
+    assert set(shown["key"]) <= {record["key"] for record in results.records()}
 
 
-def test_the_state_of_the_grid_is_on_top(read):
+def test_the_page_begins_with_what_came_out(read, results):
+    unpruned = [r for r in results.records() if not other_compressions(r)]
+    found = {(r["method"], r["ratio"], r["quantization"]["name"]): r for r in unpruned}
+    value = {of: record["metrics"].get("ppl", {}).get("value") for of, record in found.items()}
+    of_ratio = {method: value[method, 0.8, "none"] for method in ("svd", "svdllm")}
+    best, dense = min(of_ratio, key=of_ratio.get), value["dense", 1.0, "none"]
+    said = read.texts["p"]
+    assert f"{best} has the lowest perplexity of 2 cells: {of_ratio[best]:.4g}, " in said
+    assert f"{of_ratio[best] / dense:.3g} × the dense model's {dense:.4g}." in said
+
+
+def test_the_best_of_cells_compressed_alike_is_marked_and_perplexities_are_told_by_dense(read, results):
+    [table] = [t for t in read.rows.values() if t[0][2:4] == ["perplexity", "× dense"] and len(t) > 4]
+    rows = {(row[0], row[1]): row for row in table[1:]}
+    assert table[0][:4] == ["method", "ratio", "perplexity", "× dense"]  # in view on a phone
+    numbers = {name: float(row[2].removesuffix("★")) for name, row in rows.items()}
+    dense = next(r["metrics"]["ppl"]["value"] for r in results.records() if r["method"] == "dense")
+    assert rows["dense", "1"][3] == "1"
+    for name, row in rows.items():
+        assert float(row[3]) == pytest.approx(numbers[name] / dense, rel=0.01)
+    alike = [("svd", "0.8"), ("svdllm", "0.8")]
+    starred = [name for name, row in rows.items() if row[2].endswith("★")]
+    assert starred == [min(alike, key=numbers.get)]
+    assert ("svd|INT8", "0.8") in rows  # alone with its bits
+
+
+def test_answers_are_a_table_a_question(read, results):
+    [record] = [r for r in results.records() if "generation" in r["metrics"]]
+    answers = record["metrics"]["generation"]["answers"]
+    tables = [rows for name, rows in read.rows.items() if name.startswith("answers-")]
+    assert len(tables) == len(answers)
+    for rows in tables:
+        assert rows[0] == ["method", "ratio", "greedy", "repetition", "sampled", "repetition"]
+        assert [row[:2] for row in rows[1:]] == [["svd|pruning=magnitude 50%", "0.8"]]
+    first = answers[0]["greedy"]["text"].strip()
+    assert tables[0][1][2].startswith(first[:1])
+
+
+def test_every_row_has_values_for_every_filter(read):
+    """Also those of cells that have not run, of which there is the label alone."""
+    names = {found["data-of"] for _, found in read.elements if "data-of" in found}
+    assert names == {"model", "dataset", "method", "ratio", "quantization", "variant"}
+    offered = {(found["name"], found["value"]) for tag, found in read.elements if tag == "input"}
+    rows = [found for tag, found in read.elements if tag == "tr" and "data-method" in found]
+    for row in rows:
+        tags = {name: json.loads(row[f"data-{name}"]) for name in names - {"variant"}}
+        assert all(tags.values())
+        assert {(name, value) for name, values in tags.items() for value in values} <= offered
+    assert {("quantization", "INT8"), ("variant", "pruning=magnitude 50%"), ("variant", "none")} <= offered
+
+
+def test_a_label_alone_gives_its_values():
+    found = tags.of_label("svdllm ratio=0.6 metric.alpha=1 GPTQ INT4 llama-7b ptb_validation", ["INT8", "GPTQ INT4"])
+    assert found["quantization"] == ["GPTQ INT4"]
+    assert (found["method"], found["ratio"], found["model"]) == (["svdllm"], ["0.6"], ["llama-7b"])
+    assert found["dataset"] == ["ptb"]  # as tables have it
+    assert tags.of_label("dense llama-7b c4", ["INT8"])["quantization"] == ["none"]
+
+
+def test_states_come_last_are_folded_and_only_those_there_are(html, read):
+    ids = [found["id"] for _, found in read.elements if "id" in found]
+    tables = [name for name in ids if name in read.rows]
+    of_states = [name for name in tables if name.startswith(("grid-", "without-number"))]
+    assert of_states == tables[-len(of_states) :]
+    [cells] = [found for tag, found in read.elements if tag == "details" and found.get("id") == "cells"]
+    assert "open" not in cells
+    assert "1 failed" in html and "0 running" not in html and "waits for its turn" not in html
+
+
+def test_the_state_of_each_cell_of_a_grid(read):
     rows = {(row[0], row[1], row[2]): row[-1] for row in read.rows["grid-2"][1:]}
     assert rows == {
         ("failed", "asvd", "0.95"): "RuntimeError: out of luck",
@@ -151,25 +242,29 @@ def test_the_state_of_the_grid_is_on_top(read):
 
 
 def test_published_numbers_stand_beside_ours_and_cells_without_one_say_why(read, results):
-    lines = {tuple(row[:3]): row for row in read.rows["asvd-table1"][2:]}
+    lines = {tuple(row[:2]): row for row in read.rows["asvd-table1"][2:]}
     heads = read.rows["asvd-table1"][0]
-    place = 3 + 2 * (heads.index("wikitext2") - 3)
+    place = 2 + 2 * (heads.index("wikitext2") - 2)
     [svd] = [r for r in results.records() if r["method"] == "svd" and r["ratio"] == 0.95]
-    published, ours = lines["SVD", "0.95", "llama-7b"][place : place + 2]
-    value = svd["metrics"]["ppl"]["value"]
+    published, ours = lines["SVD|llama-7b", "0.95"][place : place + 2]
     assert published == "2800"
-    assert ours.startswith(f"{value:.4g}")
-    assert ours.endswith(f" · −{100 * (1 - value / 2800):.0f} %")
-    states = [lines["ASVD", ratio, "llama-7b"][place + 1] for ratio in ("0.95", "0.9", "0.85", "0.8", "0.75")]
+    assert re.fullmatch(re.escape(f"{svd['metrics']['ppl']['value']:.4g}") + "[a-z]", ours)  # no difference: another model
+    states = [lines["ASVD|llama-7b", ratio][place + 1] for ratio in ("0.95", "0.9", "0.85", "0.8", "0.75")]
     assert states == ["failed", "skipped", "outdated", "missing", "missing"]
-    assert lines["SVD", "0.8", svd["model"]][place] == "—"  # what the paper does not have
+    assert lines[f"SVD|{svd['model']}", "0.8"][place] == "—"  # what the paper does not have
+
+
+def test_a_difference_is_shown_where_ours_is_of_the_same_model():
+    row = {"published": "2800", "ours": 2240.0, "difference": -560.0, "status": "done", "keys": "k", "seeds": 1}
+    row |= {"metric": "perplexity", "unit": "", "our_model": "llama-7b", "spread": float("nan")}
+    same = _ours(pd.Series({**row, "differs": "8 of 100 windows"}), load("asvd/table1"), {})
+    assert (same.text, same.below, same.kind) == ("2240", "−560 · −20 %", "under3 muted")
+    another = _ours(pd.Series({**row, "differs": "model llama-7b; 8 of 100 windows"}), load("asvd/table1"), {})
+    assert (another.text, another.below, another.kind) == ("2240", "", "")
 
 
 def test_a_method_that_is_not_ours_is_not_missing(read):
     """LLM-Pruner in a table of which nothing else has run either."""
-    from lowrank_lab.reporting.page.papers import _without_number
-    from lowrank_lab.reporting.published import load
-
     assert _without_number("missing", (), "llm_pruner", load("dobi/table3")).text == "—"
     assert _without_number("missing", (), "dobi", load("dobi/table3")).text == "missing"
     failed = _without_number("failed (ValueError: f(x) (no))", ("k",), "dobi", load("dobi/table3"))
@@ -179,7 +274,7 @@ def test_a_method_that_is_not_ours_is_not_missing(read):
 def test_own_tables_have_every_done_cell_and_the_others_their_reason(read, results):
     done = [r for r in results.records() if r["status"] == "done" and r["components"].get("SPECTRA") != 0]
     own = [row for name, rows in read.rows.items() if name.startswith("own-") for row in rows[1:]]
-    assert len(own) == len(done)
+    assert len(own) == sum(len(r["metrics"]) for r in done)
     without = {row[0]: row[-1] for row in read.rows["without-number"][1:]}
     assert set(without) == {"failed", "skipped", "outdated"}
     assert any(HOSTILE in row for row in read.rows["without-number"])
@@ -345,6 +440,59 @@ def test_controls_change_the_address_and_reset_shows_all_again(browse):
     assert re.fullmatch(r"\d+ rows", told["count"])
 
 
+def test_figures_and_columns_follow_the_filters_too(browse):
+    script = """
+      const shown = (selector) => [...document.querySelectorAll(selector)].filter((one) => one.checkVisibility());
+      return {
+        heads: shown("#asvd-table1 th[scope=colgroup]").map((one) => one.textContent),
+        row: shown("#asvd-table1 tbody tr")[0]?.cells.length,
+        cells: shown("#asvd-table1 tbody tr:first-of-type td").length,
+        figures: shown("figure").map((one) => one.id.split("_")[0]),
+      };
+    """
+    every, of_text, quantized = (browse(at, script) for at in ("", "#dataset=wikitext2", "#quantization=INT8"))
+    assert len(every["heads"]) > 1 and of_text["heads"] == ["wikitext2"]
+    assert of_text["cells"] == 4 < of_text["row"]
+    assert every["figures"] == of_text["figures"]
+    assert {"figure-perplexity", "figure-asvd", "figure-perplexity-by-bits"} == set(every["figures"])
+    assert quantized["figures"] == ["figure-asvd", "figure-perplexity-by-bits"]  # the paper's knows no quantization
+
+
+def test_filters_that_leave_nothing_say_so(browse):
+    script = "return { said: document.getElementById('nothing').checkVisibility() }"
+    assert browse("#method=svd&ratio=0.85", script)["said"] is True
+    assert browse("#method=svd&ratio=0.8", script)["said"] is False
+
+
+def test_a_figure_opens_large_and_closes(browse):
+    script = """
+      document.querySelector("figure a").click();
+      const large = document.getElementById("large");
+      const opened = [large.open, large.querySelector("img").getBoundingClientRect().width, location.hash];
+      const png = document.querySelector("a.png").href === document.querySelector("figure img").src;
+      large.querySelector("button").click();
+      return { opened, png, closed: large.open };
+    """
+    told = browse("", script, width=390)
+    assert told["opened"][0] is True and told["opened"][1] > 700
+    assert told["opened"][2].startswith("#large=figure-perplexity_")
+    assert (told["png"], told["closed"]) == (True, False)
+
+
+def test_method_and_perplexity_are_in_view_on_a_phone(browse):
+    script = """
+      const table = [...document.querySelectorAll("[id^=own-]")].find((one) => one.rows[0].cells[2].textContent === "perplexity");
+      const right = table.rows[1].cells[2].getBoundingClientRect().right;
+      table.closest(".box").scrollLeft = 1000;
+      const box = table.closest(".box").getBoundingClientRect().left;
+      return { right, moved: table.rows[1].cells[2].getBoundingClientRect().left - box,
+        first: table.rows[1].cells[0].getBoundingClientRect().left - box };
+    """
+    told = browse("", script, width=390)
+    assert told["right"] <= 390
+    assert told["moved"] < 50 and 0 <= told["first"] < 3  # the first column stays
+
+
 def test_a_click_on_a_header_sorts_numbers_as_numbers_and_empty_cells_last(browse):
     script = """
       const button = document.querySelector("#asvd-table1 button[aria-label='wikitext2, published']");
@@ -368,7 +516,7 @@ def test_a_click_on_a_header_sorts_numbers_as_numbers_and_empty_cells_last(brows
 
 
 def test_an_address_holds_filters_sorting_and_the_open_record(browse, results):
-    [svd] = [r for r in results.records() if r["method"] == "svd" and r["ratio"] == 0.8]
+    [svd, *_] = [r for r in results.records() if r["method"] == "svd" and r["ratio"] == 0.8]
     script = """
       const dialog = document.getElementById("record");
       const shown = [dialog.open, dialog.textContent];

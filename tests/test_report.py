@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from matplotlib import pyplot as plt
 
 from lowrank_lab.cells import grid, versions
 from lowrank_lab.records.labels import labels
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import figures, tables
+from lowrank_lab.reporting.fitting import fitted
 from lowrank_lab.reporting.sections import PERPLEXITY
 from lowrank_lab.reporting.status import status
 from lowrank_lab.running import runner
@@ -295,12 +297,87 @@ def test_quantized_cells_are_compared_by_the_bits_they_keep(lab):
             least = 4 * here["parameters"] / here["parameters_dense"]
             assert least < row["bits"] == 8 * here["bytes"] / here["parameters_dense"] < 2 * least
     assert "bits a weight" in tables.presentable(group, PERPLEXITY)
-    drawn = figures.perplexity_figure(group, caption).axes[0].get_lines()
-    lines = {line.get_label() for line in drawn if not line.get_label().startswith("_")}
-    dense = found["dense", "none"]["value"]
-    assert lines == {"dense (RTN)", "svdllm (RTN)", "svdllm", f"dense ({dense:.4g})"}
     unquantized = group[group["quantized"] == "none"]
     assert "bits a weight" not in tables.presentable(unquantized, PERPLEXITY)
+    assert figures.perplexity_against_bits(unquantized, caption) is None
+
+
+def test_perplexities_have_two_figures_and_one_colour_a_method(lab):
+    """Against the ratio without quantized cells; against bits the ratio has the style of the line."""
+    for job in ("method=dense", "method=svd ratio=0.8", "method=svdllm ratio=0.8", "method=svdllm ratio=0.6"):
+        lab.run(*job.split())
+    for job in ("method=svdllm ratio=0.8", "method=svdllm ratio=0.6", "method=svd ratio=0.8", "method=dense"):
+        lab.run(*job.split(), "quantization=int4")
+    by_ratio, by_bits = figures.drawn(lab.results.records())
+    assert [one.name.split("_")[0] for one in (by_ratio, by_bits)] == ["perplexity", "perplexity-by-bits"]
+    assert len(pd.read_csv(io.StringIO(by_ratio.csv))) == len(by_ratio.rows) == 4
+    assert len(pd.read_csv(io.StringIO(by_bits.csv))) == len(by_bits.rows) == 8
+    lines = {line.get_label(): line for one in (by_ratio, by_bits) for line in one.figure.axes[0].get_lines()}
+    of_bits = {name: line for name, line in lines.items() if ", ratio " in name}
+    assert set(of_bits) == {"dense, ratio 1", "svd, ratio 0.8", "svdllm, ratio 0.8", "svdllm, ratio 0.6"}
+    assert {line.get_color() for name, line in of_bits.items() if "svdllm" in name} == {lines["svdllm"].get_color()}
+    assert lines["svd"].get_color() != lines["svdllm"].get_color()
+    styles = {line._dash_pattern[1] and tuple(line._dash_pattern[1]) for line in of_bits.values()}
+    assert len(styles) == 3  # one a ratio
+
+
+def test_no_two_lines_look_the_same():
+    looks = [figures.look(number) for number in range(60)]
+    assert len({look["color"] for look in looks}) == len(figures.COLOURS) == len(set(figures.COLOURS))
+    assert len({(look["color"], look["linestyle"]) for look in looks}) == 60
+    of_one = [figures.look(3, line)["linestyle"] for line in range(len(figures.LINES))]
+    assert len(set(of_one)) == len(of_one)
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ((23, 40), {"25", "30", "35", "40"}),
+        ((23, 4000), {"50", "100", "200", "500", "1,000", "2,000"}),
+        ((23, 4e6), {"100", "1,000", "10 k", "100 k", "1 M"}),
+    ],
+)
+def test_ticks_are_numbers_as_people_read_them(values, ticks):
+    figure, axes = plt.subplots()
+    axes.plot([0, 1], values)
+    figures.log_scale(axes, pd.Series(values))
+    figure.canvas.draw()
+    assert ticks <= {text.get_text() for text in axes.get_yticklabels()}
+    plt.close(figure)
+
+
+QUANTIZED = pd.DataFrame(
+    {
+        "method": ["dense", "svdllm", "svdllm"],
+        "variant": ["quantization=none", "pruning=magnitude 50%, quantization=AWQ INT4 g128", "quantization=INT4"],
+        "ratio": ["1", "0.8", "0.6"],
+        "counts": ["weights", "weights", "16-bit words"],
+        "reached": ["1.0000", "0.7917", "0.5911"],
+        "perplexity": ["23.5", "29.1", "40.2"],
+        "by token": ["7", "8", "9"],
+        "parameters (M)": ["106", "90", "70"],
+        "bits a weight": ["16.00", "3.69", "2.86"],
+        "size (MB)": ["269", "76", "70"],
+        "compression (s)": ["0", "12", "13"],
+        "evaluation (s)": ["40", "40", "40"],
+    }
+)
+
+
+def test_a_narrow_table_of_quantized_rows_keeps_what_they_are_compared_by():
+    text = fitted(QUANTIZED, 120, "x.csv")
+    head = text.splitlines()[0]
+    assert all(name in head for name in ("counts", "size (MB)", "bits a weight", "perplexity"))
+    assert "evaluation (s) = 40" in text  # the same in all rows: told once
+    assert max(map(len, text.splitlines())) <= 120
+    narrow = fitted(QUANTIZED, 80, "x.csv").splitlines()[0]
+    assert "bits a weight" in narrow and "by token" not in narrow
+
+
+def test_a_narrow_table_without_quantized_rows_gives_up_sizes_before_measurements():
+    plain = QUANTIZED.drop(columns=["bits a weight", "variant"])
+    head = fitted(plain, 70, "x.csv").splitlines()[0]
+    assert "by token" in head and "size (MB)" not in head
 
 
 def test_a_grid_is_named_without_the_folders_of_its_command(lab):

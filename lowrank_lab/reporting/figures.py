@@ -72,7 +72,7 @@ def log_scale(axes: Axes, values: pd.Series) -> None:
     axes.set_yscale("log")
     span = values.max() / values.min()
     if span < 10:
-        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     elif span < 1e4:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(readable)
@@ -101,7 +101,8 @@ def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | 
     Its variants have styles of their own. Quantized cells are in ``perplexity_against_bits`` alone, and ratios of
     part of the model would stand at the wrong place on this axis.
     """
-    compressed = group[(group["method"] != "dense") & group["whole"] & (group["quantized"] == "none")]
+    shown = against_ratio(group)
+    compressed = shown[~is_dense(shown)]
     if compressed.empty:
         return None
     numbers = _numbers(group)
@@ -113,8 +114,8 @@ def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | 
                 line = line.sort_values("ratio_reached")
                 looks = look(numbers[method], style)
                 axes.plot(line["ratio_reached"], line["value"], **looks, label=label_of(method, variant))
-        _dense_line(axes, group[is_dense(group)])
-        log_scale(axes, pd.concat([compressed["value"], group.loc[is_dense(group), "value"]]))
+        _dense_line(axes, shown[is_dense(shown)])
+        log_scale(axes, shown["value"])
         _ticks_at(axes, compressed["ratio"])
         axes.margins(x=0.1)
         words = " (remapped: words)" if (compressed["counted"] == "16-bit words").any() else ""
@@ -127,6 +128,12 @@ def perplexity_against_ratio(group: pd.DataFrame, caption: str) -> plt.Figure | 
             figure.set_size_inches(11, max(4.8, 0.45 * len(axes.get_lines())))
             figure.legend(loc="outside right upper", frameon=False)
     return figure
+
+
+def against_ratio(group: pd.DataFrame) -> pd.DataFrame:
+    """The rows that ``perplexity_against_ratio`` shows."""
+    of_ratio = (group["method"] != "dense") & group["whole"] & (group["quantized"] == "none")
+    return group[of_ratio | is_dense(group)]
 
 
 def _ticks_at(axes: Axes, ratios: pd.Series) -> None:
@@ -144,7 +151,7 @@ def perplexity_against_bits(group: pd.DataFrame, caption: str) -> plt.Figure | N
     The colour tells the method, the style of the line the ratio and other compressions, the marker how the weights
     are rounded. A line goes through those cells that none of it with as few bits beats; the others are hollow.
     """
-    rows = group[group["whole"]]
+    rows = against_bits(group)
     cells = rows[~is_dense(rows)]
     if (cells["quantized"] == "none").all():
         return None
@@ -184,10 +191,15 @@ def perplexity_against_bits(group: pd.DataFrame, caption: str) -> plt.Figure | N
     return figure
 
 
+def against_bits(group: pd.DataFrame) -> pd.DataFrame:
+    """The rows that ``perplexity_against_bits`` shows."""
+    return group[group["whole"]]
+
+
 def _bit_ticks(axes: Axes, bits: pd.Series) -> None:
     """Numbers of bits that people use; of a narrow range as many as there is room for."""
     if bits.max() < 2 * bits.min():
-        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     else:
         usual = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
         axes.set_xticks([tick for tick in usual if bits.min() / 1.3 <= tick <= bits.max() * 1.3])
@@ -340,13 +352,15 @@ def truncations(points: pd.DataFrame, caption: str) -> plt.Figure:
     return figure
 
 
-# By name, the metric and the figure of one comparable set, or None where there is nothing to draw.
-FIGURES: dict[str, tuple[str, Callable[[pd.DataFrame, str], plt.Figure | None]]] = {
-    "perplexity": (PERPLEXITY.metric, perplexity_against_ratio),
-    "perplexity-by-bits": (PERPLEXITY.metric, perplexity_against_bits),
-    "speed": (SPEED.metric, speed_against_settings),
-    "output-error": (OUTPUT_ERROR.metric, output_error_against_block),
-    "truncation": (TRUNCATION.metric, truncation_against_ratio),
+Draw = Callable[[pd.DataFrame, str], plt.Figure | None]
+Rows = Callable[[pd.DataFrame], pd.DataFrame]
+# By name, the metric, the figure of one comparable set (None where there is nothing to draw), and which rows it shows.
+FIGURES: dict[str, tuple[str, Draw, Rows]] = {
+    "perplexity": (PERPLEXITY.metric, perplexity_against_ratio, against_ratio),
+    "perplexity-by-bits": (PERPLEXITY.metric, perplexity_against_bits, against_bits),
+    "speed": (SPEED.metric, speed_against_settings, lambda group: group),
+    "output-error": (OUTPUT_ERROR.metric, output_error_against_block, lambda group: group),
+    "truncation": (TRUNCATION.metric, truncation_against_ratio, lambda group: group),
 }
 
 
@@ -367,10 +381,11 @@ class Drawn:
 def drawn(records: list[dict[str, Any]]) -> Iterator[Drawn]:
     """The figures of each comparable set that can be drawn; each is closed when the next is asked."""
     for section, caption, group in all_groups(records):
-        for kind, (metric, draw) in FIGURES.items():
+        for kind, (metric, draw, of) in FIGURES.items():
             figure = draw(group, caption) if metric == section.metric else None
             if figure is not None:
-                yield Drawn(_name(kind, group), caption, figure, group, csv_of(group, section))
+                rows = of(group)
+                yield Drawn(_name(kind, group), caption, figure, rows, csv_of(rows, section))
                 plt.close(figure)
 
 

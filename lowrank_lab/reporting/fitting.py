@@ -10,7 +10,6 @@ NEVER_DROPPED = ("method", "variant", "ratio")
 COSTS = ("evaluation (s)", "compression (s)", "parameters (M)", "reached")  # what says least about a method, first
 SIZES = ("size (MB)", "counts", "bits a weight")  # what quantized rows are compared by, the most important last
 NARROWEST_VARIANT = 16
-READABLE_VARIANT = 26
 HEADER_PADDING = 2  # of tabulate
 
 
@@ -23,13 +22,13 @@ def fitted(table: pd.DataFrame, width: int, csv: str) -> str:
     """A table of text as Markdown in ``width`` characters, with a line about the columns left out.
 
     Costs, and columns that say the same in all rows, go before the variant is broken over lines; all others only
-    where a variant of READABLE_VARIANT characters is still too wide. A table whose least columns are wider stays so.
+    where a variant of NARROWEST_VARIANT characters is still too wide. A table whose least columns are wider stays so.
     """
     dropped: list[str] = []
     cheap = _same_in_all_rows(table)
     cheap += [name for name in COSTS if name in table and name not in cheap]
     for name in (*cheap, *_dear(table, cheap)):
-        if width_of(table, None if name in cheap else READABLE_VARIANT) <= width:
+        if width_of(table, None if name in cheap else NARROWEST_VARIANT) <= width:
             break
         dropped.append(f"{name} = {table[name].iloc[0]}" if name in _same_in_all_rows(table) else name)
         table = table.drop(columns=name)

@@ -10,13 +10,13 @@ import pandas as pd
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import generation
 from lowrank_lab.reporting.page import tags
-from lowrank_lab.reporting.page.ranking import alike, best, plain_dense
+from lowrank_lab.reporting.page.ranking import alike, best, plain_dense, spelled
 from lowrank_lab.reporting.page.table import Cell, Column, Row, Table, number_in
 from lowrank_lab.reporting.page.tags import Tags
 from lowrank_lab.reporting.section import Section
 from lowrank_lab.reporting.sections import PERPLEXITY, REPETITION
 from lowrank_lab.reporting.status import asked, count
-from lowrank_lab.reporting.tables import all_groups, groups, in_words, outdated, present, presentable
+from lowrank_lab.reporting.tables import all_groups, groups, outdated, presentable
 
 Records = dict[str, dict[str, Any]]  # by key
 OUTDATED = "made by other component versions; run it again"
@@ -54,7 +54,7 @@ def measured(records: Records) -> list[Table]:
 
 def _method(row: pd.Series) -> Cell:
     """Method and variant in one cell, so that both stay in view."""
-    return Cell(row["method"], below=in_words(present(row["told"])).replace("quantization=", ""))
+    return Cell(row["method"], below=spelled(row["told"]))
 
 
 def _mark(is_best: bool) -> dict[str, str]:

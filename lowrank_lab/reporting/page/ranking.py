@@ -26,6 +26,11 @@ def best(numbers: pd.Series, within: pd.Series, ascending: bool) -> set[Any]:
     return found
 
 
+def spelled(told: dict[str, str]) -> str:
+    """The variant of a row, short: a quantization by its name alone, and none that is not there."""
+    return in_words(present(told)).replace("quantization=", "")
+
+
 def plain_dense(group: pd.DataFrame) -> float | None:
     """The perplexity of the dense model as it is; None where it was not measured."""
     values = group.loc[is_dense(group), "value"].dropna()
@@ -53,7 +58,7 @@ def _sentence(compressed: pd.DataFrame, dense: float | None) -> str:
     largest = compressed[sizes == sizes.max()]
     chosen = compressed[within == within[largest["bits"].idxmin()]]
     first = chosen.loc[chosen["value"].idxmin()]
-    variant = in_words(present(first["told"]))
+    variant = spelled(first["told"])
     name = f"{first['method']} ({variant})" if variant else first["method"]
     times = f", {first['value'] / dense:.3g} × the dense model's {dense:.4g}" if dense else ""
     rank = f"has the lowest perplexity of {len(chosen)} cells" if len(chosen) > 1 else "has perplexity"
