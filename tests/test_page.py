@@ -210,7 +210,9 @@ def test_every_row_has_values_for_every_filter(read):
 
 
 def test_a_label_alone_gives_its_values():
-    found = tags.of_label("svdllm ratio=0.6 metric.alpha=1 GPTQ INT4 llama-7b ptb_validation", ["INT8", "GPTQ INT4"])
+    found = tags.of_label(
+        "svdllm ratio=0.6 metric.alpha=1 GPTQ INT4 llama-7b ptb_validation", ["INT8", "GPTQ INT4"]
+    )
     assert found["quantization"] == ["GPTQ INT4"]
     assert (found["method"], found["ratio"], found["model"]) == (["svdllm"], ["0.6"], ["llama-7b"])
     assert found["dataset"] == ["ptb"]  # as tables have it
@@ -248,7 +250,9 @@ def test_published_numbers_stand_beside_ours_and_cells_without_one_say_why(read,
     [svd] = [r for r in results.records() if r["method"] == "svd" and r["ratio"] == 0.95]
     published, ours = lines["SVD|llama-7b", "0.95"][place : place + 2]
     assert published == "2800"
-    assert re.fullmatch(re.escape(f"{svd['metrics']['ppl']['value']:.4g}") + "[a-z]", ours)  # no difference: another model
+    assert re.fullmatch(
+        re.escape(f"{svd['metrics']['ppl']['value']:.4g}") + "[a-z]", ours
+    )  # no difference: another model
     states = [lines["ASVD|llama-7b", ratio][place + 1] for ratio in ("0.95", "0.9", "0.85", "0.8", "0.75")]
     assert states == ["failed", "skipped", "outdated", "missing", "missing"]
     assert lines[f"SVD|{svd['model']}", "0.8"][place] == "—"  # what the paper does not have
@@ -481,7 +485,8 @@ def test_a_figure_opens_large_and_closes(browse):
 
 def test_method_and_perplexity_are_in_view_on_a_phone(browse):
     script = """
-      const table = [...document.querySelectorAll("[id^=own-]")].find((one) => one.rows[0].cells[2].textContent === "perplexity");
+      const tables = [...document.querySelectorAll("[id^=own-]")];
+      const table = tables.find((one) => one.rows[0].cells[2].textContent === "perplexity");
       const right = table.rows[1].cells[2].getBoundingClientRect().right;
       table.closest(".box").scrollLeft = 1000;
       const box = table.closest(".box").getBoundingClientRect().left;

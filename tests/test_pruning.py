@@ -16,7 +16,7 @@ from lowrank_lab.modules.linears import linears_in
 from lowrank_lab.modules.sparse import MaskedLinear, SparseLinear
 from lowrank_lab.pruning.magnitude import largest
 from lowrank_lab.records.results import Record, other_compressions
-from lowrank_lab.reporting import figures, tables
+from lowrank_lab.reporting import perplexity_figures, tables
 from lowrank_lab.reporting.kinds.perplexity import PERPLEXITY
 from lowrank_lab.reporting.matching import is_cell
 from lowrank_lab.running.context import Context
@@ -155,7 +155,7 @@ def test_pruned_cells_have_lines_of_their_own(lab):
     lab.run("method=dense")
     lab.run("method=dense", "pruning=magnitude")
     [(_, group)] = tables.groups(lab.results.records(), PERPLEXITY)
-    [axes] = figures.perplexity_against_bits(group, "").axes
+    [axes] = perplexity_figures.perplexity_against_bits(group, "").axes
     labels = [line.get_label() for line in axes.lines if not line.get_label().startswith("_")]
     assert sum(label.startswith("dense (") and label[7].isdigit() for label in labels) == 1
     pruned = [record for record in lab.results.records() if other_compressions(record)]

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from lowrank_lab.cells import grid, versions
 from lowrank_lab.records.labels import labels
 from lowrank_lab.records.results import Results
-from lowrank_lab.reporting import figures, tables
+from lowrank_lab.reporting import drawing, figures, perplexity_figures, tables
 from lowrank_lab.reporting.fitting import fitted
 from lowrank_lab.reporting.sections import PERPLEXITY
 from lowrank_lab.reporting.status import status
@@ -158,7 +158,7 @@ def test_files_are_the_same_when_written_again(records, tmp_path):
 
 def test_the_figure_shows_every_method_and_the_dense_line(records):
     [(caption, group)] = list(tables.groups(records, PERPLEXITY))
-    axes = figures.perplexity_against_ratio(group, caption).axes[0]
+    axes = perplexity_figures.perplexity_against_ratio(group, caption).axes[0]
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert [label.split(" ")[0] for label in labels] == ["asvd", "svd", "svdllm", "dense"]
     assert axes.get_yscale() == "log"
@@ -299,7 +299,7 @@ def test_quantized_cells_are_compared_by_the_bits_they_keep(lab):
     assert "bits a weight" in tables.presentable(group, PERPLEXITY)
     unquantized = group[group["quantized"] == "none"]
     assert "bits a weight" not in tables.presentable(unquantized, PERPLEXITY)
-    assert figures.perplexity_against_bits(unquantized, caption) is None
+    assert perplexity_figures.perplexity_against_bits(unquantized, caption) is None
 
 
 def test_perplexities_have_two_figures_and_one_colour_a_method(lab):
@@ -322,10 +322,10 @@ def test_perplexities_have_two_figures_and_one_colour_a_method(lab):
 
 
 def test_no_two_lines_look_the_same():
-    looks = [figures.look(number) for number in range(60)]
-    assert len({look["color"] for look in looks}) == len(figures.COLOURS) == len(set(figures.COLOURS))
+    looks = [drawing.look(number) for number in range(60)]
+    assert len({look["color"] for look in looks}) == len(drawing.COLOURS) == len(set(drawing.COLOURS))
     assert len({(look["color"], look["linestyle"]) for look in looks}) == 60
-    of_one = [figures.look(3, line)["linestyle"] for line in range(len(figures.LINES))]
+    of_one = [drawing.look(3, line)["linestyle"] for line in range(len(drawing.LINES))]
     assert len(set(of_one)) == len(of_one)
 
 
@@ -340,7 +340,7 @@ def test_no_two_lines_look_the_same():
 def test_ticks_are_numbers_as_people_read_them(values, ticks):
     figure, axes = plt.subplots()
     axes.plot([0, 1], values)
-    figures.log_scale(axes, pd.Series(values))
+    drawing.log_scale(axes, pd.Series(values))
     figure.canvas.draw()
     assert ticks <= {text.get_text() for text in axes.get_yticklabels()}
     plt.close(figure)

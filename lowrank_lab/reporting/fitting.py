@@ -22,7 +22,8 @@ def fitted(table: pd.DataFrame, width: int, csv: str) -> str:
     """A table of text as Markdown in ``width`` characters, with a line about the columns left out.
 
     Costs, and columns that say the same in all rows, go before the variant is broken over lines; all others only
-    where a variant of NARROWEST_VARIANT characters is still too wide. A table whose least columns are wider stays so.
+    where a variant of NARROWEST_VARIANT characters is still too wide. A table whose least columns are wider stays
+    so.
     """
     dropped: list[str] = []
     cheap = _same_in_all_rows(table)

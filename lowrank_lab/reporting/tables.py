@@ -27,8 +27,8 @@ def comparison(records: list[dict[str, Any]], section: Section = PERPLEXITY) -> 
 
     ``group`` numbers the sets of rows that are comparable (same model content and protocol), ``identity`` is
     a hash of what they share, and ``measured`` is all that the evaluator returned. ``variant`` says in what a row
-    differs from its method as published or from the other rows of its method, ``told`` the same by setting, ``whole``
-    whether its ratio counts all linears. Records of other component versions are left out.
+    differs from its method as published or from the other rows of its method, ``told`` the same by setting,
+    ``whole`` whether its ratio counts all linears. Records of other component versions are left out.
     """
     done = {r["key"]: r for r in records if r["status"] == "done" and not outdated(r)}
     rows = frame(list(done.values()))

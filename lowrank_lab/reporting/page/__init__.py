@@ -11,7 +11,8 @@ from lowrank_lab.basics.errors import UserError
 from lowrank_lab.basics.paths import RUN
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import published
-from lowrank_lab.reporting.page import ours, papers, ranking, tags
+from lowrank_lab.reporting.page import ours, papers, ranking, states, tags
+from lowrank_lab.reporting.page.answers import answers
 from lowrank_lab.reporting.page.facts import facts
 from lowrank_lab.reporting.page.images import Image, images
 from lowrank_lab.reporting.status import STATES, asked, count
@@ -29,7 +30,7 @@ def write(results: Results, file: Path) -> Path:
 
 
 def html(results: Results) -> str:
-    """The page: what came out, published tables with our numbers, our tables, answers, figures, and states of cells.
+    """The page: what came out, published tables with our numbers, our tables, answers, figures, states of cells.
 
     Raises UserError where there are no records.
     """
@@ -37,9 +38,11 @@ def html(results: Results) -> str:
     if not records:
         raise UserError(f"no records in {results.root}; run something first: {RUN}")
     sources = [paper for name in published.tables() if (paper := papers.paper(name, results))]
-    measured, answers, grids = ours.measured(records), ours.answers(records), ours.grids(results, records)
-    others = [*ours.without_number(records), *ours.left_out(records)]
-    rows = [row for table in (*(p.table for p in sources), *measured, *answers, *grids, *others) for row in table.rows]
+    measured, answered, grids = ours.measured(records), answers(records), states.grids(results, records)
+    others = [*states.without_number(records), *states.left_out(records)]
+    rows = [
+        row for table in (*(p.table for p in sources), *measured, *answered, *grids, *others) for row in table.rows
+    ]
     headlines = list(ranking.headlines(list(records.values())))
     best, rest = _best_first(list(images(results, records)), [caption for caption, _ in headlines])
     template = Environment(
@@ -56,7 +59,7 @@ def html(results: Results) -> str:
         best=best,
         papers=sources,
         measured=measured,
-        answers=answers,
+        answers=answered,
         images=rest,
         states={state: number for state, number in count(asked(results)).items() if number},
         grids=grids,

@@ -11,6 +11,7 @@ from matplotlib import pyplot as plt
 
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import figures, paper_figures
+from lowrank_lab.reporting.drawing import content
 from lowrank_lab.reporting.figures import Drawn
 from lowrank_lab.reporting.page import tags
 from lowrank_lab.reporting.page.tags import Tags
@@ -18,8 +19,8 @@ from lowrank_lab.reporting.page.tags import Tags
 
 @dataclass(frozen=True)
 class Image:
-    """A figure: an id for links to it, the name of its files, its caption, what it shows in words, the files as data
-    URIs, and the values of filters under which it is shown."""
+    """A figure: an id for links to it, the name of its files, its caption, what it shows in words, the files as
+    data URIs, and the values of filters under which it is shown."""
 
     id: str
     name: str
@@ -41,7 +42,7 @@ def images(results: Results, records: dict[str, dict[str, Any]]) -> Iterator[Ima
 
 
 def _image(drawn: Drawn, tags: Tags) -> Image:
-    png, pdf = (figures.content(drawn.figure, kind) for kind in ("png", "pdf"))
+    png, pdf = (content(drawn.figure, kind) for kind in ("png", "pdf"))
     sources = _data("image/png", png), _data("application/pdf", pdf), _data("text/csv", drawn.csv.encode())
     return Image(f"figure-{drawn.name}", drawn.name, drawn.caption, _alt(drawn.figure), *sources, tags)
 

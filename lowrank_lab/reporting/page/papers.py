@@ -109,7 +109,7 @@ def _published(row: pd.Series) -> Cell:
 
 
 def _ours(row: pd.Series, source: Published, marks: dict[str, str]) -> Cell:
-    """Our number, coloured by how far it is from the published one of the same model; or what became of the cell."""
+    """Our number, coloured by how far it is from the published one of its model, or what became of the cell."""
     keys = tuple(row["keys"].split())
     if row["status"] != "done":
         return _without_number(row["status"], keys, row["method"], source)

@@ -54,8 +54,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """``id`` names it in the address, ``about`` says more than the title. Of a grid's cells, ``counts`` says how many
-    are in each state. ``open``: not folded up."""
+    """``id`` names it in the address, ``about`` says more than the title. Of a grid's cells, ``counts`` says how
+    many are in each state. ``open``: not folded up."""
 
     id: str
     title: str

@@ -82,7 +82,9 @@ def _usual(dataset: str) -> str:
 def of_columns(data: pd.DataFrame) -> Tags:
     """Of a paper's figure, by the columns that its data has: no other filter can say that it is not meant."""
     names = [name for name in ("model", "dataset", "method", "ratio") if name in data]
-    return {name: [ratio_tag(value) if name == "ratio" else value for value in data[name].unique()] for name in names}
+    return {
+        name: [ratio_tag(value) if name == "ratio" else value for value in data[name].unique()] for name in names
+    }
 
 
 def union(found: Iterable[Tags]) -> Tags:
@@ -98,7 +100,9 @@ def filters(rows: list[Row]) -> dict[str, list[tuple[str, str]]]:
     names = published.method_names()
 
     def values(what: str) -> list[str]:
-        return sorted({value for row in rows for value in row.tags.get(what, ())}, key=lambda text: (text.lower(), text))
+        return sorted(
+            {value for row in rows for value in row.tags.get(what, ())}, key=lambda text: (text.lower(), text)
+        )
 
     def first(of: list[str], one: str) -> list[str]:
         return [*(value for value in of if value == one), *(value for value in of if value != one)]

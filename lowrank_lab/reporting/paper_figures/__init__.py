@@ -14,7 +14,8 @@ from matplotlib import pyplot as plt
 from lowrank_lab.basics.errors import UserError
 from lowrank_lab.records.results import Results
 from lowrank_lab.reporting import published
-from lowrank_lab.reporting.figures import Drawn, save
+from lowrank_lab.reporting.drawing import save
+from lowrank_lab.reporting.figures import Drawn
 from lowrank_lab.reporting.paper_figures.asvd import ASVD
 from lowrank_lab.reporting.paper_figures.common import PaperFigure
 from lowrank_lab.reporting.paper_figures.dobi import DOBI

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
 
 from lowrank_lab.records.results import compression_of
-from lowrank_lab.reporting.figures import STYLE, wrapped
+from lowrank_lab.reporting.drawing import STYLE, wrapped
 from lowrank_lab.reporting.kinds.errors import linear_names
 from lowrank_lab.reporting.tables import outdated
 

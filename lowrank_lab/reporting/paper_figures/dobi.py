@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 
-from lowrank_lab.reporting.figures import COLOURS, look, truncations
+from lowrank_lab.reporting.drawing import COLOURS, look
+from lowrank_lab.reporting.figures import truncations
 from lowrank_lab.reporting.paper_figures import common
 from lowrank_lab.reporting.paper_figures.common import PaperFigure, Records
 

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from matplotlib import pyplot as plt
 
-from lowrank_lab.reporting.figures import label_of, log_scale, look
+from lowrank_lab.reporting.drawing import label_of, log_scale, look
 from lowrank_lab.reporting.paper_figures import common
 from lowrank_lab.reporting.paper_figures.common import PaperFigure, Records
 

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-from lowrank_lab.reporting.figures import log_scale, look
+from lowrank_lab.reporting.drawing import log_scale, look
 from lowrank_lab.reporting.paper_figures import common
 from lowrank_lab.reporting.paper_figures.common import STEPS, PaperFigure, Records
 
