@@ -57,7 +57,10 @@ def method(row: pd.Series) -> Cell:
 
 
 def _times(value: float, dense: float) -> str:
-    return "—" if pd.isna(value) else f"{value / dense:,.3g}"
+    times = value / dense
+    if pd.isna(times):
+        return "—"
+    return f"{times:.3g}" if times < 1000 else f"{times:,.0f}" if times < 1e6 else f"{times:.2e}"
 
 
 def _best(shown: pd.DataFrame, group: pd.DataFrame, section: Section) -> set[tuple[int, str]]:

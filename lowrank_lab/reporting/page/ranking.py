@@ -52,11 +52,11 @@ def headlines(records: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
 
 
 def _sentence(compressed: pd.DataFrame, dense: float | None) -> str:
-    """The best of those that most others can be compared with; of as many, those that are compressed most."""
+    """The best of those that most others can be compared with; of as many, those that are compressed least."""
     within = alike(compressed)
     sizes = within.map(within.value_counts())
     largest = compressed[sizes == sizes.max()]
-    chosen = compressed[within == within[largest["bits"].idxmin()]]
+    chosen = compressed[within == within[largest["bits"].idxmax()]]
     first = chosen.loc[chosen["value"].idxmin()]
     variant = spelled(first["told"])
     name = f"{first['method']} ({variant})" if variant else first["method"]
