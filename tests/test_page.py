@@ -16,6 +16,7 @@ from urllib.parse import parse_qs
 
 import pandas as pd
 import pytest
+from matplotlib import pyplot as plt
 
 from lowrank_lab.basics.errors import UserError
 from lowrank_lab.cells import config
@@ -147,7 +148,11 @@ def test_figures_can_be_taken_away(read, results):
     assert figures[0].startswith("figure-perplexity_tiny-llama_")  # that of the headline
     assert figures[1] == "figure-asvd_figure5"  # then the papers', and ours
     assert any(name.startswith("figure-perplexity-by-bits_tiny-llama_") for name in figures)
-    assert sum(tag == "img" for tag, _ in read.elements) == len(figures)
+    pictures = [found for tag, found in read.elements if tag == "img"]
+    assert len(pictures) == len(figures)
+    for picture in pictures:  # nothing moves when they are decoded
+        png = plt.imread(io.BytesIO(base64.b64decode(picture["src"].partition(",")[2])))
+        assert png.shape[:2] == (int(picture["height"]), int(picture["width"]))
     files = {found["download"]: found.get("href") for _, found in read.elements if "download" in found}
     for name in (figure.removeprefix("figure-") for figure in figures):
         assert f"{name}.png" in files  # its content is that of the picture; the script gives it

@@ -19,13 +19,14 @@ from lowrank_lab.reporting.page.tags import Tags
 
 @dataclass(frozen=True)
 class Image:
-    """A figure: an id for links to it, the name of its files, its caption, what it shows in words, the files as
-    data URIs, and the values of filters under which it is shown."""
+    """A figure: an id for links to it, the name of its files, its caption, what it shows in words, its width and
+    height in pixels, the files as data URIs, and the values of filters under which it is shown."""
 
     id: str
     name: str
     caption: str
     alt: str
+    size: tuple[int, int]
     png: str
     pdf: str
     csv: str
@@ -44,7 +45,12 @@ def images(results: Results, records: dict[str, dict[str, Any]]) -> Iterator[Ima
 def _image(drawn: Drawn, tags: Tags) -> Image:
     png, pdf = (content(drawn.figure, kind) for kind in ("png", "pdf"))
     sources = _data("image/png", png), _data("application/pdf", pdf), _data("text/csv", drawn.csv.encode())
-    return Image(f"figure-{drawn.name}", drawn.name, drawn.caption, _alt(drawn.figure), *sources, tags)
+    return Image(f"figure-{drawn.name}", drawn.name, drawn.caption, _alt(drawn.figure), _size(png), *sources, tags)
+
+
+def _size(png: bytes) -> tuple[int, int]:
+    """Width and height, which stand at the head of every PNG: with them, nothing moves while a page is read."""
+    return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
 
 
 def _data(kind: str, content: bytes) -> str:
