@@ -57,17 +57,10 @@ def _matched(name: str, results: Results) -> int:
     return int(((joined["status"] == "done") & (joined["published"] != "")).sum())
 
 
-def markdown(results: Results, reached: pd.DataFrame) -> str:
-    """The count by source, all of it below, and the faults of ``reached``, which reach.counts() has found.
-
-    Of the numbers of a table ``met`` can be met by cells of its recipes, and ``left out`` have a reason not to be.
-    """
-    rows = coverage(results)
-    for position, what in enumerate(("met", "left out"), list(rows.columns).index("published") + 1):
-        rows.insert(position, what, [str(reached[what].get(name, "")) for name in rows["name"]])
-    rows["source"] = rows["name"].str.partition("/")[0]
+def by_source(rows: pd.DataFrame) -> pd.DataFrame:
+    """Counts of ``coverage``'s rows: a row for the tables, and one for the figures, of each source."""
     lines = []
-    for (source, kind), group in rows.groupby(["source", "kind"], sort=False):
+    for (source, kind), group in rows.groupby([rows["name"].str.partition("/")[0], "kind"], sort=False):
         lines.append(
             {
                 "source": source,
@@ -80,7 +73,18 @@ def markdown(results: Results, reached: pd.DataFrame) -> str:
                 "waiting": int((group["waits for"] != "").sum()),
             }
         )
-    count = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
-    whole = rows.drop(columns="source").to_markdown(index=False, disable_numparse=True)
+    return pd.DataFrame(lines)
+
+
+def markdown(results: Results, reached: pd.DataFrame) -> str:
+    """The count by source, all of it below, and the faults of ``reached``, which reach.counts() has found.
+
+    Of the numbers of a table ``met`` can be met by cells of its recipes, and ``left out`` have a reason not to be.
+    """
+    rows = coverage(results)
+    for position, what in enumerate(("met", "left out"), list(rows.columns).index("published") + 1):
+        rows.insert(position, what, [str(reached[what].get(name, "")) for name in rows["name"]])
+    count = by_source(rows).to_markdown(index=False, disable_numparse=True)
+    whole = rows.to_markdown(index=False, disable_numparse=True)
     faults = "".join(f"fault: {line}\n" for of_table in reached["faults"] for line in of_table)
     return "\n\n".join(part for part in (count, f"{whole}\n", faults) if part)
