@@ -26,13 +26,15 @@ def write_tables(folder: Path) -> None:
         "sources": coverage.by_source(coverage.coverage(results)),
     }
     for name, table in made.items():
-        text = table.to_markdown(index=False, disable_numparse=True)
+        text = table.to_markdown(index=False, disable_numparse=True) if len(table) else "(not run yet)"
         (folder / f"{name}.md").write_text(f"{text}\n", encoding="utf-8")
 
 
 def by_method(results: Results) -> pd.DataFrame:
     """The perplexities and sizes of experiment=methods, a row a method, the best at 0.8 first."""
     found = _perplexities(results, "methods")
+    if found.empty:
+        return found
     rows = found.pivot_table(index="method", columns="ratio", values=["perplexity", "MB"], aggfunc="first")
     rows = rows.sort_values(("perplexity", 0.8), key=lambda values: values.fillna(float("inf")))
     dense = found[found["method"] == "dense"]["perplexity"].max()
@@ -48,6 +50,8 @@ def by_method(results: Results) -> pd.DataFrame:
 def by_quantization(results: Results) -> pd.DataFrame:
     """The perplexities of experiment=quantization, with the bits kept for each weight of the dense linears."""
     found = _perplexities(results, "quantization")
+    if found.empty:
+        return found
     found["shown"] = [
         f"{_number(row.perplexity)} ({row.bits:.2f})" if row.bits < 16 else _number(row.perplexity)
         for row in found.itertuples()
