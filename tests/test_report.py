@@ -147,6 +147,17 @@ def test_failed_and_skipped_cells_stay_visible(records):
     assert "failed (RuntimeError: broken)" in alone
 
 
+def test_a_number_in_doubt_is_named(records):
+    [dense] = [record for record in records if record["method"] == "dense"]
+    doubtful = json.loads(json.dumps(dense))
+    doubtful["metrics"]["ppl"]["warning"] = "its tokenizer may be wrong"
+    assert "in doubt" not in tables.markdown([doubtful])  # a tiny model is random
+    doubtful["config"]["model"]["path"] = "somebody/model"
+    assert tables.markdown([doubtful]).endswith(
+        f"**Numbers in doubt**\n\n- {dense['label']}: eval=ppl: its tokenizer may be wrong\n"
+    )
+
+
 def test_files_are_the_same_when_written_again(records, tmp_path):
     for name in ("one", "two"):
         tables.write(records, tmp_path / name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from textwrap import TextWrapper, fill
 from typing import Any
@@ -180,7 +180,22 @@ def markdown(records: list[dict[str, Any]], width: int | None = None) -> str:
     ]
     if left_out:
         parts.append("**Left out, since the model does not suit it**\n\n" + _list(left_out, width))
+    if doubtful := [f"- {r['label']}: eval={name}: {why}" for r, name, why in in_doubt(records)]:
+        parts.append("**Numbers in doubt**\n\n" + _list(doubtful, width))
     return "\n\n".join(parts) + "\n"
+
+
+def in_doubt(records: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """The numbers of records that came with a warning: the record, the evaluator, and the warning.
+
+    Those of tiny models are left out: their weights are random and meant to be.
+    """
+    for record in records:
+        tiny = str(record["config"]["model"]["path"]).startswith("tiny:")
+        if record["status"] == "done" and not tiny:
+            for name, measured in record["metrics"].items():
+                if "warning" in measured:
+                    yield record, name, measured["warning"]
 
 
 def _list(lines: list[str], width: int | None) -> str:

@@ -39,7 +39,7 @@ def html(results: Results) -> str:
         raise UserError(f"no records in {results.root}; run something first: {RUN}")
     sources = [paper for name in published.tables() if (paper := papers.paper(name, results))]
     measured, answered, grids = ours.measured(records), answers(records), states.grids(results, records)
-    others = [*states.without_number(records), *states.left_out(records)]
+    others = [*states.without_number(records), *states.left_out(records), *states.in_doubt(records)]
     rows = [
         row for table in (*(p.table for p in sources), *measured, *answered, *grids, *others) for row in table.rows
     ]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lowrank_lab.records.results import Results
+from lowrank_lab.reporting import tables
 from lowrank_lab.reporting.page import tags
 from lowrank_lab.reporting.page.table import Cell, Column, Row, Table
 from lowrank_lab.reporting.page.tags import Tags
@@ -58,6 +59,14 @@ def left_out(records: Records) -> Iterator[Table]:
     ]
     if rows:
         yield _table("left-out", "Left out, since the model does not suit it", "evaluator", rows)
+
+
+def in_doubt(records: Records) -> Iterator[Table]:
+    """The numbers that came with a warning."""
+    found = tables.in_doubt(records.values())
+    rows = [_row(Cell(name, None, (r["key"],)), r["label"], why, tags.of_record(r)) for r, name, why in found]
+    if rows:
+        yield _table("in-doubt", "Numbers in doubt", "evaluator", rows)
 
 
 def _table(id: str, title: str, first: str, rows: list[Row], counts: dict[str, int] | None = None) -> Table:
