@@ -58,7 +58,7 @@ def by_quantization(results: Results) -> pd.DataFrame:
     ]
     rows = found.pivot_table(index="quantization", columns="method", values="shown", aggfunc="first", sort=False)
     order = found.drop_duplicates("quantization").sort_values("bits", ascending=False)["quantization"]
-    rows = rows.reindex(order).fillna(NOTHING).reset_index()
+    rows = rows.reindex(index=order, columns=["dense", "svdllm"]).fillna(NOTHING).reset_index()
     return rows.rename(columns={"quantization": "weights", "svdllm": "`svdllm` at 0.8"})
 
 

@@ -7,6 +7,10 @@ import sys
 
 import pytest
 
+from lowrank_lab.records.results import Results
+from lowrank_lab.reporting import tables
+from lowrank_lab.reporting.recipe_cells import recipe_cells
+
 from .forked import REPOSITORY
 
 PAGES = sorted([REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").rglob("*.md")])
@@ -32,3 +36,16 @@ def test_every_method_names_its_paper(monkeypatch):
     text = page("method", "Methods")
     assert text.count("Paper: [") == len(methods) - 1
     assert all(f"## `{method}`" in text for method in methods)
+
+
+def test_the_table_of_the_readme_is_that_of_the_committed_records():
+    """Perplexities alone: the seconds are of one run."""
+    demo = [cell.record for cell in recipe_cells(("demo",), Results(REPOSITORY / "results" / "small"))]
+    shown = [
+        line for line in tables.markdown([record for record in demo if record]).splitlines() if line[:1] == "|"
+    ]
+    columns = lambda lines: [[word.strip() for word in line.split("|")][1:5] for line in lines]
+    for page in ("README.md", "docs/quickstart.md"):
+        lines = (REPOSITORY / page).read_text(encoding="utf-8").split("| method       | ratio")[1].splitlines()
+        written = lines[1 : lines.index("")]
+        assert columns(written) == columns(shown[1:]), page
