@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -29,7 +30,7 @@ from lowrank_lab.models.load import load_model
 from lowrank_lab.records.results import Results
 from lowrank_lab.running import runner
 
-from .composed import composed
+from .composed import composed, parse_yaml_once
 from .forked import REPOSITORY, Forks
 
 SMALL = (
@@ -41,6 +42,13 @@ SMALL = (
 
 
 FORKS = Forks()
+parse_yaml_once()
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays to the end: do not look through it again at every collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,15 @@ def main() -> None:
     import transformers  # noqa: F401
 
     import lowrank_lab.running.pipeline  # noqa: F401
+    from lowrank_lab.cells import grid
+
+    from .composed import parse_yaml_once
 
     torch.set_num_threads(1)
+    parse_yaml_once()
+    grid.configurations(
+        REPOSITORY / "conf", "config", ["model=tiny", "ratio=0.8,0.6"]
+    )  # what it parses is known to all
     gc.freeze()  # what is there already is not looked through again in every fork
     for line in iter(sys.stdin.readline, ""):
         if (child := os.fork()) == 0:
