@@ -21,7 +21,7 @@ from .conftest import REPOSITORY, Lab
 pytestmark = pytest.mark.own_artifacts
 
 LORA = ["method=svdllm_lora", "refinement.samples=4", "refinement.seqlen=16", "refinement.epochs=1"]
-TRAINED = ["method=dobi_noremap", "allocation.steps=4", "ratio=0.55"]
+TRAINED = ["method=dobi_noremap", "allocation.steps=3", "ratio=0.55"]
 
 
 def at(overrides: str | list[str], where: str, call: int = 1, after: bool = True, of: str = "") -> dict[str, Any]:
@@ -33,13 +33,13 @@ QUICK = {
     "hidden states in files": at(
         "method=svdllm calibration.offload=true", "lowrank_lab.models.walk:mmap.mmap", call=3, after=False
     ),
-    "decomposition": at("method=svdllm", "lowrank_lab.lowrank.spectra:save_file", call=2),
     "allocation training": at(TRAINED, "torch:save", call=2),
-    "refinement": at("method=svdllm_u", "lowrank_lab.lowrank.factors:save_factors", call=2),
-    "a checkpoint": at("method=svdllm save=true", "lowrank_lab.checkpoints.checkpoint:save"),
     "a record": at("method=svdllm", "os:replace", after=False, of="/records/"),
 }
 SLOW = {
+    "decomposition": at("method=svdllm", "lowrank_lab.lowrank.spectra:save_file", call=2),
+    "refinement": at("method=svdllm_u", "lowrank_lab.lowrank.factors:save_factors", call=2),
+    "a checkpoint": at("method=svdllm save=true", "lowrank_lab.checkpoints.checkpoint:save"),
     "evaluation": at(
         "method=svdllm ratio=0.7 eval.ppl.batch_size=2", "lowrank_lab.evaluation.perplexity:check_output", call=2
     ),

@@ -35,9 +35,21 @@ from .conftest import Lab
 
 # What a recipe needs beside conftest's settings to suit a model of 3 blocks and a text of a few thousand bytes.
 SMALLER = {
-    "dobi_figure3_middle": ("allocation.learning_rate=0.3",),
+    "dobi_figure3_left": ("scale.rank_training.steps=8",),
+    "dobi_figure3_middle": (
+        "allocation.learning_rate=0.5",
+        "batches_of.small.large={batch_size: 12, steps: 2}",
+        "batches_of.small.small={batch_size: 2, steps: 12}",
+    ),
     "dobi_figure3_right": ("eval.ipca_memory.widths=[16,32,64]",),
-    "dobi_figure4": ("allocation.steps=4", "eval.speed.repeats=2", "eval.speed.new_tokens=2"),
+    "dobi_figure4": (
+        "allocation.steps=4",
+        "eval.speed.batch_sizes=[3,1,2]",
+        "eval.speed.seqlens=[8,12,16]",
+        "eval.speed.repeats=2",
+        "eval.speed.new_tokens=2",
+    ),
+    "dobi_figure5": ("allocation.steps=4",),
     "dobi_figure11": ("eval.truncation.seqlen=64",),
     "dobi_figure8": (
         "eval.learned_ranks.seqlen=32",
@@ -74,7 +86,7 @@ def context_of(lab: Lab, *overrides: str) -> Context:
 
 def png(figure: plt.Figure) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
+    figure.savefig(file, format="png", dpi=50, metadata={"Software": None})
     plt.close(figure)
     return file.getvalue()
 
@@ -207,8 +219,8 @@ def test_blocks_by_index_or_from_the_last(paper_lab: Lab):
 def test_training_in_batches_of_two_sizes_sees_as_many_sequences(run: Run):
     records = run("dobi_figure3_middle")
     frame = PAPER_FIGURES["dobi/figure3_middle"].data(records)
-    assert list(zip(frame["batch_size"], frame["steps"], strict=True)) == [(2, 64)] * 2 + [(16, 8)] * 2
-    assert set(frame["batch_size"] * frame["steps"]) == {128}
+    assert list(zip(frame["batch_size"], frame["steps"], strict=True)) == [(2, 12)] * 2 + [(12, 2)] * 2
+    assert set(frame["batch_size"] * frame["steps"]) == {24}
     assert sorted(frame["perplexity"]) == sorted(record["metrics"]["ppl"]["value"] for record in records)
     assert frame["perplexity"][frame["ratio"] == 0.4].nunique() == 2  # two trainings
 
@@ -263,7 +275,7 @@ def test_speeds_are_those_of_both_models_in_each_run(run: Run):
     """A line a ratio over batch sizes and over lengths; the first setting is a point of both."""
     records = run("dobi_figure4")
     frame = PAPER_FIGURES["dobi/figure4"].data(records)
-    settings = {"batch size": [(1, 32), (4, 32), (16, 32)], "sequence length": [(16, 32), (16, 64), (16, 128)]}
+    settings = {"batch size": [(1, 8), (2, 8), (3, 8)], "sequence length": [(3, 8), (3, 12), (3, 16)]}
     assert len(frame) == 3 * 2 * 6
     for record in records:
         measured = {(one["batch_size"], one["prompt"]): one for one in record["metrics"]["speed"]["settings"]}
