@@ -64,15 +64,16 @@ def is_leaf(cfg: DictConfig, key: str) -> bool:
 
 
 def parse_yaml_once() -> None:
-    """Have ``yaml.load`` give a copy of what it has made of the same text before."""
+    """Have ``yaml.load`` give OmegaConf a copy of what it has made of the same text before."""
     parse = yaml.load
-    known: dict[tuple[str, str], bytes] = {}
+    known: dict[str, bytes] = {}
 
     def load(stream: Any, Loader: Any) -> Any:
+        if Loader.__name__ != "OmegaConfLoader":  # others may make objects of it
+            return parse(stream, Loader=Loader)
         text = stream if isinstance(stream, str) else stream.read()
-        key = (text, Loader.__qualname__)
-        if key not in known:
-            known[key] = pickle.dumps(parse(text, Loader=Loader))
-        return pickle.loads(known[key])
+        if text not in known:
+            known[text] = pickle.dumps(parse(text, Loader=Loader))
+        return pickle.loads(known[text])
 
     yaml.load = load
