@@ -99,8 +99,16 @@ def expected(lab: Lab) -> dict[str, dict[str, torch.Tensor]]:
     return {artifact: made(context, artifact) for artifact in ARTIFACTS}
 
 
-@pytest.mark.parametrize("artifact", ARTIFACTS)
-@pytest.mark.parametrize("change", CHANGES)
+# Every change with half of the artifacts, every artifact with half of the changes.
+PAIRS = [
+    (change, artifact)
+    for first, change in enumerate(CHANGES)
+    for second, artifact in enumerate(ARTIFACTS)
+    if (first + second) % 2 == 0
+]
+
+
+@pytest.mark.parametrize(("change", "artifact"), PAIRS)
 def test_a_changed_model_is_in_no_artifact(lab, tmp_path, data_root, expected, artifact, change):
     mine = Lab(tmp_path / "results", data_root)
     context = context_of(mine)

@@ -164,8 +164,16 @@ def test_the_cache_is_counted_as_it_is(folders, family):
     assert kv_cache_values_per_token(model.config) == cached / IDS.numel()
 
 
-@pytest.mark.parametrize("method", ["svdllm", "kron"])
-@pytest.mark.parametrize("family", OTHERS)
+# Traits that others lack: parallel blocks, fused linears, experts, norms of queries, no attention.
+TELLING = ["bloom", "cohere", "falcon", "gpt_neo", "gpt_neox", "mamba", "mpt", "olmo2", "qwen2_moe"]
+EACH_ONCE = [
+    pytest.param(family, method, marks=() if quick else pytest.mark.slow)
+    for family in OTHERS
+    for method, quick in (("svdllm", family in TELLING), ("kron", family in ("falcon", "mamba")))
+]
+
+
+@pytest.mark.parametrize(("family", "method"), EACH_ONCE)
 def test_a_discovered_family_is_compressed_saved_and_loaded(lab: Lab, monkeypatch, family, method):
     expected: list[Any] = []
     save = checkpoint.save

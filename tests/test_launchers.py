@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from lowrank_lab.reporting.status import asked, status
 from lowrank_lab.running import runner
 
 from .conftest import REPOSITORY, broken_checkpoint
-from .test_locks import another_process_holds
+from .test_locks import another_process_holds, artifacts, made
 
 pytestmark = pytest.mark.own_artifacts
 
@@ -36,10 +37,12 @@ def test_two_workers_share_a_grid_and_try_a_cell_that_fails_once(lab, tmp_path):
     assert sorted(record["status"] for record in lab.results.records()) == ["done", "done", "failed", "failed"]
     said = "".join(file.read_text() for file in lab.root.glob("logs/*/worker-?.log"))
     assert said.count(": failed (FloatingPointError") == said.count(": failed already (FloatingPointError") == 2
+    assert made(lab.results) == Counter(artifacts(lab.root))  # everything once
     assert len(list((lab.root / "grids").glob("*.json"))) == 1
     assert len({record["grid"] for record in lab.results.records()}) == 1
 
 
+@pytest.mark.slow
 def test_workers_understand_settings_of_their_launcher_from_anywhere(lab, tmp_path):
     experiment = tmp_path / "conf" / "experiment" / "mine.yaml"
     experiment.parent.mkdir(parents=True)
@@ -66,6 +69,7 @@ def test_a_cell_that_failed_is_tried_again_by_the_next_launch_whatever_the_clock
     assert lab.run(*failing)["launch"] == "two"
 
 
+@pytest.mark.slow
 def test_workers_stop_with_their_launcher(lab):
     command = lab.command("-m", "method=svd,svdllm", "ratio=0.8,0.6", *LOCAL)
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)

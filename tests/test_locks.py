@@ -178,7 +178,7 @@ def test_what_was_postponed_goes_on_as_it_becomes_free_and_past_failures(lab, mo
 @pytest.mark.parametrize(
     ("processes", "methods", "ratios"),
     [
-        (2, "svd,svdllm", "0.8,0.6"),
+        pytest.param(2, "svd,svdllm", "0.8,0.6", marks=pytest.mark.slow),  # quick: the workers of test_launchers.py
         pytest.param(8, "svd,asvd_uniform,svdllm", "0.8,0.6,0.4", marks=pytest.mark.slow),
     ],
 )

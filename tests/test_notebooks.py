@@ -84,7 +84,9 @@ def test_git_keeps_no_outputs(notebook):
     assert all(not cell.metadata for cell in cells)
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize(
+    "name", [READERS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in READERS[1:])]
+)
 def test_an_empty_folder_ends_with_one_line(name, tmp_path, executed):
     empty = tmp_path / "results"
     notebook = executed(name, empty)
@@ -101,6 +103,7 @@ def test_methods_are_compared(grid_lab, executed):
     assert f"{best['metrics']['ppl']['value']:.4g}" in shown(notebook)
 
 
+@pytest.mark.slow
 def test_seeds_are_averaged(lab, executed):
     values = [lab.run("method=svdllm", f"seed={seed}")["metrics"]["ppl"]["value"] for seed in (0, 1)]
     assert values[0] != values[1]
@@ -116,6 +119,7 @@ def test_ranks_and_spectra_are_shown(grid_lab, executed):
     assert "21 spectra" in shown(notebook)
 
 
+@pytest.mark.slow
 def test_where_artifacts_are_gone_one_line_says_what_to_run(grid_lab, tmp_path, executed):
     shutil.copytree(grid_lab.root / "records", tmp_path / "results" / "records")
     results = Results(tmp_path / "results")
@@ -143,6 +147,7 @@ def test_an_own_method_joins_a_papers_table(grid_lab, executed):
     assert "model tiny-llama; 6 of" in text
 
 
+@pytest.mark.slow
 def test_without_records_a_papers_table_has_the_published_numbers(tmp_path, executed):
     notebook = executed("to_your_table", tmp_path / "none")
     assert not errors(notebook)

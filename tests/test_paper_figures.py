@@ -52,6 +52,7 @@ SMALLER = {
     "dobi_figure5": ("allocation.steps=4",),
     "dobi_figure11": ("eval.truncation.seqlen=64",),
     "dobi_figure8": (
+        "scale.rank_training.steps=40",
         "eval.learned_ranks.seqlen=32",
         "eval.learned_ranks.max_windows=6",
         "allocation.learning_rate=0.3",
@@ -372,8 +373,8 @@ def test_ranks_start_at_the_target_ratio_and_end_at_what_is_deployed(run: Run):
         [record] = [record for record in run("dobi_figure8") if record["ratio"] == ratio]
         lowrank = record["compressions"]["lowrank"]
         assert set(frame["ratio"]) == {ratio}
-        assert sorted(frame["step"].unique()) == list(range(0, 61, 3))  # 60 steps in 21 states
-        assert frame["epoch"].max() == 60 * 2 / 12
+        assert sorted(frame["step"].unique()) == list(range(0, 41, 2))  # 40 steps in 21 states
+        assert frame["epoch"].max() == 40 * 2 / 12
         sites = {
             name: (s["block"], "+".join(s["linears"]), s["dense"], s["cost"] / lowrank["plan"][name])
             for name, s in lowrank["sites"].items()
@@ -392,7 +393,7 @@ def test_perplexity_of_learned_ranks_ends_at_the_deployed_model(paper_lab: Lab, 
     overrides = ("ratio=0.4", "method=dobi_noremap", "eval.learned_ranks.points=3")
     [record] = run("dobi_figure8", *overrides)
     along = record["metrics"]["learned_ranks"]
-    assert along["states"] == [0, 30, 60]
+    assert along["states"] == [0, 20, 40]
     assert along["value"] == along["perplexity"][-1]
     assert along["value"] == pytest.approx(record["metrics"]["ppl"]["value"], rel=1e-6)
 

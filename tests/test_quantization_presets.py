@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,6 +97,7 @@ def saved(tmp_path_factory, model, tokenizer_from: Path) -> Path:
 SHORTER = {
     "DuQuant": {"steps": 8},
     "SpinQuant": {"steps": 2},
+    "AdaQuant": {"steps": 20},
     "Awq": {"points": 5},
     "BetaSplit": {"betas": [0.3, 0.5]},
     "KMeans": {"iterations": 5},
@@ -163,8 +165,16 @@ def plain(shared, lively) -> Callable[[str, str], torch.Tensor]:
     return of
 
 
-@pytest.mark.parametrize("method", ["dense", "svdllm"])
-@pytest.mark.parametrize("preset", PRESETS)
+def in_turn(methods: tuple[str, str]) -> list[Any]:
+    """Every preset with one of both methods; with the other it is slow."""
+    return [
+        pytest.param(preset, method, marks=pytest.mark.slow if (first + second) % 2 else ())
+        for first, preset in enumerate(PRESETS)
+        for second, method in enumerate(methods)
+    ]
+
+
+@pytest.mark.parametrize(("preset", "method"), in_turn(("dense", "svdllm")))
 def test_a_preset_runs_and_comes_back_as_it_was(shared, lively, plain, tmp_path, preset, method):
     needs(preset)
     context, ranks = made(shared, lively["llama"], method, f"quantization={preset}")
@@ -179,8 +189,7 @@ def test_a_preset_runs_and_comes_back_as_it_was(shared, lively, plain, tmp_path,
     assert torch.equal(logits(context, load_model(str(tmp_path), None, "float32", False)), found)
 
 
-@pytest.mark.parametrize("method", ["dense", "rank 1"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("preset", "method"), in_turn(("rank 1", "dense")))
 def test_a_preset_makes_no_nan_of_odd_weights(shared, odd, preset, method):
     needs(preset)
     context, ranks = made(shared, odd, method, f"quantization={preset}")
@@ -223,8 +232,15 @@ def test_every_cache_runs(shared, lively, plain, kv_cache):
 FORMATS = {"bnb": ["quantization=bnb4"], "kmeans": ["quantization=kmeans"]}
 
 
-@pytest.mark.parametrize("activations", ["int4", "int8_static"])
-@pytest.mark.parametrize("method", options("method"))
+# Each method with one of both kinds of activations; with the other it is slow.
+PAIRS = [
+    pytest.param(method, activations, marks=pytest.mark.slow if (first + second) % 2 else ())
+    for first, method in enumerate(options("method"))
+    for second, activations in enumerate(("int4", "int8_static"))
+]
+
+
+@pytest.mark.parametrize(("method", "activations"), PAIRS)
 def test_every_method_with_every_kind_of_activations(shared, lively, plain, method, activations):
     needs(method)
     settings = FORMATS.get(method, ["quantization=int4"])

@@ -83,7 +83,13 @@ OTHER = (*WSVD, "refinement.steps=2")  # which asks for a gradient of every weig
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    [(family, LORA) for family in sorted(FAMILIES)] + [(family, OTHER) for family in ("llama", "opt", "gpt2")],
+    [
+        (family, LORA)
+        if family in ("llama", "opt", "gpt2", "gemma3_text")
+        else pytest.param(family, LORA, marks=pytest.mark.slow)
+        for family in sorted(FAMILIES)
+    ]
+    + [("opt", OTHER), *(pytest.param(family, OTHER, marks=pytest.mark.slow) for family in ("llama", "gpt2"))],
 )
 @pytest.mark.own_artifacts
 def test_every_family_runs_end_to_end(lab, method, family):

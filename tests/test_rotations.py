@@ -111,9 +111,16 @@ TRANSFORMS = [
 ]
 
 
-@pytest.mark.parametrize("sites", ["dense", "factors", "joint factors"])
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("family", FAMILIES)
+# Every family with every transform, and each of both with every kind of sites.
+SITES = ["dense", "factors", "joint factors"]
+MIXED = [
+    (family, transform, SITES[(first + second) % 3])
+    for first, family in enumerate(FAMILIES)
+    for second, transform in enumerate(TRANSFORMS)
+]
+
+
+@pytest.mark.parametrize(("family", "transform", "sites"), MIXED)
 def test_a_rotation_changes_no_logits(lab, checkpoints, family, transform, sites):
     folder, joint = checkpoints[family.split()[0]], sites == "joint factors"
     context = context_of(
@@ -149,7 +156,12 @@ def outliers(model):
 
 @pytest.mark.parametrize(
     ("sites", "weights"),
-    [("dense", "rtn"), ("dense", "none"), ("factors", "none"), ("joint factors", "none")],
+    [
+        ("dense", "rtn"),
+        pytest.param("dense", "none", marks=pytest.mark.slow),
+        pytest.param("factors", "none", marks=pytest.mark.slow),
+        ("joint factors", "none"),
+    ],
 )
 def test_rotations_lose_less_in_few_bits_where_channels_stand_out(lab, checkpoints, sites, weights):
     """In the mean over seeds: what one draw loses in so small a model differs by a fifth, also by the processor."""

@@ -131,9 +131,15 @@ def logits(model: nn.Module) -> torch.Tensor:
 TRANSFORMS = [("smoothquant", "norms"), ("smoothquant", "all"), ("awq", "foldable")]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("quantization", "where"), TRANSFORMS)
-@pytest.mark.parametrize("rank", [None, 20], ids=["dense", "factored"])
+# Every family with every transform, and each of both dense and factored.
+MIXED = [
+    (family, *transform, (None, 20)[(first + second) % 2])
+    for first, family in enumerate(FAMILIES)
+    for second, transform in enumerate(TRANSFORMS)
+]
+
+
+@pytest.mark.parametrize(("family", "quantization", "where", "rank"), MIXED)
 def test_a_scaled_model_computes_the_same(lab, checkpoints, family, quantization, where, rank):
     options = [f"quantization={quantization}", f"quantization.transform.where={where}"]
     context = context_of(lab, checkpoints[family], *options, rank=rank)
@@ -152,9 +158,11 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "phi3"])
-@pytest.mark.parametrize("latent", ["smooth", "beta", "beta quantization.latent.rotate=true"])
-@pytest.mark.parametrize("grouping", ["each", "qkv"])
+LATENTS = ["smooth", "beta", "beta quantization.latent.rotate=true"]
+
+
+@pytest.mark.parametrize(("family", "grouping"), [("llama", "qkv"), ("opt", "each"), ("phi3", "qkv")])
+@pytest.mark.parametrize("latent", LATENTS)
 def test_latents_change_the_factors_but_not_the_model(lab, checkpoints, family, latent, grouping):
     options = ["quantization=w8a8", *f"quantization/latent={latent}".split(), f"grouping={grouping}"]
     context = context_of(lab, checkpoints[family], *options, rank=20)
@@ -375,8 +383,7 @@ EVERYTHING = [
 
 
 @pytest.mark.parametrize("options", EVERYTHING, ids=" ".join)
-@pytest.mark.parametrize("factor", [0.0, 1e4], ids=["dead", "outlier"])
-@pytest.mark.parametrize("rank", [None, 1], ids=["dense", "rank one"])
+@pytest.mark.parametrize(("factor", "rank"), [(0.0, 1), (1e4, None)], ids=["dead, rank one", "outlier, dense"])
 def test_dead_and_loud_channels_give_numbers(lab, checkpoints, options, factor, rank):
     context = context_of(lab, checkpoints["opt"], *options, rank=rank)
     with_outliers(context, factor)

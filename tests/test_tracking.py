@@ -128,6 +128,7 @@ def test_a_report_is_one_run_with_an_artifact_of_all_files(lab):
     assert pictures and all(found.history[f"{name}._type"] == "image-file" for name in pictures)
 
 
+@pytest.mark.slow
 def test_a_papers_table_is_a_report_too(lab):
     lab.run("method=svd")
     assert report(lab, "table=asvd/table1").returncode == 0
@@ -155,6 +156,7 @@ def test_a_report_survives_wandb(lab, tmp_path, monkeypatch):
     assert written(done) and all(file.is_file() for file in written(done))
 
 
+@pytest.mark.slow
 def test_a_cell_of_a_sweep_is_the_run_that_the_agent_asked_for(lab, tmp_path, monkeypatch):
     """As wandb's agent starts it; also where the cell has run before, or the sweep would wait for its number."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
@@ -178,6 +180,7 @@ def test_a_cell_of_a_sweep_is_the_run_that_the_agent_asked_for(lab, tmp_path, mo
         assert found.config["key"] == record["key"]
 
 
+@pytest.mark.slow
 def test_a_finished_cell_is_copied_once_and_the_command_says_so(lab):
     words = ("metric=abs_mean", "metric.alpha=0.25", "method=svd")
     lab.cli(*words)
