@@ -64,7 +64,8 @@ def test_a_known_name_text_and_no_protocol_stop_no_report(lab, settings):
 
 def test_a_table_has_the_columns_that_its_width_allows(lab):
     record = lab.run(
-        "method=asvd", "metric.alpha=0.25", "allocation=uniform", "refinement=lora", "quantization=int4"
+        *("method=asvd", "metric.alpha=0.25", "allocation=uniform", "refinement=lora", "quantization=int4"),
+        *("refinement.samples=4", "refinement.seqlen=16", "refinement.epochs=1"),
     )
     [(section, _, group)] = tables.all_groups([record])
     table = tables.presentable(group, section)

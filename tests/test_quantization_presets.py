@@ -205,8 +205,17 @@ CACHES = [name for name in options("kv_cache") if name == "int8" or "rotated" in
 TOGETHER = list(zip_longest(TRANSFORMS, options("latent"), CACHES, fillvalue="none"))
 
 
-@pytest.mark.parametrize("parts", TOGETHER, ids="-".join)
-@pytest.mark.parametrize("family", CONFIGS)
+# Every family with some of the parts, every part with some of the families; the others are slow.
+PARTS_OF_FAMILIES = [
+    pytest.param(
+        family, parts, id="-".join([family, *parts]), marks=pytest.mark.slow if (first + second) % 2 else ()
+    )
+    for first, family in enumerate(CONFIGS)
+    for second, parts in enumerate(TOGETHER)
+]
+
+
+@pytest.mark.parametrize(("family", "parts"), PARTS_OF_FAMILIES)
 def test_every_family_in_8_bits_says_what_it_said(shared, lively, plain, family, parts):
     """Under each transform, latent and cache, several at once."""
     transform, latent, kv_cache = parts
