@@ -52,6 +52,7 @@ def test_factorized_forward(lines):
     assert square["over_ideal"] == pytest.approx(square["factorized"] / ideal, rel=0.02)
 
 
+@pytest.mark.slow
 def test_grid_overhead(lines, data_root):
     words = ["model=tiny", "dataset=wikitext2", f"data_root={data_root}", *SMALL]
     *cells, measured, stages = lines("grid_overhead", words, METHODS=("svd", "svdllm"), RATIOS=(0.8, 0.6))
@@ -61,6 +62,7 @@ def test_grid_overhead(lines, data_root):
     assert {"calibration", "decomposition", "eval.ppl"} <= stages["shares"].keys()
 
 
+@pytest.mark.slow
 def test_startup(lines, data_root):
     cell = ("model=tiny", "method=dense", "dataset=wikitext2", f"data_root={data_root}", *SMALL)
     grids = {"small": ("method=svd,asvd", "ratio=0.8,0.6", "dataset=wikitext2", f"data_root={data_root}")}

@@ -262,7 +262,12 @@ torch.save(compressed, sys.argv[3])
 
 
 @pytest.mark.parametrize(
-    "script", [LOWRANK_LAB_FIRST, pytest.param(TRANSFORMERS_FIRST, marks=pytest.mark.slow)], ids=["first", "second"]
+    "script",
+    [
+        pytest.param(LOWRANK_LAB_FIRST, marks=pytest.mark.slow),
+        pytest.param(TRANSFORMERS_FIRST, marks=pytest.mark.slow),
+    ],
+    ids=["first", "second"],
 )
 def test_a_script_that_only_imports_it(saving, tmp_path, script):
     """In either order; and the merged one loads before."""

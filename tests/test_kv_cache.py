@@ -201,6 +201,7 @@ SMALL_SPEED = [
 ]
 
 
+@pytest.mark.slow
 def test_the_speed_of_a_rotated_cache_counts_no_product_twice(lab):
     rotated = ("quantization=kv4", "quantization.kv_cache.rotate=true")
     record = lab.run("method=dense", *rotated, "eval=ppl,speed", *SMALL_SPEED)

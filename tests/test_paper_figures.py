@@ -102,7 +102,12 @@ def without_entries(record: dict[str, Any]) -> dict[str, Any]:
     return old
 
 
-@pytest.mark.parametrize("name", PAPER_FIGURES)
+TRAINED = ("dobi/figure3_left", "dobi/figure3_middle", "dobi/figure4", "dobi/figure7")  # of trainings and speeds
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in TRAINED else ()) for name in PAPER_FIGURES]
+)
 def test_a_figure_is_made_of_its_data_alone(name: str, run: Run):
     """Its data comes out the same whatever the order of the records, and as a CSV gives the same picture."""
     figure = PAPER_FIGURES[name]

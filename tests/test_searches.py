@@ -116,7 +116,7 @@ def truncated_alone(small: Small, name: str, rank: int) -> nn.Module:
 RATIOS = [0.2, 0.5, 0.8]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma2", marks=pytest.mark.slow), "gpt2", "opt"])
 def test_fast_sensitivities_are_those_of_the_definition(tmp_path, family):
     spectra, found = tmp_path / "spectra", tmp_path / "found"
     spectra.mkdir()
@@ -138,6 +138,7 @@ def test_fast_sensitivities_are_those_of_the_definition(tmp_path, family):
     assert differences > 20, "truncation changes nothing here, so the test would not see an error"
 
 
+@pytest.mark.slow
 def test_fast_sensitivities_need_at_most_55_percent_of_the_forward_work(tmp_path):
     spectra, found = tmp_path / "spectra", tmp_path / "found"
     spectra.mkdir()
