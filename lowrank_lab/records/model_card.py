@@ -15,30 +15,35 @@ from lowrank_lab.basics.paths import RUN
 from lowrank_lab.basics.redaction import redacted
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.models.origin import base_model_of, format_of, licence_of
+from lowrank_lab.models.vision_families import AUTO, IMAGE_TASK, TEXT_TASK
 from lowrank_lab.records.results import CHECKPOINTS, FOLDER_SETTINGS, SAVED
 
 NOT_TOLD = (*FOLDER_SETTINGS, "device", "tracker", "dry_run")  # settings that the checkpoint does not depend on
 PROTOCOL = ("dataset", "split", "window", "stride", "windows", "bos")  # what of a protocol fits into a table's row
 DIRECTORIES = re.compile(r"[^,'\"\[\]{}:=]*[/\\]")
 
+LOADED_BY = {  # by task: the classes of transformers, and the name of what makes inputs
+    TEXT_TASK: {"auto": AUTO[TEXT_TASK], "reader": "AutoTokenizer", "processor": "tokenizer"},
+    IMAGE_TASK: {"auto": AUTO[IMAGE_TASK], "reader": "AutoImageProcessor", "processor": "processor"},
+}
 COMPRESSED = """\
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, {reader}
 
 folder = "{name}"  # this folder, or its name on the hub
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = {auto}.from_pretrained(folder, trust_remote_code=True)
+{processor} = {reader}.from_pretrained(folder, trust_remote_code=True)
 ```
 
 `trust_remote_code=True` runs `modeling_lowrank_lab.py`, the code beside the weights, without which transformers
 refuses the model. After `import lowrank_lab` it is not needed. `model.dequantize()` makes dense weights of it."""
 MERGED = """\
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, {reader}
 
 folder = "{name}"  # this folder, or its name on the hub
-model = AutoModelForCausalLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+model = {auto}.from_pretrained(folder)
+{processor} = {reader}.from_pretrained(folder)
 ```
 
 The weights are dense: a plain model for every program that knows the base model, and no smaller than that one."""
@@ -61,7 +66,7 @@ def card(cell: Cell, record: dict[str, Any], what: str, others: Iterable[dict[st
         "## Measured",
         _measured(cell, saved, [*measured, record], [one for one in others if _is_of_source(one, record)]),
         "## How to load it",
-        (COMPRESSED if what == "checkpoint" else MERGED).format(name=name),
+        (COMPRESSED if what == "checkpoint" else MERGED).format(name=name, **LOADED_BY[cell.task]),
         "## How it was made",
         f"```\n{_command(cell, base_model)}\n```\n\nWith {_software(record)}.",
     ]
