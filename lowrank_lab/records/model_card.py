@@ -23,8 +23,18 @@ PROTOCOL = ("dataset", "split", "window", "stride", "windows", "bos")  # what of
 DIRECTORIES = re.compile(r"[^,'\"\[\]{}:=]*[/\\]")
 
 LOADED_BY = {  # by task: the classes of transformers, and the name of what makes inputs
-    TEXT_TASK: {"auto": AUTO[TEXT_TASK], "reader": "AutoTokenizer", "processor": "tokenizer"},
-    IMAGE_TASK: {"auto": AUTO[IMAGE_TASK], "reader": "AutoImageProcessor", "processor": "processor"},
+    TEXT_TASK: {
+        "auto": AUTO[TEXT_TASK],
+        "reader": "AutoTokenizer",
+        "processor": "tokenizer",
+        "tag": "text-generation",
+    },
+    IMAGE_TASK: {
+        "auto": AUTO[IMAGE_TASK],
+        "reader": "AutoImageProcessor",
+        "processor": "processor",
+        "tag": "image-classification",
+    },
 }
 COMPRESSED = """\
 ```python
@@ -59,7 +69,7 @@ def card(cell: Cell, record: dict[str, Any], what: str, others: Iterable[dict[st
     others = list(others)
     measured = [one for one in others if one.get(what) == record[what] and one["key"] != record["key"]]
     parts = [
-        _front_matter(base_model, licence, what),
+        _front_matter(base_model, licence, what, LOADED_BY[cell.task]["tag"]),
         f"# {name}",
         f"{base_model}, compressed with {_title(cell)} by lowrank_lab {record['versions']['lowrank_lab']}.",
         _facts(cell, record, what, base_model, licence),
@@ -79,13 +89,13 @@ def megabytes(count: int | None) -> str:
     return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
-def _front_matter(base_model: str, licence: dict[str, str], what: str) -> str:
+def _front_matter(base_model: str, licence: dict[str, str], what: str, tag: str) -> str:
     """As the hub reads it: https://huggingface.co/docs/hub/model-cards."""
     entries = {
         "base_model": base_model,
         **licence,
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": tag,
     }
     tags = ["lowrank_lab", "compressed" if what == "checkpoint" else "merged"]
     lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in entries.items()]
