@@ -50,12 +50,17 @@ def code_of(model: Any) -> str | None:
     kinds = {type(module) for module in model.modules() if isinstance(module, Described)}
     names = sorted((kind.__module__, kind.__qualname__) for kind in kinds)
     try:
-        return bundle([LOADER, *names], AUTO[task_of(model.config.model_type)])
+        return bundle([LOADER, *names], AUTO[task_of(_model_type(model))])
     except (OSError, TypeError, LookupError) as error:
         log.warning(
             "the checkpoint can be loaded only where lowrank_lab is installed: no code is saved (%s)", error
         )
         return None
+
+
+def _model_type(model: Any) -> str | None:
+    """That of a transformers model; None for another module."""
+    return getattr(getattr(model, "config", None), "model_type", None)
 
 
 def bundle(roots: list[Name], auto: str) -> str:
