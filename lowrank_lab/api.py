@@ -22,6 +22,7 @@ from lowrank_lab.basics.paths import CONF
 from lowrank_lab.cells import grid
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.settings import ANSWERS
+from lowrank_lab.models.vision_families import AUTO
 from lowrank_lab.records.results import Results
 from lowrank_lab.running import runner
 
@@ -41,7 +42,9 @@ def compress(
     results: str | Path = "results",
     **settings: Any,
 ) -> Any:
-    """Compress a causal language model; returns a transformers model, which ``save_pretrained`` keeps whole.
+    """Compress a language model or an image classifier.
+
+    Returns a transformers model, which ``save_pretrained`` keeps whole.
 
     ``model`` is a hub name, a folder, or whatever ``model.path`` may be; or a loaded transformers model, with its
     ``tokenizer`` where it did not come from a folder or the hub. ``calibration`` is an option of that name, or
@@ -58,9 +61,10 @@ def compress(
     if not cell.checkpoints:
         raise UserError(f"method={method}: nothing is compressed; choose another method, quantization or pruning")
     record = _finished(cell)
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    return AutoModelForCausalLM.from_pretrained(Path(cell.cfg.results, record["checkpoint"]), dtype=cell.cfg.dtype)
+    auto = getattr(transformers, AUTO[cell.task])
+    return auto.from_pretrained(Path(cell.cfg.results, record["checkpoint"]), dtype=cell.cfg.dtype)
 
 
 def evaluate(

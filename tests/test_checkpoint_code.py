@@ -204,7 +204,7 @@ def kinds() -> list[type[Described]]:
 
 def test_the_code_of_all_kinds_needs_nothing_else():
     names = [(kind.__module__, kind.__qualname__) for kind in kinds()]
-    tree = ast.parse(bundle.bundle([bundle.LOADER, *names]))
+    tree = ast.parse(bundle.bundle([bundle.LOADER, *names], "AutoModel"))
     imported = {node.module.split(".")[0] for node in tree.body if isinstance(node, ast.ImportFrom)}
     imported |= {name.name for node in tree.body if isinstance(node, ast.Import) for name in node.names}
     assert imported - sys.stdlib_module_names == {"torch", "transformers"}

@@ -34,7 +34,10 @@ def test_every_option_composes_and_builds():
     for chosen in itertools.zip_longest(*by_group):
         words = [word for word in chosen if word is not None]
         words += ["eval.harness.tasks={piqa: acc}"] if "eval=harness" in words else []
-        words += ["model.path=tiny:llama"] if "model=hf" in words else []  # which wants a path
+        words += (
+            ["model.path=tiny:llama"] if {"model=hf", "model=hf_images"} & {*words} else []
+        )  # which want a path
+        words += ["dataset.corpus.folder=images"] if "dataset=image_folder" in words else []
         words += ["allocation.target_perplexity=25"] if "allocation=strs_perplexity" in words else []
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("config", words)
@@ -61,7 +64,7 @@ LOW_RANK = (
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("method=svdlm", "no such option; did you mean svdllm? choose one of asvd, asvd_kv, asvd_uniform, dense"),
+        ("method=svdlm", "no such option; did you mean svdllm? choose one of asvd, asvd_kv, asvd_uniform, comcat"),
         ("model=llama-7b", "did you mean llama_7b?"),
         ("method=int8", "it is one of quantization, quantization=int8"),
         ("eval.ppl.seqln=64", "eval.ppl.seqln: no such setting with these options; did you mean eval.ppl.seqlen?"),

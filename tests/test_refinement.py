@@ -129,7 +129,12 @@ def test_a_phase_changes_its_side_alone(lab, tmp_path, grouping):
     others = {n: p.clone() for n, p in model.named_parameters() if ".left" not in n and ".right" not in n}
     for side, changed in (("left", 0), ("right", 1)):
         lora.train_side(
-            model, side, context.text_ids("refinement"), tmp_path, answers_of(context.cell).refinement, CAUSAL_LM
+            model,
+            side,
+            context.text("refinement")["input_ids"],
+            tmp_path,
+            answers_of(context.cell).refinement,
+            CAUSAL_LM,
         )
         after = all_factors(context, model)
         for name in before:
@@ -146,7 +151,7 @@ def test_merged_is_what_was_trained(lab):
     layers = lora.attach(model, lora.linears_of(model, "right"), answers_of(context.cell).refinement)
     for layer in layers.values():
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
-    ids = context.text_ids("refinement")[:2]
+    ids = context.text("refinement")["input_ids"][:2]
     with torch.no_grad():
         trained = model(ids).logits
         lora.merge(model, layers)

@@ -67,6 +67,7 @@ def make_bench(
     make_spectra(spectra_of, model, tower, sites, SecondMoment(cholesky=False), statistics, None, CPU)
     cell = SimpleNamespace(cfg=SimpleNamespace(calibration=SimpleNamespace(batch_size=2)))
     facts = {"tower": tower, "device": CPU, "calibration_ids": ids, "sites": sites}
+    facts |= {"calibration": {"input_ids": ids}, "calibration_positions": ids.numel()}
     once = lambda _name, _make: spectra_of
     walked = lambda model, samples=None: walk(model, tower, ids[:samples].split(2), CPU)
     return SimpleNamespace(**facts, cell=cell, cached=once, model=model, take_model=dense, dense=dense, walk=walked)

@@ -1,9 +1,9 @@
 """One backward pass over the calibration tokens: statistics of the output gradients of every linear.
 
-The loss is the summed negative log-likelihood of a sequence, each token predicted from those before it. With x
-the inputs and g = dL/dy the output gradients of a linear, the weight gradient of a sequence is Σ g xᵀ. The pass
-runs in float32 whatever the model's dtype, one sequence at a time. Unlike the statistics pass it needs the whole
-model on the device.
+The loss is that of the task, summed: for text the negative log-likelihood of a sequence, each token predicted from
+those before it. With x the inputs and g = dL/dy the output gradients of a linear, the weight gradient of a
+sequence is Σ g xᵀ. The pass runs in float32 whatever the model's dtype, one sequence or image at a time. Unlike
+the statistics pass it needs the whole model on the device.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lowrank_lab.models.families import Tower
 from lowrank_lab.models.rows import batch_rows, current_rows, without_padding
 from lowrank_lab.models.tasks.base import Batch, Task
 from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM
-from lowrank_lab.models.walk import as_batch, block_file, blocks_of
+from lowrank_lab.models.walk import as_batch, block_file, blocks_of, in_parts
 from lowrank_lab.modules.base import dense_weight
 from lowrank_lab.process import progress
 
@@ -91,14 +91,13 @@ def make_gradients(
             of_block[name] = Accumulator(out, inp, outer, weight, device)
             hooks.append(linear.register_forward_hook(partial(_watch, of_block[name])))
         accumulators.append(of_block)
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    hooks.append(embeddings.register_forward_hook(lambda _m, _a, out: out.requires_grad_()))
+    hooks.append(blocks_of(model, tower)[0].register_forward_pre_hook(_start_gradient, with_kwargs=True))
     wanted_gradient = [parameter.requires_grad for parameter in model.parameters()]
     try:
         model.requires_grad_(False)  # only activations need gradients; Σ g xᵀ gives those of the weights
-        sequences = sequences.split(1) if isinstance(sequences, Tensor) else sequences
+        sequences = in_parts(sequences, 1) if isinstance(sequences, Tensor) else sequences
         for sequence in progress.track(sequences, "gradients", "sequence"):
-            batch = {name: tensor.to(device) for name, tensor in as_batch(sequence).items()}
+            batch = as_batch(sequence, device)
             with batch_rows(task.rows(batch)):
                 task.loss(model, batch, "sum").backward()
     finally:
@@ -143,6 +142,11 @@ def load_weight_fisher(folder: Path, index: int, linear: str, device: torch.devi
     """The mean over sequences of (dL/dW)², (out, in) float32, of one linear of block ``index``."""
     with safe_open(folder / block_file(index), framework="pt") as file:
         return file.get_tensor(f"{linear}.weight").to(device)
+
+
+def _start_gradient(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A hook that lets the hidden states have a gradient from where they enter the first block."""
+    (args[0] if args else kwargs["hidden_states"]).requires_grad_()
 
 
 def _watch(accumulator: Accumulator, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:

@@ -98,6 +98,46 @@ def make_statistics(
         save_file(tensors, folder / block_file(index), metadata=tokens_metadata(tokens))
 
 
+def make_means(
+    folder: Path,
+    model: nn.Module,
+    tower: Tower,
+    batches: Iterable[Batch | Tensor],
+    device: torch.device,
+    offload: Path | None = None,
+    task: Task = CAUSAL_LM,
+) -> None:
+    """Compute the mean of every input of every block, as ``make_statistics`` does their second moments."""
+    count = len(blocks_of(model, tower))
+    blocks = walk(model, tower, batches, device, offload=offload, task=task)
+    for index, block, run in progress.track(blocks, "calibration means", "block", count):
+        sums: dict[str, list[Tensor]] = {group[0]: [] for group in tower.inputs}
+        hooks = [
+            block.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, to=to: to.append(_sum_and_count(args[0]))
+            )
+            for name, to in sums.items()
+        ]
+        run()
+        for hook in hooks:
+            hook.remove()
+        totals = {name: torch.stack(of_batches).sum(0) for name, of_batches in sums.items()}
+        means = {f"{name}.mean": (total[:-1] / total[-1]).cpu() for name, total in totals.items()}
+        save_file(means, folder / block_file(index))
+
+
+def _sum_and_count(inputs: Tensor) -> Tensor:
+    """The sum of inputs (…, width), then their number: (width + 1,), float64."""
+    x = without_padding(inputs.detach(), current_rows()).double()
+    return torch.cat([x.sum(0), x.new_tensor([len(x)])])
+
+
+def load_mean(folder: Path, index: int, group: tuple[str, ...], device: torch.device) -> Tensor:
+    """The mean (in,) of the input that the linears of ``group`` in block ``index`` share, float64."""
+    with safe_open(folder / block_file(index), framework="pt") as file:
+        return file.get_tensor(f"{group[0]}.mean").to(device)
+
+
 def gather(
     block: nn.Module, linears: Iterable[str], run: Callable[[], None], device: torch.device
 ) -> dict[str, Accumulator]:

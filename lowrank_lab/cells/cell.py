@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from lowrank_lab.artifacts.store import Store
 from lowrank_lab.basics.errors import UserError
 from lowrank_lab.basics.redaction import redacted
-from lowrank_lab.calibration.corpora import Corpus, Part
+from lowrank_lab.calibration.corpora import Part
+from lowrank_lab.calibration.data import DATA, Data, check_corpus
 from lowrank_lab.cells import config, paths, told
 from lowrank_lab.cells.compression import Compression
 from lowrank_lab.cells.evaluator import Evaluator
@@ -20,6 +21,7 @@ from lowrank_lab.cells.keys import Keys
 from lowrank_lab.checkpoints.description import Saved, saved_in
 from lowrank_lab.models.origin import dtype_of
 from lowrank_lab.models.source import ModelSource, block_count, resolve
+from lowrank_lab.models.vision_families import TEXT_TASK, task_of
 
 LONGEST_NAME = 150  # bytes of a checkpoint's folder: file systems allow 255
 
@@ -72,10 +74,11 @@ class Cell:
             for name in [name for name, one in compressions.items() if not one.on_checkpoints]:
                 compressions.pop(name).switch_off(cfg)
         texts = _texts_of(compressions, cfg)
-        content = lambda dataset, which: _content(dataset, which, cfg.data_root, store)
+        task = task_of(source.model_type)
+        content = lambda dataset, which: _content(dataset, which, cfg.data_root, store, DATA[task])
         calibrates = any(one.needs_calibration for one in compressions.values())
         kind = kind_of(compressions, saved)
-        evaluators = {name: one for name, one in chosen.items() if one.models is None or kind in one.models}
+        evaluators = {name: one for name, one in chosen.items() if _measures(one, kind, task)}
         cell = cls(
             cfg,
             store,
@@ -115,6 +118,16 @@ class Cell:
     def kind(self) -> str:
         """What the evaluated model is: ``dense``, ``quantized``, ``compressed``, a ``checkpoint``, …"""
         return kind_of(self.compressions, self.saved)
+
+    @property
+    def task(self) -> str:
+        """What the model is for: the name of its task (models/tasks/)."""
+        return task_of(self.source.model_type)
+
+    @property
+    def data(self) -> Data:
+        """The kind of data that its task reads."""
+        return DATA[self.task]
 
     @property
     def is_factored(self) -> bool:
@@ -160,6 +173,8 @@ class Cell:
         model = kinds[0] if kinds else "the dense model"
         if self.saved is not None:
             model = "a model that is compressed already, whose dense original is not known"
+        if self.task != TEXT_TASK:
+            model += f" of {self.data.what}"
         return f"eval={','.join(self.left_out)} measures nothing on {model}"
 
     @cached_property
@@ -226,7 +241,7 @@ def text_of(cfg: DictConfig, evaluator: str) -> DictConfig:
     return cfg.eval[evaluator].get("dataset") or cfg.dataset
 
 
-def corpus_part(dataset: DictConfig, which: str) -> tuple[Corpus, Part]:
+def corpus_part(dataset: DictConfig, which: str) -> tuple[Any, Part]:
     """The corpus of a dataset config and its ``eval`` or ``calibration`` part."""
     return config.build(dataset.corpus), Part(**config.plain(dataset[which]))
 
@@ -256,7 +271,13 @@ def _for_checkpoint(cfg: DictConfig, saved: Saved) -> DictConfig:
     return cfg
 
 
-def _content(dataset: DictConfig, which: str, data_root: str | None, store: Store) -> str:
+def _measures(evaluator: Evaluator, kind: str, task: str) -> bool:
+    """Whether an evaluator measures models of a kind (``Cell.kind``) and a task."""
+    return (evaluator.models is None or kind in evaluator.models) and task in evaluator.model_tasks
+
+
+def _content(dataset: DictConfig, which: str, data_root: str | None, store: Store, data: Data) -> str:
     corpus, part = config.build_checked("corpus", dataset.corpus), Part(**config.plain(dataset[which]))
     config.has("corpus", corpus, "content")
+    check_corpus(dataset.name, corpus, data)
     return corpus.content(part.split, data_root, store)

@@ -18,7 +18,6 @@ from lowrank_lab.cells.moved import original_target
 from lowrank_lab.models.origin import DTYPES
 
 AUTO = "auto"  # a dtype: that of the model's own weights
-SAMPLING = ("samples", "seqlen", "seed", "sampling", "bos")  # how windows are drawn from a text
 
 
 def build(node: Any) -> Any:

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from lowrank_lab.artifacts.store import Store
 from lowrank_lab.cells.config import for_key
+from lowrank_lab.models.vision_families import TEXT_TASK
 
 
 class Evaluator:
@@ -21,12 +22,13 @@ class Evaluator:
 
     version             raise it when the evaluator gives another number for the same model
     component           the name of that version in versions.py, if it is there
-    reads_text          whether it reads a text: that of its ``dataset`` node, else that of the cell
+    reads_text          whether it reads a data set: that of its ``dataset`` node, else that of the cell
     add_special_tokens  whether the text's tokens begin with the tokenizer's special ones
     of_this_machine     whether its number, and so its key, depends on the machine and the process that measure it
     no_influence        settings that change its speed but no number
     models              the kinds of model that it can measure (``Cell.kind``), None for all; cells of other kinds
                         leave it out
+    model_tasks         the tasks (models/tasks/) whose models it can measure, in the same way
     """
 
     version: int
@@ -36,6 +38,7 @@ class Evaluator:
     of_this_machine = False
     no_influence: tuple[str, ...] = ("batch_size",)
     models: tuple[str, ...] | None = None
+    model_tasks: tuple[str, ...] = (TEXT_TASK,)
 
     def settings(self, node: DictConfig) -> Any:
         """The settings of its config ``node`` that every number depends on."""
@@ -58,6 +61,10 @@ class Evaluator:
         """By the name of the setting, how many positions of the model it needs."""
         seqlen = getattr(self, "seqlen", None)
         return {} if seqlen is None else {"seqlen": seqlen}
+
+    def read(self, context: Any) -> None:
+        """Read its data set as far as that shows, before any compression, whether it can be read."""
+        context.make_text_tokens()
 
     def check(self, context: Any) -> None:
         """Check, before the weights are read, whether this can measure the model.

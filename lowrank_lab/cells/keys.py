@@ -44,11 +44,11 @@ class Keys:
 
     @cached_property
     def model(self) -> str:
-        """Identifies a model and its tokenizer, and the converted checkpoint of a GGUF or tiny model."""
+        """Identifies a model and its tokenizer, and the converted checkpoint of a GGUF, ONNX or tiny model."""
         remote_code = bool(self.cell.cfg.model.trust_remote_code)
         content: dict[str, Any] = {"model": self.cell.source.content, "remote_code": remote_code}
-        if self.cell.source.kind == "gguf":
-            content["gguf"] = versions.GGUF
+        if self.cell.source.kind in ("gguf", "onnx"):
+            content[self.cell.source.kind] = versions.current()[self.cell.source.kind.upper()]
         return fingerprint({**content, "version": versions.MODEL})
 
     @property
@@ -72,11 +72,11 @@ class Keys:
     def _windows(self, sampling: DictConfig, data: str | None) -> str:
         return fingerprint(
             {
-                "tokenizer": self.model,
+                self.cell.data.reader: self.model,
                 "data": data,
                 "part": config.for_key(sampling.dataset.calibration),
-                "sampling": {name: config.for_key(sampling[name]) for name in config.SAMPLING},
-                "version": versions.TOKENS,
+                "sampling": {name: config.for_key(sampling[name]) for name in self.cell.data.sampling},
+                "version": versions.current()[self.cell.data.component],
             }
         )
 
@@ -85,6 +85,11 @@ class Keys:
         """Identifies the statistics of the inputs of all linears of the dense model."""
         tokens = self.calibration_tokens
         return fingerprint({**self.dense_weights, "tokens": tokens, "version": versions.STATISTICS})
+
+    @property
+    def input_means(self) -> str:
+        """Identifies the mean inputs of all linears of the dense model."""
+        return fingerprint({"statistics": self.statistics, "mean": True})
 
     def gradients(self, outer: bool) -> str:
         """Identifies the statistics of the output gradients (in float32), with the mean of g gᵀ if ``outer``."""
@@ -124,11 +129,11 @@ class Keys:
         """Identifies the tokens of the evaluation text."""
         return fingerprint(
             {
-                "tokenizer": self.model,
+                self.cell.data.reader: self.model,
                 "data": self.cell.evaluation_data[evaluator],
                 "part": config.for_key(self.cell.text_of(evaluator).eval),
                 "special": self.cell.evaluators[evaluator].add_special_tokens,
-                "version": versions.TOKENS,
+                "version": versions.current()[self.cell.data.component],
             }
         )
 

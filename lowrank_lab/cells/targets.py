@@ -14,7 +14,7 @@ from typing import Any
 from lowrank_lab.basics import checks
 from lowrank_lab.basics.errors import SkippedCell, UserError
 from lowrank_lab.models.families import Tower
-from lowrank_lab.modules.site import Site
+from lowrank_lab.modules.site import HeadSite, Site
 
 ROLES = ("all", "attention", "mlp", "qkv", "kv", "gate_up")
 RATIO_OF = ("parameters", "kv_cache")
@@ -60,6 +60,8 @@ class Grouping:
     They share the right factor, and so one latent: its down-projection is stored and computed once (QSVD).
     """
 
+    products = False  # whether products of two linears are factored
+
     def __init__(self, joint: Sequence[str]) -> None:
         if isinstance(joint, str):
             raise ValueError(f"joint={joint} is not valid; it must be a list of roles, [{joint}]")
@@ -69,6 +71,52 @@ class Grouping:
             raise ValueError("joint=[qkv, kv] is not valid; k and v can only be in one of them")
         self.joint = tuple(joint)
 
+    def products_in(
+        self, tower: Tower, block: int, shapes: Mapping[str, tuple[int, int]], heads: int | None, storage: Any
+    ) -> list[HeadSite]:
+        """The products that are factored in the attention of a block, whose linears have ``shapes``.
+
+        Raises SkippedCell where they cannot be.
+        """
+        return []
+
+
+class Heads(Grouping):
+    """Within each head of an attention, W_qᵀ W_k and W_o W_v are factored as one matrix each (COMCAT).
+
+    Where nothing stands between queries and keys, these products are all that the attention computes with, and have
+    no more rank than the size of a head. Other linears are factored one by one.
+    """
+
+    products = True
+
+    def __init__(self) -> None:
+        super().__init__(())
+
+    def products_in(
+        self, tower: Tower, block: int, shapes: Mapping[str, tuple[int, int]], heads: int | None, storage: Any
+    ) -> list[HeadSite]:
+        attention = tower.attention
+        if attention is None or heads is None or not attention.plain:
+            raise SkippedCell(
+                "grouping=heads factors products of queries with keys: in this architecture a rotary embedding or "
+                "a norm stands between them, or it is not known what does"
+            )
+        width = shapes[attention.query][1]
+        if shapes[attention.query] != shapes[attention.key] or shapes[attention.output] != (
+            width,
+            shapes[attention.value][0],
+        ):
+            raise SkippedCell("grouping=heads needs as many heads of keys and values as of queries")
+        size = shapes[attention.query][0] // heads
+        pairs = {"qk": (attention.query, attention.key), "vo": (attention.output, attention.value)}
+        cost = partial(storage.cost, width, width)
+        return [
+            HeadSite(block, members, (size,), size, 2 * width * size, cost, product, head, heads, width)
+            for product, members in pairs.items()
+            for head in range(heads)
+        ]
+
 
 def sites_of(
     tower: Tower,
@@ -76,10 +124,12 @@ def sites_of(
     grouping: Grouping,
     targets: Targets,
     storage: Any,
+    heads: int | None = None,
 ) -> dict[str, Site]:
     """All sites by their full names, in the order of the model.
 
-    ``shapes`` has by block the (out, in) of every compressible linear; ``storage`` says what ranks cost.
+    ``shapes`` has by block the (out, in) of every compressible linear; ``storage`` says what ranks cost; ``heads``
+    are those of an attention, None where it is not known.
     Raises SkippedCell where the architecture lacks a role that is named, UserError where it lacks a block or
     where costs are none (``check_costs``).
     """
@@ -91,8 +141,11 @@ def sites_of(
     for index, of_block in enumerate(shapes):
         if index not in blocks:
             continue
+        of_heads = _products(grouping.products_in(tower, index, of_block, heads, storage), wanted)
+        sites.update({f"{tower.blocks}.{index}.{site.key}": site for site in of_heads})
+        in_heads = {member for site in of_heads for member in site.members}
         for members in _groups(tower, joint):
-            members = tuple(name for name in members if name in wanted)
+            members = tuple(name for name in members if name in wanted and name not in in_heads)
             if not members:
                 continue
             outs = tuple(of_block[name][0] for name in members)
@@ -107,6 +160,14 @@ def sites_of(
                 site = Site(index, members, outs, inp, out * inp, partial(storage.cost, out, inp))
             sites[f"{tower.blocks}.{index}.{site.key}"] = site
     return sites
+
+
+def _products(sites: Sequence[HeadSite], wanted: Sequence[str]) -> list[HeadSite]:
+    """Those of ``sites`` whose linears are ``wanted``. Raises SkippedCell where only one of two is."""
+    found = [site for site in sites if set(site.members) & set(wanted)]
+    if any(not set(site.members) <= set(wanted) for site in found):
+        raise SkippedCell("grouping=heads factors products of two linears, of which targets names one alone")
+    return found
 
 
 def check_costs(storage: Any, out: int, inp: int) -> None:

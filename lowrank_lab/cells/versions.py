@@ -11,6 +11,8 @@ GGUF = (
     2  # models/gguf_conversion.py, gguf_tokenizer.py, only for models from GGUF files; records of 1 do not have it
 )
 TOKENS = 1  # calibration/tokens.py
+ONNX = 1  # models/onnx_conversion.py, only for models from ONNX files
+IMAGES = 1  # calibration/images.py, image_corpora.py, only for models of images
 STATISTICS = 1  # calibration/statistics.py
 GRADIENTS = 1  # calibration/gradients.py
 SPECTRA = 1  # lowrank/solver.py, lowrank/spectra.py, metric/
@@ -26,6 +28,8 @@ TRUNCATED_ACTIVATIONS = 1  # evaluation/truncated_activations.py
 PERTURBED_RANKS = 1  # evaluation/perturbed_ranks.py
 FACTORS = 1  # evaluation/factors.py
 IPCA_MEMORY = 1  # evaluation/ipca_memory.py
+HEAD_VALUES = 1  # evaluation/head_values.py
+TOP1 = 1  # evaluation/top1.py
 LOOK_UP = 1  # evaluation/look_up.py, modules/look_up.py
 HARNESS = 2  # evaluation/harness.py, lm.py, tasks.py, task_data.py
 RECORD = 3  # the schema of results.py
@@ -42,8 +46,11 @@ EVALUATORS = (
     "FACTORS",
     "IPCA_MEMORY",
     "LOOK_UP",
+    "TOP1",
+    "HEAD_VALUES",
     "HARNESS",
 )
+OF_SOME_MODELS = ("GGUF", "ONNX", "IMAGES")
 COMPRESSIONS = ("STATISTICS", "GRADIENTS", "SPECTRA", "COMPRESSION", "QUANTIZATION")
 
 
@@ -57,5 +64,5 @@ def used(components: Iterable[str]) -> dict[str, int]:
 
     A report leaves out records of other versions.
     """
-    left_out = {"GGUF", *EVALUATORS, *COMPRESSIONS} - set(components)
+    left_out = {*OF_SOME_MODELS, *EVALUATORS, *COMPRESSIONS} - set(components)
     return {name: value for name, value in current().items() if name not in left_out}

@@ -18,13 +18,14 @@ from itertools import pairwise
 from typing import Any, TypeAlias
 
 import lowrank_lab
+from lowrank_lab.models.vision_families import AUTO, task_of
 from lowrank_lab.modules.base import Described
 
 log = logging.getLogger(__name__)
 
 HEAD = '''"""How transformers loads the compressed model in this folder.
 
-    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    {auto}.from_pretrained(folder, trust_remote_code=True)
 
 lowrank_lab {version} has taken this file out of its own modules, named below: all that this model uses of them.
 Where lowrank_lab is imported it loads the model itself, and this file is not used.
@@ -49,7 +50,7 @@ def code_of(model: Any) -> str | None:
     kinds = {type(module) for module in model.modules() if isinstance(module, Described)}
     names = sorted((kind.__module__, kind.__qualname__) for kind in kinds)
     try:
-        return bundle([LOADER, *names])
+        return bundle([LOADER, *names], AUTO[task_of(_model_type(model))])
     except (OSError, TypeError, LookupError) as error:
         log.warning(
             "the checkpoint can be loaded only where lowrank_lab is installed: no code is saved (%s)", error
@@ -57,8 +58,13 @@ def code_of(model: Any) -> str | None:
         return None
 
 
-def bundle(roots: list[Name]) -> str:
-    """The file with these definitions and all that they use.
+def _model_type(model: Any) -> str | None:
+    """That of a transformers model; None for another module."""
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def bundle(roots: list[Name], auto: str) -> str:
+    """The file with these definitions and all that they use, for models that the class ``auto`` loads.
 
     Raises LookupError for one that is not at the top of its module, or that has the name of another one.
     """
@@ -70,7 +76,9 @@ def bundle(roots: list[Name]) -> str:
         source = _source(module)
         texts = [source.text(name) for name in source.definitions if (module, name) in found]
         parts.append(_joined([f"# {module}", *dict.fromkeys(texts)]))
-    return "\n\n\n".join([HEAD.format(version=lowrank_lab.__version__) + "\n" + imports, *parts, FOOT.lstrip()])
+    return "\n\n\n".join(
+        [HEAD.format(version=lowrank_lab.__version__, auto=auto) + "\n" + imports, *parts, FOOT.lstrip()]
+    )
 
 
 class _Source:

@@ -63,7 +63,7 @@ def _bytes(model: Any, casted: Mapping[str, nn.Parameter], dtype: torch.dtype) -
 
 def _casted(model: Any, saved: Saved | None, dtype: str, empty: nn.Module | None = None) -> dict[str, nn.Parameter]:
     """The parameters that get ``dtype`` where the model is saved in it, by name."""
-    if DTYPES[dtype] == model.get_input_embeddings().weight.dtype:  # as it is
+    if DTYPES[dtype] == model.dtype:  # as it is
         return {}
     empty = _empty(model, saved) if empty is None else empty
     follow = {name for name, parameter in empty.named_parameters() if parameter.dtype == MARK}

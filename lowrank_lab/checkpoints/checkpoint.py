@@ -78,18 +78,18 @@ def describe(model: nn.Module, sites: Sites, ranks: dict[str, int | None], metho
 
 
 def save(
-    folder: Path, model: Any, tokenizer: Any, use_cache: bool, saved: Saved | None, dtype: str | None = None
+    folder: Path, model: Any, processor: Any, use_cache: bool | None, saved: Saved | None, dtype: str | None = None
 ) -> None:
-    """Write ``model`` as a folder: safetensors, config.json, generation config, tokenizer.
+    """Write ``model`` as a folder: safetensors, config.json, generation config, tokenizer or image processor.
 
     ``saved`` describes how it was compressed (None: it is dense), ``use_cache`` is the value in its original
-    config. Tied tensors are stored once. The weights are written in ``dtype``, by default their own; tensors with a
-    fixed dtype keep it. Raises UserError where a weight is too large for it.
+    config (None: it has none). Tied tensors are stored once. The weights are written in ``dtype``, by default their
+    own; tensors with a fixed dtype keep it. Raises UserError where a weight is too large for it.
     """
     with _saveable_generation_config(model), in_dtype(model, saved, dtype):
         # transformers has old names for tensors of some dense models; tensors of factors have the names of modules.
         type(model).save_pretrained(model, folder, save_original_format=saved is None)
-    tokenizer.save_pretrained(folder)
+    processor.save_pretrained(folder)
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     for part in (config, *config.values()):
@@ -97,7 +97,8 @@ def save(
             part.pop("quantization_config", None)
             if "dtype" in part:
                 part["dtype"] = config["dtype"]
-    config["use_cache"] = use_cache
+    if use_cache is not None:
+        config["use_cache"] = use_cache
     if saved is not None:
         config["quantization_config"] = saved.to_dict()
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -9,9 +9,10 @@ from typing import Any
 from lowrank_lab.basics.errors import UserError
 from lowrank_lab.checkpoints import old_versions
 from lowrank_lab.models.own_config import MODEL_TYPE
-from lowrank_lab.modules.site import Site
+from lowrank_lab.modules.site import HeadSite, Site
 
 QUANT_METHOD = MODEL_TYPE  # the name under which transformers knows these checkpoints
+OF_HEADS = ("product", "head", "heads", "width")  # what the product of two linears within a head has more
 VERSION = 4  # raise when a checkpoint of the present kind could no longer be read
 
 
@@ -118,6 +119,7 @@ def _site_to_dict(name: str, site: Site, rank: int | None) -> dict[str, Any]:
         "dense": site.dense,
         "cost": site.cost(rank),
         "rank": rank,
+        **({name: getattr(site, name) for name in OF_HEADS} if isinstance(site, HeadSite) else {}),
     }
 
 
@@ -126,4 +128,7 @@ def _site_from_dict(entry: Mapping[str, Any]) -> tuple[str, Site, int | None]:
     rank = None if entry["rank"] is None else int(entry["rank"])
     outs = tuple(int(out) for out in entry["outs"])
     place = (int(entry["block"]), tuple(entry["members"]), outs, int(entry["inp"]), int(entry["dense"]))
-    return str(entry["name"]), Site(*place, {rank: int(entry["cost"])}.__getitem__), rank
+    costs = {rank: int(entry["cost"])}.__getitem__
+    if "product" in entry:
+        return str(entry["name"]), HeadSite(*place, costs, *(entry[name] for name in OF_HEADS)), rank
+    return str(entry["name"]), Site(*place, costs), rank

@@ -127,7 +127,7 @@ def merge(model: Any, saved: Saved) -> Any:
         raise UserError("dense weights cannot hold the changes of inputs, keys or values in this model")
     with torch.device("meta"):
         skeleton = type(model)(model.config)  # it knows whether a linear is a Linear or a Conv1D
-    dtype = model.get_input_embeddings().weight.dtype
+    dtype = model.dtype
     for path, weight in _dense_weights(model, saved):
         linear: Any = skeleton.get_submodule(path)
         weight = weight.to(dtype)

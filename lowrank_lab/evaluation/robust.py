@@ -52,11 +52,12 @@ def check_output(model: nn.Module, ids: Tensor, values: Tensor) -> None:
     They are its logits, or anything that is finite where these are. The model runs once more to find the layer.
     """
     if not torch.isfinite(values).all():
-        raise NotFiniteError(first_not_finite(model, ids) or "the model (not reproduced when it ran again)")
+        run = lambda: model(ids, use_cache=False)
+        raise NotFiniteError(first_not_finite(model, run) or "the model (not reproduced when it ran again)")
 
 
-def first_not_finite(model: nn.Module, ids: Tensor) -> str | None:
-    """The first layer to finish with an output for ``ids`` (batch, length) that is not finite; None if all are."""
+def first_not_finite(model: nn.Module, run: Callable[[], Any]) -> str | None:
+    """The first layer of ``model`` to finish with an output in ``run()`` that is not finite; None if all are."""
     found: list[str] = []
 
     def note(name: str) -> Callable[..., None]:
@@ -69,7 +70,7 @@ def first_not_finite(model: nn.Module, ids: Tensor) -> str | None:
     hooks = [module.register_forward_hook(note(name or "the model")) for name, module in model.named_modules()]
     try:
         with torch.no_grad():
-            model(ids, use_cache=False)
+            run()
     finally:
         for hook in hooks:
             hook.remove()

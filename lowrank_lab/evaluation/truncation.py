@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowrank_lab.basics import checks
@@ -117,7 +118,8 @@ def compare(
     with torch.no_grad():
         dense_nll = loss.mean_nll(model, tower, batches)
         if not math.isfinite(dense_nll):
-            layers = (robust.first_not_finite(model, batch.to(device)) for batch in batches)
+            runs = (partial(model, batch.to(device), use_cache=False) for batch in batches)
+            layers = (robust.first_not_finite(model, run) for run in runs)
             raise robust.NotFiniteError(next((layer for layer in layers if layer), "the model"))
         block_sites = by_block(sites, len(walk.blocks_of(model, tower)))
         entering: list[Tensor] = []

@@ -24,14 +24,15 @@ def spectra(context: Context) -> Path:
 
 
 def _spectra(context: Context) -> Path:
-    metric = answers_of(context.cell).metric
+    metric, grouping = answers_of(context.cell).metric, answers_of(context.cell).grouping
     statistics = context.statistics if metric.needs_inputs else None
+    means = context.input_means if metric.needs_inputs and grouping.products else None
     gradients = output_gradients(context) if metric.needs_gradients else None
 
     def make(folder: Path) -> None:
         with context.dense(context.cell.cfg.dtype) as model:
             where = (folder, model, context.tower, context.sites)
-            decomposition.make_spectra(*where, metric, statistics, gradients, context.device)
+            decomposition.make_spectra(*where, metric, statistics, gradients, context.device, means)
 
     return context.cached_artifact("decomposition", "spectra", LowRankKeys(context.cell).spectra, make)
 

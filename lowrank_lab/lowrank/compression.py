@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from lowrank_lab.basics.checks import is_count
-from lowrank_lab.basics.errors import UserError
+from lowrank_lab.basics.errors import SkippedCell, UserError
 from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.basics.paths import RUN
 from lowrank_lab.cells import config
@@ -99,6 +99,19 @@ class LowRank(Compression):
 
     def key(self, cell: Cell, before: str) -> str:
         return LowRankKeys(cell).compressed(before)
+
+    def check(self, context: Context) -> None:
+        """Raises SkippedCell where products of linears cannot be factored as the answers say."""
+        if not self.answers.grouping.products:
+            return
+        if self.answers.metric.needs_gradients:
+            raise SkippedCell(
+                "grouping=heads: this metric weighs the outputs of linears by their gradients, which the product "
+                "of queries and keys does not have; use metric=identity, second_moment, abs_mean or abs_max"
+            )
+        if self.answers.refinement is not None:
+            raise SkippedCell("grouping=heads: refinements fit the factors of single linears; use refinement=none")
+        _ = context.sites
 
     def plan(self, context: Context) -> Plan:
         """The rank of every site; None: it stays dense."""

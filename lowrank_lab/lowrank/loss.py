@@ -40,7 +40,7 @@ def mean_nll(
     device = next(model.parameters()).device
     total, count = 0.0, 0
     for number, given in enumerate(batches):
-        batch = {name: tensor.to(device) for name, tensor in as_batch(given).items()}
+        batch = as_batch(given, device)
         with entering_at(model, tower, block, entering[number].to(device)) if block else nullcontext():
             total += task.loss(model, batch, "sum").item()
         count += task.predicted(batch)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import partial, singledispatch
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,8 @@ from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.lowrank.truncation import smooth_truncation
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import blocks_of
-from lowrank_lab.modules.factorized import install, plain_linear, site_weight
-from lowrank_lab.modules.site import Site, Sites, by_block
+from lowrank_lab.modules.factorized import factorize, install, plain_linear, site_weight
+from lowrank_lab.modules.site import HeadSite, Site, Sites, by_block
 
 # From how many directions there are to the factor of each, (count,).
 Mask = Callable[[int], Tensor]
@@ -38,6 +39,24 @@ class MaskedLatent(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         latent = self.linear(x)
         return latent * self.mask(latent.shape[-1]).to(latent)
+
+
+class MaskedHeads(nn.Module):
+    """Keys or values by head, those of some heads each multiplied by the mask of the head."""
+
+    def __init__(self, rows: nn.Module, masks: Mapping[int, Mask]) -> None:
+        super().__init__()
+        self.rows = rows
+        self.masks = dict(masks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows: Any = self.rows
+        values = rows(x)
+        heads = list(values.split(rows.size, -1))
+        for head, mask in self.masks.items():
+            kept = nn.functional.pad(mask(rows.ranks[head]).to(values), (0, rows.size - rows.ranks[head]))
+            heads[head] = heads[head] * kept
+        return torch.cat(heads, -1)
 
 
 class TruncatedActivation(nn.Module):
@@ -84,8 +103,24 @@ def mask_directions(
         weight = site_weight(block, site)
         factors = load_spectrum(spectra, site, device).factors(weight.to(device, torch.float64), ranks[name])
         left, right = (factor.to(weight) for factor in Absorb(0.5).split(*factors))
-        masked = MaskedLatent(plain_linear(right, None), masks[name])
-        install(block, site, masked, partial(_rows_of, left))
+        put_masked(site, block, left, right, masks[name])
+
+
+@singledispatch
+def put_masked(site: Site, block: nn.Module, left: Tensor, right: Tensor, mask: Mask) -> None:
+    """Replace a site by its factors with ``mask`` on the latent values, by the kind of site."""
+    install(block, site, MaskedLatent(plain_linear(right, None), mask), partial(_rows_of, left))
+
+
+@put_masked.register
+def _(site: HeadSite, block: nn.Module, left: Tensor, right: Tensor, mask: Mask) -> None:
+    _, second = site.members
+    before = block.get_submodule(second)
+    masks = before.masks if isinstance(before, MaskedHeads) else {}
+    if isinstance(before, MaskedHeads):
+        block.set_submodule(second, before.rows)
+    factorize(block, site, left, right)
+    block.set_submodule(second, MaskedHeads(block.get_submodule(second), {**masks, site.head: mask}))
 
 
 def mask_activations(model: nn.Module, tower: Tower, sites: Sites, masks: Mapping[str, Mask]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial, singledispatch
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ from torch import Tensor, nn
 
 from lowrank_lab.basics.errors import named
 from lowrank_lab.calibration.gradients import load_gradients
-from lowrank_lab.calibration.statistics import load_statistics
-from lowrank_lab.lowrank.metric.base import Metric, OutputStatistics
+from lowrank_lab.calibration.statistics import load_mean, load_statistics
+from lowrank_lab.lowrank.head_spectra import spectrum_of_head
+from lowrank_lab.lowrank.metric.base import InputStatistics, Metric, OutputStatistics
 from lowrank_lab.lowrank.solver import Spectrum, decompose, decompose_by_cholesky
 from lowrank_lab.lowrank.storage.base import Storage
 from lowrank_lab.models.families import Tower
 from lowrank_lab.models.walk import block_file, blocks_of
 from lowrank_lab.modules.factorized import site_weight
-from lowrank_lab.modules.site import Site, Sites, by_block
+from lowrank_lab.modules.site import HeadSite, Site, Sites, by_block
 from lowrank_lab.process import progress
 from lowrank_lab.process.out_of_memory import unless_out_of_memory
 
@@ -39,19 +41,22 @@ def make_spectra(
     statistics: Path | None,
     gradients: Path | None,
     device: torch.device,
+    means: Path | None = None,
 ) -> None:
     """Decompose every site under ``metric``; the file of each block is written when the block is done.
 
-    ``statistics`` and ``gradients`` are the folders of ``make_statistics`` and ``make_gradients``, or None where
-    the metric does not need them. Bases are stored in float32 where they are the left factor itself, and in float64
-    where the left factor is W · basis: an ill-conditioned W would magnify their rounding.
+    ``statistics``, ``means`` and ``gradients`` are the folders of ``make_statistics``, ``make_means`` and
+    ``make_gradients``, or None where the metric, or for ``means`` the sites, do not need them. Bases are stored in
+    float32 where they are the left factor itself, and in float64 where the left factor is W · basis: an
+    ill-conditioned W would magnify their rounding.
     """
     blocks = blocks_of(model, tower)
     pairs = list(zip(blocks, by_block(sites, len(blocks)), strict=True))
     for index, (block, of_block) in enumerate(progress.track(pairs, "decomposition", "block")):
         tensors = {}
         for name, site in of_block.items():
-            solve = partial(_spectrum, name, block, site, tower, metric, statistics, gradients)
+            source = Source(tower, metric, statistics, means, gradients)
+            solve = partial(_spectrum, name, block, site, source)
             spectrum = unless_out_of_memory(partial(solve, device)) if device.type != "cpu" else solve(device)
             if spectrum is None:
                 log.warning(
@@ -60,36 +65,67 @@ def make_spectra(
                 spectrum = solve(torch.device("cpu"))
             tensors[f"{site.key}.eigenvalues"] = spectrum.eigenvalues.cpu()
             kept_in = torch.float32 if site.out <= site.inp else torch.float64
+            metric_in = torch.float64 if site.between else torch.float32
+            kept_in = torch.float64 if site.between else kept_in
             tensors[f"{site.key}.basis"] = spectrum.basis.to("cpu", kept_in).contiguous()
             if spectrum.output_metric is not None:
-                tensors[f"{site.key}.output_metric"] = spectrum.output_metric.float().cpu()
+                tensors[f"{site.key}.output_metric"] = spectrum.output_metric.to("cpu", metric_in)
         save_file(tensors, folder / block_file(index))
 
 
-def _spectrum(
-    name: str,
-    block: nn.Module,
-    site: Site,
-    tower: Tower,
-    metric: Metric,
-    statistics: Path | None,
-    gradients: Path | None,
-    device: torch.device,
-) -> Spectrum:
-    """The spectrum of one site, computed on ``device``; the folders are those of ``make_spectra``."""
-    weight = site_weight(block, site).to(device, torch.float64)
-    inputs = outputs = None
-    if statistics is not None:
-        group = next(group for group in tower.inputs if site.members[0] in group)
-        inputs = load_statistics(statistics, site.block, group, device)
-    if gradients is not None:
-        outputs = _stack([load_gradients(gradients, site.block, linear, device) for linear in site.members])
-    c, r = metric(inputs, outputs)
-    samples = inputs.tokens if inputs is not None and c is not None and c.ndim == 2 else None
+@dataclass(frozen=True)
+class Source:
+    """What spectra are made from: a metric, and the folders of the statistics that it needs."""
+
+    tower: Tower
+    metric: Metric
+    statistics: Path | None
+    means: Path | None
+    gradients: Path | None
+
+    def group(self, linear: str) -> tuple[str, ...]:
+        """The linears that share the input of ``linear``."""
+        return next(group for group in self.tower.inputs if linear in group)
+
+    def inputs(self, index: int, linear: str, device: torch.device) -> InputStatistics | None:
+        if self.statistics is None:
+            return None
+        return load_statistics(self.statistics, index, self.group(linear), device)
+
+    def mean(self, index: int, linear: str, device: torch.device) -> Tensor | None:
+        return None if self.means is None else load_mean(self.means, index, self.group(linear), device)
+
+    def outputs(self, index: int, linears: Sequence[str], device: torch.device) -> OutputStatistics | None:
+        if self.gradients is None:
+            return None
+        return _stack([load_gradients(self.gradients, index, linear, device) for linear in linears])
+
+
+def _spectrum(name: str, block: nn.Module, site: Site, source: Source, device: torch.device) -> Spectrum:
+    """The spectrum of one site, computed on ``device``."""
     with named(name):
-        if c is not None and getattr(metric, "cholesky", False):
-            return decompose_by_cholesky(weight, c)
-        return decompose(weight, c, r, samples)
+        return spectrum_of(site, block, source, device)
+
+
+@singledispatch
+def spectrum_of(site: Site, block: nn.Module, source: Source, device: torch.device) -> Spectrum:
+    """The spectrum of a site, by its kind."""
+    weight = site_weight(block, site).to(device, torch.float64)
+    inputs = source.inputs(site.block, site.members[0], device)
+    c, r = source.metric(inputs, source.outputs(site.block, site.members, device))
+    samples = inputs.tokens if inputs is not None and c is not None and c.ndim == 2 else None
+    if c is not None and getattr(source.metric, "cholesky", False):
+        return decompose_by_cholesky(weight, c)
+    return decompose(weight, c, r, samples)
+
+
+@spectrum_of.register
+def _(site: HeadSite, block: nn.Module, source: Source, device: torch.device) -> Spectrum:
+    first, second = site.members
+    inputs, mean = source.inputs(site.block, second, device), source.mean(site.block, second, device)
+    attended = source.inputs(site.block, first, device) if site.product == "vo" else None
+    outputs = source.outputs(site.block, [first], device)
+    return spectrum_of_head(block, site, source.metric, inputs, mean, attended, outputs, device)
 
 
 def _stack(members: list[OutputStatistics]) -> OutputStatistics:

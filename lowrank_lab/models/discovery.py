@@ -23,8 +23,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_lab.basics.errors import UserError
 from lowrank_lab.models.default_dtype import default_dtype
-from lowrank_lab.models.families import FAMILIES, Attention, Family, Tower, language_model
+from lowrank_lab.models.families import Attention, Family, Tower, language_model
 from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM, of_tokens
+from lowrank_lab.models.vision_families import ROWS
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def family_of(model: Any) -> Family:
     ``model`` may be without weights, compressed, or without lm_head. Raises UserError for one that has no list of
     blocks with linears, or that needs more of its blocks than their hidden states.
     """
-    row = FAMILIES.get(model.config.model_type)
+    row = ROWS.get(model.config.model_type)
     return row if row is not None else discovered(type(model), model.config)
 
 
@@ -99,7 +100,7 @@ def _blocks(model: Any) -> str:
 def _unknown(model_config: Any, why: str) -> UserError:
     return UserError(
         f"model type '{model_config.model_type}' has no compressible layer known to lowrank_lab: {why}; rows: "
-        f"{', '.join(sorted(FAMILIES))} (to add one, see CONTRIBUTING.md)"
+        f"{', '.join(sorted(ROWS))} (to add one, see CONTRIBUTING.md)"
     )
 
 

@@ -15,12 +15,16 @@ from lowrank_lab.basics.errors import SkippedCell
 
 @dataclass(frozen=True)
 class Attention:
-    """The linears of a block's attention, by path. Where they are one fused matrix, several have the same path."""
+    """The linears of a block's attention, by path. Where they are one fused matrix, several have the same path.
+
+    ``plain`` is whether nothing stands between queries and keys but their product: no rotary embedding, no norm.
+    """
 
     query: str
     key: str
     value: str
     output: str
+    plain: bool = False
 
     @property
     def fused(self) -> bool:
@@ -48,7 +52,7 @@ class Folding:
 
 @dataclass(frozen=True)
 class Tower:
-    """A stack of blocks of one kind: the decoder of a language model, or later an image encoder.
+    """A stack of blocks of one kind: the decoder of a language model, or an image encoder.
 
     ``blocks`` is the path of the list of transformer blocks. ``inputs`` lists the compressible linears of a
     block, grouped by the input they share: linears of one group have the same inputs, so they share one input
@@ -73,7 +77,7 @@ class Tower:
 
 @dataclass(frozen=True)
 class Family:
-    """Models of one kind: their ``task`` (models/tasks/), and their ``towers`` by name.
+    """Models of one kind: their ``task`` (models/tasks/), and their ``towers`` by name, the compressed one first.
 
     ``config_of`` has, by tower, the attribute of the model's configuration that holds the tower's own; the
     configuration itself where a tower is not listed.
@@ -85,13 +89,18 @@ class Family:
 
     @property
     def tower(self) -> Tower:
-        """The one that is compressed."""
-        return self.towers["language"]
+        """The one that is compressed: the first."""
+        return next(iter(self.towers.values()))
 
-    def config(self, model_config: Any, tower: str = "language") -> Any:
-        """The configuration of a tower, out of its model's."""
-        attribute = self.config_of.get(tower)
+    def config(self, model_config: Any, tower: str | None = None) -> Any:
+        """The configuration of a tower, by default the first, out of its model's."""
+        attribute = self.config_of.get(next(iter(self.towers)) if tower is None else tower)
         return model_config if attribute is None else getattr(model_config, attribute)
+
+
+def heads_of(family: Family, model_config: Any) -> int | None:
+    """The number of heads of a model's attention; None where it has none."""
+    return getattr(family.config(model_config), "num_attention_heads", None)
 
 
 def folding_of(tower: Tower, what: str = "this transform") -> Folding:
@@ -161,7 +170,7 @@ OPT = Tower(
         "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
         "mlp": ("fc1", "fc2"),
     },
-    attention=Attention("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
+    attention=Attention("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", True),
     folding=Folding(
         norm="layer",
         norms=("self_attn_layer_norm", None, "final_layer_norm", None),
@@ -206,7 +215,7 @@ PHI3 = Tower(
     folding=replace(LLAMA_FOLDING, feeds={}),
 )
 
-FAMILIES: dict[str, Family] = {  # by config.json's model_type
+FAMILIES: dict[str, Family] = {  # of language models, by config.json's model_type; of images: vision_families.py
     "llama": language_model(LLAMA),
     "mistral": language_model(LLAMA),
     "qwen2": language_model(LLAMA),
@@ -235,7 +244,8 @@ def kv_cache_shape(config: Any) -> tuple[int, int, int] | None:
     """Layers, key-value heads and head size; None for a model that caches something else (Mamba, hybrids, MLA)."""
     heads = getattr(config, "num_attention_heads", None)
     layers = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
-    if heads is None or hasattr(config, "kv_lora_rank") or not layers <= KEYS_AND_VALUES:
+    caches = hasattr(config, "use_cache")  # image encoders do not
+    if heads is None or not caches or hasattr(config, "kv_lora_rank") or not layers <= KEYS_AND_VALUES:
         return None
     return config.num_hidden_layers, _kv_heads(config), head_size(config)
 

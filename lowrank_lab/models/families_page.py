@@ -11,17 +11,20 @@ import pandas as pd
 from transformers import AutoConfig
 
 from lowrank_lab.models.discovery import family_of
-from lowrank_lab.models.families import FAMILIES, Tower, kv_cache_shape
-from lowrank_lab.models.load import skeleton
-from lowrank_lab.models.tiny import ALL_CONFIGS
+from lowrank_lab.models.families import Tower, kv_cache_shape
+from lowrank_lab.models.tasks.named import TASKS
+from lowrank_lab.models.tiny import EVERY_CONFIG
+from lowrank_lab.models.vision_families import ROWS, task_of
 
 TEXT = """# Families
 
 The families of models that the tests run, each as a tiny random model (`model.path=tiny:NAME`), and what is
 compressed in them. Linears in one pair of brackets are given the same input: they share a statistic.
 
-A **row** of `lowrank_lab/models/families.py` also says what rotations and scales of activations fold into weights.
-`tests/test_models.py` checks each row, and other tests compress, quantize, save and load these families.
+A **row** of `lowrank_lab/models/families.py`, of image classifiers `vision_families.py`, also says what rotations
+and scales of activations fold into weights. `tests/test_models.py` and `tests/test_vision.py` check each row, and
+other tests compress, quantize, save and load these families. Of CLIP and SigLIP the vision tower is compressed; the
+text tower has a row too.
 
 Any other causal language model of transformers with one list of like blocks is known by **discovery**: a forward
 of a few tokens shows which linears are given the same tensor. QuaRot, SpinQuant, SmoothQuant and AWQ need a row,
@@ -35,16 +38,17 @@ This page is written by `python -m lowrank_lab.models.families_page`; a test hol
 
 
 def page() -> str:
-    rows = [_row(family) for family in sorted(ALL_CONFIGS, key=lambda family: (family not in FAMILIES, family))]
+    rows = [_row(family) for family in sorted(EVERY_CONFIG, key=lambda family: (family not in ROWS, family))]
     return TEXT.format(table=pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True))
 
 
 def _row(family: str) -> dict[str, Any]:
-    model = skeleton(AutoConfig.for_model(family, **ALL_CONFIGS[family]), False)
+    task = TASKS[task_of(family)]
+    model: Any = task.skeleton(AutoConfig.for_model(family, **EVERY_CONFIG[family]), False)
     tower = family_of(model).tower
     return {
         "model_type": f"`{family}`",
-        "known by": "row" if family in FAMILIES else "discovery",
+        "known by": "row" if family in ROWS else "discovery",
         "blocks": f"`{tower.blocks}`",
         "compressed, by input": " ".join(f"[{_short(group)}]" for group in tower.inputs),
         "stays dense in a block": _short(tower.stays_dense),

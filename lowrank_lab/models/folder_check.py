@@ -14,10 +14,13 @@ from typing import Any
 from lowrank_lab.basics.errors import UserError
 from lowrank_lab.models import quantized_by_others, weight_files
 from lowrank_lab.models.own_config import unguarded
+from lowrank_lab.models.vision_families import TEXT_TASK, task_of
 from lowrank_lab.models.weight_files import NAMES, DamagedFile, RunsCode
 
 ADAPTER = "adapter_config.json"
+IMAGE_PROCESSOR = "preprocessor_config.json"
 READ_AS_JSON = (
+    IMAGE_PROCESSOR,
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -70,7 +73,10 @@ def _checked(folder: Path, _state: tuple[Any, ...]) -> dict[str, Any]:
     for name in READ_AS_JSON:
         if (folder / name).is_file():
             _object(folder, name)
-    _check_tokenizer(folder, settings)
+    if task_of(settings.get("model_type")) == TEXT_TASK:
+        _check_tokenizer(folder, settings)
+    elif not (folder / IMAGE_PROCESSOR).is_file():
+        raise UserError(f"model.path={folder}: the folder has no {IMAGE_PROCESSOR}; copy it into it")
     return settings
 
 

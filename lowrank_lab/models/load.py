@@ -34,9 +34,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def convert(source: ModelSource, folder: Path) -> None:
-    """Write a GGUF or tiny model as a plain checkpoint folder: safetensors, config.json, tokenizer."""
+    """Write a GGUF, ONNX or tiny model as a plain checkpoint folder: safetensors, config.json, tokenizer."""
     if source.kind == "tiny":
         tiny.build(source.location, folder)
+        return
+    if source.kind == "onnx":
+        from lowrank_lab.models import onnx_conversion
+
+        onnx_conversion.convert(Path(source.location), folder)
         return
     from lowrank_lab.models import gguf_conversion
 
@@ -61,10 +66,13 @@ def load_config(location: str, revision: str | None, trust_remote_code: bool, **
     return found
 
 
-def skeleton(model_config: Any, trust_remote_code: bool) -> Any:
-    """The model of ``load_config`` without weights, for shapes. Raises UserError for sizes that make no model."""
+def skeleton(model_config: Any, trust_remote_code: bool, auto: Any = AutoModelForCausalLM) -> Any:
+    """The model of ``load_config`` without weights, for shapes. Raises UserError for sizes that make no model.
+
+    ``auto`` is the class of transformers that chooses the class of the model.
+    """
     with _one_line(model_config.name_or_path, "its config.json"), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
+        return auto.from_config(model_config, trust_remote_code=trust_remote_code)
 
 
 def load_model(location: str, revision: str | None, dtype: str, trust_remote_code: bool) -> nn.Module:
@@ -78,10 +86,23 @@ def load_model(location: str, revision: str | None, dtype: str, trust_remote_cod
     return model.eval()
 
 
+def load_image_model(
+    location: str, revision: str | None, dtype: str, trust_remote_code: bool, auto: Any
+) -> nn.Module:
+    """The same for a model of images, whose class ``auto`` of transformers chooses."""
+    return _loaded(location, revision, trust_remote_code, auto, dtype=DTYPES[dtype]).eval()
+
+
 def check_model(location: str, revision: str | None, trust_remote_code: bool) -> None:
     """Raises UserError as ``load_model`` and ``load_tokenizer`` do; no values of weights are read."""
     _loaded(location, revision, trust_remote_code, device_map="meta")
     load_tokenizer(location, revision, trust_remote_code)
+
+
+def check_image_model(location: str, revision: str | None, trust_remote_code: bool, auto: Any) -> None:
+    """Raises UserError as ``load_image_model`` and ``load_image_processor`` do; no values of weights are read."""
+    _loaded(location, revision, trust_remote_code, auto, device_map="meta")
+    load_image_processor(location, revision, trust_remote_code)
 
 
 def load_tokenizer(location: str, revision: str | None, trust_remote_code: bool) -> Any:
@@ -90,14 +111,27 @@ def load_tokenizer(location: str, revision: str | None, trust_remote_code: bool)
         return AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def _loaded(location: str, revision: str | None, trust_remote_code: bool, **how: Any) -> Any:
+def load_image_processor(location: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """The image processor of a model, with Pillow where torchvision is absent. Raises UserError as the above."""
+    # That of the package needs torchvision. Not above: it imports the quantizers, which import lowrank_lab.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    with _one_line(location, "its preprocessor_config.json"), _without_report():
+        return AutoImageProcessor.from_pretrained(
+            location, revision=revision, trust_remote_code=trust_remote_code, backend="pil"
+        )
+
+
+def _loaded(
+    location: str, revision: str | None, trust_remote_code: bool, auto: Any = AutoModelForCausalLM, **how: Any
+) -> Any:
     """The model of ``location``, whose weights are all its own: transformers draws at random what a file lacks."""
     model_config = load_config(location, revision, trust_remote_code)
     if (generation := generation_settings.readable(location, revision)) is not None:
         how["generation_config"] = generation
     with _one_line(location, "its weights"), _without_report():
         # transformers reads .bin files, which are pickles, with torch's weights_only.
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = auto.from_pretrained(
             location,
             config=model_config,
             revision=revision,

@@ -60,7 +60,7 @@ def gguf_type(source: ModelSource) -> str:
 
 def size_of(source: ModelSource) -> int | None:
     """The bytes of the files of its weights; None where they are not here."""
-    if source.kind == "gguf":
+    if source.kind in ("gguf", "onnx"):
         return Path(source.location).stat().st_size
     folder = folder_of(source)
     files = [] if folder is None else weights_in(folder, source.settings or {})

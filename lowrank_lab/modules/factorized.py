@@ -7,11 +7,13 @@ each member; all share one right factor, which is stored once and computed once 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import singledispatch
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_lab.basics.errors import SkippedCell
 from lowrank_lab.modules.base import (
     CompressedLinear,
     Counts,
@@ -134,6 +136,12 @@ def to_plain(linear: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def site_weight(block: nn.Module, site: Site) -> Tensor:
     """The dense weight (out, in) of a site: those of its members, one below the other."""
+    return weight_of(site, block)
+
+
+@singledispatch
+def weight_of(site: Site, block: nn.Module) -> Tensor:
+    """``site_weight``, by the kind of site."""
     weights = [dense_weight(block.get_submodule(name)).detach() for name in site.members]
     return weights[0] if len(weights) == 1 else torch.cat(weights)
 
@@ -153,8 +161,11 @@ def install(
 ) -> None:
     """Replace the members of ``site`` in ``block`` by factors.
 
-    ``make_left(rows, bias)`` gives the left factor of the member whose outputs are ``rows`` of the site's.
+    ``make_left(rows, bias)`` gives the left factor of the member whose outputs are ``rows`` of the site's. Raises
+    SkippedCell for a product of two linears, which has no place for modules of other kinds.
     """
+    if site.shapes.keys() != set(site.members) or list(site.own_outs.values()) != list(site.outs):
+        raise SkippedCell(f"{site.key}: the factors of a head can only be stored as plain weights; use storage=uv")
     if len(site.members) > 1:
         right = SharedLatent(right, len(site.members))
     first = 0
@@ -170,11 +181,24 @@ def factorize(block: nn.Module, site: Site, left: Tensor, right: Tensor) -> None
 
     Raises FloatingPointError where that dtype does not reach to a value.
     """
+    put_factors(site, block, left, right)
+
+
+@singledispatch
+def put_factors(site: Site, block: nn.Module, left: Tensor, right: Tensor) -> None:
+    """``factorize``, by the kind of site."""
     like = dense_weight(block.get_submodule(site.members[0]))
     left, right = left.to(like), right.to(like)
-    if not (left.isfinite().all() and right.isfinite().all()):
-        raise FloatingPointError(f"a factor is too large for {like.dtype}; choose dtype=float32 or storage=uv")
+    check_reach(left, right)
     install(block, site, plain_linear(right, None), lambda rows, bias: plain_linear(left[rows], bias))
+
+
+def check_reach(*factors: Tensor) -> None:
+    """Raises FloatingPointError where the dtype of ``factors`` has not reached to one of their values."""
+    if not all(bool(factor.isfinite().all()) for factor in factors):
+        raise FloatingPointError(
+            f"a factor is too large for {factors[0].dtype}; choose dtype=float32 or storage=uv"
+        )
 
 
 def factors_of(block: nn.Module, site: Site) -> tuple[Tensor, Tensor] | None:

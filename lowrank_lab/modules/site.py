@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Site:
     inp: int
     dense: int
     rank_cost: Callable[[int], int] = field(compare=False, repr=False)
+    between: ClassVar[bool] = False  # whether its matrix stands between two factors, which magnify its rounding
 
     @property
     def key(self) -> str:
@@ -54,9 +55,66 @@ class Site:
         """The number of values in the site at ``rank`` without biases, whatever its cost counts."""
         return self.out * self.inp if rank is None else rank * (self.out + self.inp)
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """By member, the (out, in) of its dense weight."""
+        return {member: (out, self.inp) for member, out in zip(self.members, self.outs, strict=True)}
+
+    @property
+    def own_outs(self) -> dict[str, int]:
+        """By member, how many of its outputs belong to the site."""
+        return dict(zip(self.members, self.outs, strict=True))
+
+
+@dataclass(frozen=True)
+class HeadSite(Site):
+    """The product of two linears of an attention within one head (COMCAT): its rank is at most the head's size.
+
+    ``qk`` is W_qᵀ W_k, ``vo`` is W_o W_v. With P and Q the two factors as they stand, the product is P I Q: what is
+    factored is the identity between them, which is why ``outs`` and ``inp`` are the size of a head. ``members`` are
+    the two linears, of which other heads have their own rows or columns.
+
+    product  ``qk`` or ``vo``
+    head     its index, among ``heads``
+    width    of the attention's input
+    """
+
+    between: ClassVar[bool] = True
+    product: str
+    head: int
+    heads: int
+    width: int
+
+    @property
+    def key(self) -> str:
+        return f"{'+'.join(self.members)}.{self.head}"
+
+    def parameters(self, rank: int | None) -> int:
+        return 2 * self.width * (self.inp if rank is None else rank)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        rows = (self.heads * self.inp, self.width)
+        first, second = self.members
+        return {first: rows if self.product == "qk" else rows[::-1], second: rows}
+
+    @property
+    def own_outs(self) -> dict[str, int]:
+        first, second = self.members
+        return {first: self.inp if self.product == "qk" else 0, second: self.inp}
+
 
 # By the full name of a site: the site.
 Sites: TypeAlias = Mapping[str, Site]
+
+
+def members_in(sites: Sites) -> dict[tuple[int, str], tuple[str, Site]]:
+    """By block and path, every linear of ``sites`` once, with the name and the first site that has it."""
+    found: dict[tuple[int, str], tuple[str, Site]] = {}
+    for name, site in sites.items():
+        for member in site.members:
+            found.setdefault((site.block, member), (name, site))
+    return found
 
 
 def by_block(sites: Sites, count: int) -> list[dict[str, Site]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lowrank_lab.cells.cell import Cell
-from lowrank_lab.models.load import check_model
+from lowrank_lab.models.tasks.named import TASKS
 
 
 def check_folders(cells: Iterable[Cell]) -> None:
@@ -14,9 +14,9 @@ def check_folders(cells: Iterable[Cell]) -> None:
     Models of the hub, which may have to be downloaded, and those that are converted are looked at when loaded.
     """
     folders = {
-        (cell.source.location, bool(cell.cfg.model.trust_remote_code)): None
+        (cell.source.location, bool(cell.cfg.model.trust_remote_code)): TASKS[cell.task]
         for cell in cells
         if cell.source.kind == "folder"
     }
-    for location, trust_remote_code in folders:
-        check_model(location, None, trust_remote_code)
+    for (location, trust_remote_code), task in folders.items():
+        task.check(location, None, trust_remote_code)

@@ -7,16 +7,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import nn
 from transformers import AutoConfig
 
 from lowrank_lab.basics.errors import UserError
+from lowrank_lab.calibration import images
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.lowrank.ranks import rank_within
+from lowrank_lab.models import onnx_conversion, tiny
 from lowrank_lab.models.discovery import family_of
-from lowrank_lab.models.families import Tower, head_size, kv_cache_shape
-from lowrank_lab.models.load import load_config, skeleton
-from lowrank_lab.models.tiny import ALL_CONFIGS
+from lowrank_lab.models.families import Tower, head_size, heads_of, kv_cache_shape
+from lowrank_lab.models.load import load_config
+from lowrank_lab.models.tasks.named import TASKS
+from lowrank_lab.models.vision_families import TEXT_TASK
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.base import is_linear
 from lowrank_lab.modules.counts import count
@@ -37,6 +41,7 @@ class Shapes:
     inputs         by block, the widths of the inputs that these share
     linear_macs    multiply-accumulates a token of all linears but lm_head, ``head_macs`` those of lm_head
     sites          the sites to factor, by name; empty where nothing is factored
+    positions      of an image in the blocks, and ``image_bytes`` its pixel values; 0 for texts
     """
 
     parameters: int
@@ -52,6 +57,8 @@ class Shapes:
     linear_macs: int
     head_macs: int
     sites: dict[str, Site] = field(default_factory=dict)
+    positions: int = 0
+    image_bytes: int = 0
 
     def ranks(self, ratio: float) -> dict[str, int | None]:
         """The uniform ranks; other allocations use the same budget in total."""
@@ -67,49 +74,78 @@ def with_sites(shapes: Shapes, cell: Cell) -> Shapes:
         return replace(shapes, sites=cell.saved.sites)
     if not any(compression.makes_factors for compression in cell.compressions.values()):
         return shapes
-    tower = family_of(skeleton(config_of(cell), cell.cfg.model.trust_remote_code)).tower
-    return replace(shapes, sites=sites_of_cell(cell, tower, shapes.linears))
+    model_config = config_of(cell)
+    family = family_of(TASKS[cell.task].skeleton(model_config, cell.cfg.model.trust_remote_code))
+    return replace(shapes, sites=sites_of_cell(cell, family.tower, shapes.linears, heads_of(family, model_config)))
 
 
 def shapes_of(cell: Cell) -> Shapes:
     """The shapes of the cell's dense model. Raises UserError for one that needs its own code."""
     model_config = config_of(cell)
-    model = skeleton(model_config, cell.cfg.model.trust_remote_code)
+    model: Any = TASKS[cell.task].skeleton(model_config, cell.cfg.model.trust_remote_code)
+    of_tower = model_config
     try:
-        tower: Tower | None = family_of(model).tower
+        family = family_of(model)
+        tower: Tower | None = family.tower
+        of_tower = family.config(model_config)
     except UserError:  # which matters only where something is compressed
         tower = None
     shapes = linear_shapes(model, tower) if tower is not None else []
     inputs = [[of_block[group[0]][1] for group in tower.inputs] for of_block in shapes] if tower is not None else []
     blocks: Iterable[nn.Module] = blocks_of(model, tower) if tower is not None else []
-    head = model.get_output_embeddings()
-    has_attention = kv_cache_shape(model_config) is not None
+    head = model.get_output_embeddings() if cell.task == TEXT_TASK else None
+    has_attention = cell.task != TEXT_TASK or kv_cache_shape(model_config) is not None
     linears: list[Any] = [module for module in model.modules() if is_linear(module)]
+    head_macs = 0 if head is None else count(head).macs
+    positions, image_bytes = _of_image(cell, model, tower)
     return Shapes(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         block=max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0),
         stored=str(getattr(model_config, "dtype", None) or "float32").removeprefix("torch."),
-        hidden=model_config.hidden_size,
-        vocabulary=model_config.vocab_size,
-        layers=model_config.num_hidden_layers,
-        attention=model_config.num_attention_heads * head_size(model_config) if has_attention else 0,
+        hidden=of_tower.hidden_size,
+        vocabulary=getattr(of_tower, "vocab_size", 0),
+        layers=of_tower.num_hidden_layers,
+        attention=of_tower.num_attention_heads * head_size(of_tower) if has_attention else 0,
         widest=max(max(linear.weight.shape) for linear in linears if linear is not head),
         linears=shapes,
         inputs=inputs,
-        linear_macs=count(model).macs - count(head).macs,
-        head_macs=count(head).macs,
+        linear_macs=count(model).macs - head_macs,
+        head_macs=head_macs,
+        positions=positions,
+        image_bytes=image_bytes,
     )
+
+
+def _of_image(cell: Cell, model: Any, tower: Tower | None) -> tuple[int, int]:
+    """The ``positions`` and ``image_bytes`` of a cell; 0 where its data are texts."""
+    if cell.task == TEXT_TASK or tower is None:
+        return 0, 0
+    pixels = images.pixel_values(processor_of(cell), [Image.new("RGB", (32, 32))])
+    positions = TASKS[cell.task].positions(lambda: model, tower.blocks, {"pixel_values": pixels})
+    return positions, pixels.nbytes
+
+
+def processor_of(cell: Cell) -> Any:
+    """The image processor of a cell's model, also before its conversion."""
+    if cell.source.kind == "tiny":
+        return tiny.image_processor()
+    if cell.source.kind == "onnx":
+        return onnx_conversion.processor()
+    where = (cell.source.location, cell.source.revision, bool(cell.cfg.model.trust_remote_code))
+    return TASKS[cell.task].processor(*where)
 
 
 def config_of(cell: Cell) -> Any:
     """The configuration of a cell's model, also before its conversion."""
     source = cell.source
     if source.kind == "tiny":  # built from this configuration
-        return AutoConfig.for_model(source.location, **ALL_CONFIGS[source.location])
-    if source.kind != "gguf":
+        return AutoConfig.for_model(source.location, **tiny.EVERY_CONFIG[source.location])
+    if source.kind not in ("gguf", "onnx"):
         return load_config(source.location, source.revision, cell.cfg.model.trust_remote_code)
     if (converted := cell.store.get("model", cell.keys.model)) is not None:
         return load_config(str(converted.path), None, False)
+    if source.kind == "onnx":
+        return onnx_conversion.load_config(Path(source.location))
     from lowrank_lab.models import gguf_conversion
 
     return gguf_conversion.load_config(Path(source.location))

@@ -57,7 +57,7 @@ class Planner:
         self.ranks: dict[str, int | None] = saved.ranks if saved is not None else shapes.ranks(cell.ratio)
         self.factored = any(rank is not None for rank in self.ranks.values())
         calibration = cell.cfg.calibration
-        self.samples, self.length = calibration.samples, calibration.seqlen
+        self.samples, self.length = calibration.samples, shapes.positions or calibration.seqlen
         self.tokens = calibration.batch_size * self.length  # at once
         self.weights = shapes.parameters * self.value
         if saved is not None:
@@ -72,14 +72,15 @@ class Planner:
 
     def steps(self) -> Iterator[Step]:
         cell = self.cell
-        if cell.source.kind in ("gguf", "tiny"):
+        if cell.source.kind in ("gguf", "onnx", "tiny"):
             in_float32 = 4 * self.shapes.parameters
             yield Step(
                 "model conversion", self._kept("model", cell.keys.model), BASE + 2 * in_float32, disk=in_float32
             )
         if cell.calibration_data is not None:
-            size = 8 * self.samples * self.length
-            yield Step("calibration tokens", self._kept("tokens", cell.keys.calibration_tokens), BASE, disk=size)
+            size = self.samples * (self.shapes.image_bytes or 8 * self.length)
+            kind = cell.data.artifact
+            yield Step(f"calibration {kind}", self._kept(kind, cell.keys.calibration_tokens), BASE, disk=size)
         for name, compression in cell.compressions.items():
             if not isinstance(compression, LowRank):
                 yield self._step(name, work=self._sums(), hidden=True, known=False)

@@ -11,6 +11,7 @@ from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.cells import config
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.compression import Compression, Plan
+from lowrank_lab.modules.site import members_in
 
 if TYPE_CHECKING:
     import torch
@@ -73,9 +74,9 @@ class Magnitude(Compression):
         pruned = weights = 0
         blocks = walk.blocks_of(context.model, context.tower)
         with context.record.stage("pruning"):
-            for name, site in context.sites.items():
-                block = blocks[site.block]
-                for path in linears.linears_in(block, site.members):
+            for (index, member), (name, _) in members_in(context.sites).items():
+                block = blocks[index]
+                for path in linears.linears_in(block, [member]):
                     linear = block.get_submodule(path)
                     if not base.is_linear(linear):
                         raise SkippedCell(

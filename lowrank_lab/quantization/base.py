@@ -281,7 +281,7 @@ def _round(context: Context, quantization: Quantization, members: list[list[str]
         seen = {}
         if method is not None and calibrates:
             paths = linears.linears_in(block, names)
-            tokens = context.calibration_ids.numel()
+            tokens = context.calibration_positions
             seen = inputs.gather_inputs(block, paths, run_again, tokens, method.needs_rows, context.device)
             for path, rows in zip(paths, exact_rows, strict=False):  # rounding changes paths, not their order
                 seen[path].exact_rows = rows
@@ -296,7 +296,7 @@ def _round(context: Context, quantization: Quantization, members: list[list[str]
 def _rows_in(context: Context, block: nn.Module, members: list[str], run: Callable[[], None]) -> list[Tensor]:
     """The sample of tokens that every linear of ``members`` is given while ``run`` passes the text on."""
     paths = linears.linears_in(block, members)
-    found = inputs.sample_inputs(block, paths, run, context.calibration_ids.numel(), inputs.ROWS)
+    found = inputs.sample_inputs(block, paths, run, context.calibration_positions, inputs.ROWS)
     return [found[path][0] for path in paths]
 
 

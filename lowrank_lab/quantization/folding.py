@@ -182,7 +182,7 @@ def calibrated(
         inputs = inputs_in(block, context.tower, context.model_config, targets[index])
         inputs = [one for one in inputs if one.source in sources]
         paths = [one.readers[0] for one in inputs]
-        samples = {path: Sample(context.calibration_ids.numel(), sample) for path in paths}
+        samples = {path: Sample(context.calibration_positions, sample) for path in paths}
         hooks = [
             block.get_submodule(path).register_forward_pre_hook(lambda _, args, to=to: to.add(args[0]))
             for path, to in samples.items()
@@ -210,7 +210,7 @@ def calibrated_latents(
     count = len(blocks_of(context.model, context.tower))
     for _, block, run in progress.track(context.walk(context.model), "split", "block", count):
         latents = latents_in(block, context.tower)
-        inputs = gather_inputs(block, list(latents), run, context.calibration_ids.numel(), rows, context.device)
+        inputs = gather_inputs(block, list(latents), run, context.calibration_positions, rows, context.device)
         yield block, [(right, lefts, inputs.pop(right)) for right, lefts in latents.items()]
 
 

@@ -15,7 +15,8 @@ from torch.nn.utils.parametrize import register_parametrization
 from lowrank_lab.artifacts.store import write_json
 from lowrank_lab.basics.errors import named
 from lowrank_lab.models.families import folding_of
-from lowrank_lab.models.walk import as_batch, blocks_of
+from lowrank_lab.models.tasks.base import Batch
+from lowrank_lab.models.walk import as_batch, blocks_of, chosen, in_parts
 from lowrank_lab.modules.formats import Format
 from lowrank_lab.modules.linears import linears_in, set_steps, shared_inputs
 from lowrank_lab.quantization import straight_through
@@ -54,17 +55,18 @@ def learn(context: Context, quantization: Quantization, recipe: Recipe, round_we
     model.to(context.device).requires_grad_(False)
     r1, r2 = (nn.Parameter(r.to(context.device)) for r in start(model, recipe.seed))
     attach(model, context, quantization, round_weights, r1, r2)
-    ids = context.calibration_ids
+    samples = context.calibration
+    first = in_parts(chosen(samples, slice(REPORTED)), 1)
 
-    def loss_of(rows: Tensor) -> Tensor:
-        return context.task.loss(model, as_batch(rows.to(context.device)))
+    def loss_of(batch: Batch) -> Tensor:
+        return context.task.loss(model, as_batch(batch, context.device))
 
     def first_losses() -> float:
         with torch.no_grad():
-            return sum(loss_of(row).item() for row in ids[:REPORTED].split(1)) / len(ids[:REPORTED])
+            return sum(loss_of(sequence).item() for sequence in first) / len(first)
 
     before = first_losses()
-    train(folder, "rotations", [r1, r2], loss_of, ids, recipe, optimizer_of=CayleySgd)
+    train(folder, "rotations", [r1, r2], loss_of, samples, recipe, optimizer_of=CayleySgd)
     facts = {"steps": recipe.steps, "loss_before": before, "loss_after": first_losses()}
     log.info("rotations: the loss of the rounded model went from %.4f to %.4f", before, facts["loss_after"])
     save_file(

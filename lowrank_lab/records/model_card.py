@@ -15,30 +15,45 @@ from lowrank_lab.basics.paths import RUN
 from lowrank_lab.basics.redaction import redacted
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.models.origin import base_model_of, format_of, licence_of
+from lowrank_lab.models.vision_families import AUTO, IMAGE_TASK, TEXT_TASK
 from lowrank_lab.records.results import CHECKPOINTS, FOLDER_SETTINGS, SAVED
 
 NOT_TOLD = (*FOLDER_SETTINGS, "device", "tracker", "dry_run")  # settings that the checkpoint does not depend on
 PROTOCOL = ("dataset", "split", "window", "stride", "windows", "bos")  # what of a protocol fits into a table's row
 DIRECTORIES = re.compile(r"[^,'\"\[\]{}:=]*[/\\]")
 
+LOADED_BY = {  # by task: the classes of transformers, and the name of what makes inputs
+    TEXT_TASK: {
+        "auto": AUTO[TEXT_TASK],
+        "reader": "AutoTokenizer",
+        "processor": "tokenizer",
+        "tag": "text-generation",
+    },
+    IMAGE_TASK: {
+        "auto": AUTO[IMAGE_TASK],
+        "reader": "AutoImageProcessor",
+        "processor": "processor",
+        "tag": "image-classification",
+    },
+}
 COMPRESSED = """\
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, {reader}
 
 folder = "{name}"  # this folder, or its name on the hub
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = {auto}.from_pretrained(folder, trust_remote_code=True)
+{processor} = {reader}.from_pretrained(folder, trust_remote_code=True)
 ```
 
 `trust_remote_code=True` runs `modeling_lowrank_lab.py`, the code beside the weights, without which transformers
 refuses the model. After `import lowrank_lab` it is not needed. `model.dequantize()` makes dense weights of it."""
 MERGED = """\
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, {reader}
 
 folder = "{name}"  # this folder, or its name on the hub
-model = AutoModelForCausalLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+model = {auto}.from_pretrained(folder)
+{processor} = {reader}.from_pretrained(folder)
 ```
 
 The weights are dense: a plain model for every program that knows the base model, and no smaller than that one."""
@@ -54,14 +69,14 @@ def card(cell: Cell, record: dict[str, Any], what: str, others: Iterable[dict[st
     others = list(others)
     measured = [one for one in others if one.get(what) == record[what] and one["key"] != record["key"]]
     parts = [
-        _front_matter(base_model, licence, what),
+        _front_matter(base_model, licence, what, LOADED_BY[cell.task]["tag"]),
         f"# {name}",
         f"{base_model}, compressed with {_title(cell)} by lowrank_lab {record['versions']['lowrank_lab']}.",
         _facts(cell, record, what, base_model, licence),
         "## Measured",
         _measured(cell, saved, [*measured, record], [one for one in others if _is_of_source(one, record)]),
         "## How to load it",
-        (COMPRESSED if what == "checkpoint" else MERGED).format(name=name),
+        (COMPRESSED if what == "checkpoint" else MERGED).format(name=name, **LOADED_BY[cell.task]),
         "## How it was made",
         f"```\n{_command(cell, base_model)}\n```\n\nWith {_software(record)}.",
     ]
@@ -74,13 +89,13 @@ def megabytes(count: int | None) -> str:
     return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
-def _front_matter(base_model: str, licence: dict[str, str], what: str) -> str:
+def _front_matter(base_model: str, licence: dict[str, str], what: str, tag: str) -> str:
     """As the hub reads it: https://huggingface.co/docs/hub/model-cards."""
     entries = {
         "base_model": base_model,
         **licence,
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": tag,
     }
     tags = ["lowrank_lab", "compressed" if what == "checkpoint" else "merged"]
     lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in entries.items()]

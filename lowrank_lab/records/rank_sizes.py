@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from lowrank_lab.models.families import Tower, kv_cache_values_per_token
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.base import rank_of
 from lowrank_lab.modules.counts import count
-from lowrank_lab.modules.site import Sites
+from lowrank_lab.modules.site import Sites, members_in
 
 
 def sizes_of_ranks(
@@ -28,7 +29,7 @@ def sizes_of_ranks(
                              with one latent for all three r (E + q + k + v) / E (q + k + v) and r / (k + v)
     """
     _check(model, tower, sites, ranks)
-    value_bytes = model.get_input_embeddings().weight.element_size()  # type: ignore[operator]
+    dtype: Any = model.dtype
     dense = sum(site.dense for site in sites.values())
     cost = sum(site.cost(ranks[name]) for name, site in sites.items())
     cached = kv_cache_values_per_token(model.config)
@@ -38,7 +39,7 @@ def sizes_of_ranks(
     return {
         "ratio_asked": ratio,
         "ratio_reached": cost / dense if sites else 1.0,
-        "kv_latent_bytes_per_token": None if latent is None else latent * value_bytes,
+        "kv_latent_bytes_per_token": None if latent is None else latent * dtype.itemsize,
         "hardware_cost": {
             "r1": _kept_of_qkv(model, tower, sites),
             "r2": None if latent is None or cached is None else latent / cached,
@@ -66,9 +67,11 @@ def _kept_of_qkv(model: nn.Module, tower: Tower | None, sites: Sites) -> float |
     if "qkv" not in tower.roles:
         return None
     blocks, roles = blocks_of(model, tower), set(tower.roles["qkv"])
-    in_sites = [(site, member) for site in sites.values() if set(site.members) <= roles for member in site.members]
-    dense = sum(site.out * site.inp for site in sites.values() if set(site.members) <= roles)
-    saved = dense - sum(count(blocks[site.block].get_submodule(member)).parameters for site, member in in_sites)
+    in_sites = {place: site for place, (_, site) in members_in(sites).items() if place[1] in roles}
+    saved = sum(
+        math.prod(site.shapes[member]) - count(blocks[index].get_submodule(member)).parameters
+        for (index, member), site in in_sites.items()
+    )
     projections = [block.get_submodule(name) for block in blocks for name in tower.roles["qkv"]]
     kept = sum(count(projection).parameters for projection in projections)
     return kept / (kept + saved)
@@ -81,7 +84,7 @@ def _latent_saves(tower: Tower | None, sites: Sites, ranks: Mapping[str, int | N
         rank = ranks[name]
         assert tower is not None
         keys_values = tower.roles["kv"]
-        cached = sum(out for out, member in zip(site.outs, site.members, strict=True) if member in keys_values)
+        cached = sum(out for member, out in site.own_outs.items() if member in keys_values)
         if rank is not None:
             saved += max(0, cached - rank)
     return saved

@@ -242,8 +242,7 @@ class Results:
 
 
 def _components(cell: Cell) -> Iterator[str]:
-    if cell.source.kind == "gguf":
-        yield "GGUF"
+    yield from (cell.source.kind.upper(), cell.data.component)  # those that have a version
     for compression in cell.compressions.values():
         yield from compression.components
     for evaluator in cell.evaluators.values():

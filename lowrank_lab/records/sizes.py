@@ -13,7 +13,7 @@ from lowrank_lab.modules.attention import cache_of
 from lowrank_lab.modules.base import nbytes
 from lowrank_lab.modules.counts import bytes_of_parts, count, parameters
 from lowrank_lab.modules.rebuild import check_description
-from lowrank_lab.modules.site import Sites
+from lowrank_lab.modules.site import Sites, members_in
 
 
 def sizes(model: nn.Module, tower: Tower | None, sites: Sites) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def sizes(model: nn.Module, tower: Tower | None, sites: Sites) -> dict[str, Any]
         "bytes": nbytes(*model.parameters()),
         "sites": {
             "count": len(sites),
-            "parameters_dense": sum(site.out * site.inp for site in sites.values()),
+            "parameters_dense": sum(site.parameters(None) for site in sites.values()),
             "parameters": sum(count(member).parameters for member in members),
             "bytes": bytes_of_parts(model, members),
         },
@@ -46,22 +46,16 @@ def _cache_bytes(model: Any) -> int | None:
     shape, values, cache = kv_cache_shape(model.config), kv_cache_values_per_token(model.config), cache_of(model)
     if shape is None or values is None:
         return None
-    return (
-        values * model.get_input_embeddings().weight.element_size()
-        if cache is None
-        else cache.bytes_per_token(*shape)
-    )
+    return values * model.dtype.itemsize if cache is None else cache.bytes_per_token(*shape)
 
 
 def _members(model: nn.Module, tower: Tower | None, sites: Sites) -> list[nn.Module]:
     """The linears of ``sites``, dense or compressed."""
-    dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+    dtype: Any = model.dtype
     members = []
-    for site in sites.values():
+    for (index, name), (_, site) in members_in(sites).items():
         assert tower is not None
-        block = blocks_of(model, tower)[site.block]
-        for name, out in zip(site.members, site.outs, strict=True):
-            member = block.get_submodule(name)
-            check_description(member, torch.empty(out, site.inp, dtype=dtype, device="meta"))
-            members.append(member)
+        member = blocks_of(model, tower)[index].get_submodule(name)
+        check_description(member, torch.empty(site.shapes[name], dtype=dtype, device="meta"))
+        members.append(member)
     return members

@@ -22,6 +22,9 @@ def numbers(record: dict[str, Any]) -> Iterator[tuple[Number, dict[str, Any]]]:
                 for group, found in of_task.get("results", {}).items():
                     if group != task and group in of_task.get("groups", {}):
                         yield ("accuracy", group, "", _float(found["metrics"].get(of_task["metric"]))), measured
+        elif kind == "top-1":
+            variant = top1_variant(record["config"])
+            yield ("accuracy", _dataset(measured), variant, _float(measured["value"])), measured
         elif kind == "speed":
             for number in _speeds(measured):
                 yield number, measured
@@ -58,6 +61,12 @@ def of_truncated_activations(record: dict[str, Any]) -> Iterator[tuple[Number, d
 def truncated(record: dict[str, Any]) -> dict[str, Any]:
     """The record with the name of its method where activations are truncated in the place of weights."""
     return {**record, "method": f"{record['method']}_activations"}
+
+
+def top1_variant(settings: dict[str, Any]) -> str:
+    """The variant of a top-1 accuracy: whether products within heads were factored or matrices."""
+    by_head = settings["grouping"]["_target_"].endswith(".Heads")
+    return f"score=top-1;level={'head' if by_head else 'matrix'}"
 
 
 def shift_variant(shift: int) -> str:

@@ -19,6 +19,9 @@ OPTIONS = {
     "llama-3.1-8b": "llama3_1_8b",
     "opt-125m": "opt_125m",
     "opt-2.7b": "opt_2_7b",
+    "vit": "vit_base",  # the slides name no size
+    "deit-small": "deit_small",
+    "deit-base": "deit_base",
 }
 
 
@@ -30,4 +33,5 @@ def paths() -> dict[str, str]:
 
 def path(option: str) -> str:
     """Of the option of conf/model/, the place on the hub."""
-    return str(OmegaConf.select(OmegaConf.load(MODELS / f"{option}.yaml"), "path"))
+    node = OmegaConf.load(MODELS / f"{option}.yaml")
+    return str(OmegaConf.select(node, "path") or OmegaConf.select(node, "model.path"))  # that of images sets more

@@ -21,6 +21,7 @@ from lowrank_lab.evaluation.output_error import OutputError
 from lowrank_lab.evaluation.perplexity import Perplexity
 from lowrank_lab.evaluation.perturbed_ranks import PerturbedRanks
 from lowrank_lab.evaluation.speed import Speed
+from lowrank_lab.evaluation.top1 import Top1
 from lowrank_lab.evaluation.truncated_activations import TruncatedActivations
 from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.records import labels
@@ -119,6 +120,8 @@ def names(record: dict[str, Any], evaluators: dict[str, Evaluator]) -> Iterator[
         elif isinstance(evaluator, PerturbedRanks):
             for shift in (0, *evaluator.shifts):
                 yield "perplexity_degradation", _dataset(of_cell, name), measured.shift_variant(shift)
+        elif isinstance(evaluator, Top1):
+            yield "accuracy", _dataset(of_cell, name), measured.top1_variant(of_cell)
         elif isinstance(evaluator, Harness):
             yield from (("accuracy", task, "") for task in evaluator.tasks)
         elif isinstance(evaluator, Speed):

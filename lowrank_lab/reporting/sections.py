@@ -10,9 +10,10 @@ from lowrank_lab.reporting.kinds.other import other
 from lowrank_lab.reporting.kinds.perplexity import PERPLEXITY
 from lowrank_lab.reporting.kinds.repetition import REPETITION
 from lowrank_lab.reporting.kinds.speed import SPEED
+from lowrank_lab.reporting.kinds.top1 import TOP1
 from lowrank_lab.reporting.section import Measured, Section
 
-SECTIONS = (PERPLEXITY, ACCURACY, SPEED, REPETITION, OUTPUT_ERROR, TRUNCATION)
+SECTIONS = (PERPLEXITY, ACCURACY, TOP1, SPEED, REPETITION, OUTPUT_ERROR, TRUNCATION)
 
 
 def section_of(measured: Measured) -> Section:

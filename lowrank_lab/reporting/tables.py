@@ -96,7 +96,7 @@ def outdated(record: dict[str, Any]) -> bool:
     present, made_by = versions.current(), record.get("components", {"none": 0})
     if any(version != present.get(name) for name, version in made_by.items()):
         return True
-    return "GGUF" not in made_by and names_gguf(record["config"]["model"]["path"])
+    return not {"GGUF", "ONNX"} & made_by.keys() and names_gguf(record["config"]["model"]["path"])
 
 
 def is_dense(rows: pd.DataFrame) -> pd.Series:

@@ -17,25 +17,22 @@ from torch import nn
 from lowrank_lab.artifacts.store import fingerprint
 from lowrank_lab.basics.errors import SkippedCell, UserError
 from lowrank_lab.calibration.gradients import make_gradients
-from lowrank_lab.calibration.statistics import make_statistics
-from lowrank_lab.calibration.tokens import (
-    check_in_vocabulary,
-    load_tokens,
-    make_calibration_tokens,
-    make_text_tokens,
-)
+from lowrank_lab.calibration.image_corpora import LabelledImages
+from lowrank_lab.calibration.images import images_of
+from lowrank_lab.calibration.statistics import make_means, make_statistics
+from lowrank_lab.calibration.tokens import check_in_vocabulary, load_tokens, make_text_tokens
 from lowrank_lab.cells import versions
 from lowrank_lab.cells.cell import Cell, corpus_part
 from lowrank_lab.cells.targets import sites_of
 from lowrank_lab.checkpoints import checkpoint
 from lowrank_lab.models.changes import Snapshot
 from lowrank_lab.models.discovery import family_of
-from lowrank_lab.models.families import FAMILIES, Family, Tower
-from lowrank_lab.models.load import convert, load_config, load_tokenizer
+from lowrank_lab.models.families import Family, Tower, heads_of
+from lowrank_lab.models.load import convert, load_config
 from lowrank_lab.models.tasks.base import Batch, Task
-from lowrank_lab.models.tasks.causal_lm import of_tokens
 from lowrank_lab.models.tasks.named import TASKS
-from lowrank_lab.models.walk import walk
+from lowrank_lab.models.vision_families import ROWS
+from lowrank_lab.models.walk import chosen, in_parts, walk
 from lowrank_lab.modules.linears import linear_shapes
 from lowrank_lab.modules.site import Site
 from lowrank_lab.process import progress
@@ -69,7 +66,7 @@ class Context:
 
     @cached_property
     def location(self) -> str:
-        """A hub name or a checkpoint folder: GGUF and tiny models are converted first, once."""
+        """A hub name or a checkpoint folder: GGUF, ONNX and tiny models are converted first, once."""
         source = self.cell.source
         if source.kind in ("hub", "folder"):
             return source.location
@@ -130,7 +127,7 @@ class Context:
     @cached_property
     def family(self) -> Family:
         """Raises UserError for a model without blocks whose linears can be compressed."""
-        if (row := FAMILIES.get(self.model_config.model_type)) is not None:
+        if (row := ROWS.get(self.model_config.model_type)) is not None:
             return row
         family = family_of(self.skeleton())
         tower = family.tower
@@ -147,73 +144,61 @@ class Context:
 
     @property
     def task(self) -> Task:
-        row = FAMILIES.get(self.model_config.model_type)
-        return TASKS["causal_lm" if row is None else row.task]  # only language models are discovered
+        return TASKS[self.cell.task]
 
     @cached_property
     def sites(self) -> dict[str, Site]:
         """The sites to factor, by full name, in the order of the model. Raises UserError where there are none."""
         if self.cell.saved is not None:
             return self.cell.saved.sites
-        return sites_of_cell(self.cell, self.tower, linear_shapes(self.skeleton(), self.tower))
+        heads = heads_of(self.family, self.model_config)
+        return sites_of_cell(self.cell, self.tower, linear_shapes(self.skeleton(), self.tower), heads)
 
     @cached_property
-    def calibration_ids(self) -> torch.Tensor:
-        """The calibration tokens (samples, seqlen); warns where they are few for the widest input."""
+    def calibration(self) -> Batch:
+        """All calibration samples as one batch; warns where they are few for the widest input."""
         calibration = self.cell.cfg.calibration
-        ids, facts = self._windows("calibration tokens", calibration, self.cell.keys.calibration_tokens)
-        widest = max(site.inp for site in self.sites.values())
+        stage = f"calibration {self.cell.data.artifact}"
+        batch, facts = self._samples(stage, calibration, self.cell.keys.calibration_tokens)
+        positions = self.task.positions(self.skeleton, self.tower.blocks, batch)
+        widest = max(inp for site in self.sites.values() for _, inp in site.shapes.values())
         warning = None
-        if ids.size < 4 * widest:
+        if positions < 4 * widest:
             warning = (
-                f"{ids.size} calibration tokens are fewer than four times the widest input ({widest}): "
+                f"{positions} calibration tokens are fewer than four times the widest input ({widest}): "
                 "the second moments are poorly determined; raise calibration.samples"
             )
             log.warning(warning)
         self.record.data["calibration"] = {"dataset": calibration.dataset.name, **facts, "warning": warning}
-        return torch.from_numpy(ids)
+        return batch
 
-    def text_ids(self, name: str) -> torch.Tensor:
-        """The tokens (samples, seqlen) of the text that a compression calls ``name`` (``Compression.texts``)."""
-        node, key = self.cell.texts[name], self.cell.keys.text_windows(name)
-        ids, facts = self.cached(f"text {name}", lambda: self._windows("training tokens", node, key))
+    @property
+    def calibration_ids(self) -> torch.Tensor:
+        """The calibration tokens (samples, seqlen) of a language model."""
+        return self.calibration["input_ids"]
+
+    @cached_property
+    def calibration_positions(self) -> int:
+        """How many hidden states the calibration samples have in a block: tokens, patches."""
+        return self.task.positions(self.skeleton, self.tower.blocks, self.calibration)
+
+    def text(self, name: str) -> Batch:
+        """All samples of the text that a compression calls ``name`` (``Compression.texts``), as one batch."""
+        node, key, stage = self.cell.texts[name], self.cell.keys.text_windows(name), self.cell.data.artifact
+        batch, facts = self.cached(f"text {name}", lambda: self._samples(f"training {stage}", node, key))
         self.record.data["training"] = {"dataset": node.dataset.name, **facts}
-        return torch.from_numpy(ids)
+        return batch
 
-    def _windows(self, stage: str, sampling: Any, key: str) -> tuple[np.ndarray, dict[str, Any]]:
-        """Windows of the calibration part of ``sampling.dataset``, and the facts about them."""
+    def _samples(self, stage: str, sampling: Any, key: str) -> tuple[Batch, dict[str, Any]]:
+        """Samples of the calibration part of ``sampling.dataset``, and the facts about them."""
         corpus, part = corpus_part(sampling.dataset, "calibration")
-        artifact = self.cached_artifact(
-            stage,
-            "tokens",
-            key,
-            lambda folder: make_calibration_tokens(
-                folder,
-                self.tokenizer,
-                corpus,
-                part,
-                self.cell.cfg.data_root,
-                samples=sampling.samples,
-                seqlen=sampling.seqlen,
-                seed=sampling.seed,
-                sampling=sampling.sampling,
-                bos_id=self.bos_id() if sampling.bos == "window" else None,
-            ),
-        )
-        return self._tokens_in(artifact)
-
-    def _tokens_in(self, artifact: Path) -> tuple[np.ndarray, dict[str, Any]]:
-        """The ids of a token artifact, and its facts. Raises UserError for ids that the model does not have."""
-        ids, facts = load_tokens(artifact)
-        if ids.size:
-            check_in_vocabulary(int(ids.max()), self.model_config)
-        return ids, facts
+        data, root = self.cell.data, self.cell.cfg.data_root
+        make = lambda folder: data.make_samples(folder, self.processor, corpus, part, root, sampling, self.bos_id)
+        return data.load_samples(self.cached_artifact(stage, data.artifact, key, make), self.model_config)
 
     def calibration_batches(self, samples: int | None = None) -> list[Batch]:
-        """The calibration tokens, or the first ``samples`` of them, in batches (batch, seqlen)."""
-        return [
-            of_tokens(ids) for ids in self.calibration_ids[:samples].split(self.cell.cfg.calibration.batch_size)
-        ]
+        """The calibration samples, or the first ``samples`` of them, in batches."""
+        return in_parts(chosen(self.calibration, slice(samples)), self.cell.cfg.calibration.batch_size)
 
     @property
     def offload(self) -> Path | None:
@@ -238,6 +223,17 @@ class Context:
 
         return self.cached_artifact("calibration", "statistics", self.cell.keys.statistics, make)
 
+    @cached_property
+    def input_means(self) -> Path:
+        """The artifact of the mean inputs of the dense model."""
+        batches, offload = self.calibration_batches(), self.offload
+
+        def make(folder: Path) -> None:
+            with self.dense(self.cell.cfg.dtype) as model:
+                make_means(folder, model, self.tower, batches, self.device, offload, self.task)
+
+        return self.cached_artifact("calibration means", "means", self.cell.keys.input_means, make)
+
     def gradients(self, outer: bool) -> Path:
         """The artifact of the output gradients' statistics of the dense model, with or without the mean of g gᵀ."""
         key, make = self.cell.keys.gradients(outer), self._make_gradients(outer, weight=False)
@@ -250,11 +246,11 @@ class Context:
         return self.cached_artifact("weight gradients", "gradients", self.cell.keys.weight_fisher, make)
 
     def _make_gradients(self, outer: bool, weight: bool) -> Callable[[Path], None]:
-        ids = self.calibration_ids
+        sequences = in_parts(self.calibration, 1)
 
         def make(folder: Path) -> None:
             with self.dense("float32") as model:
-                make_gradients(folder, model, self.tower, ids, self.device, outer, weight, self.task)
+                make_gradients(folder, model, self.tower, sequences, self.device, outer, weight, self.task)
 
         return make
 
@@ -277,8 +273,14 @@ class Context:
         return self.record.artifact(stage, made).path
 
     @cached_property
+    def processor(self) -> Any:
+        """What makes the model's inputs: its tokenizer or its image processor."""
+        return self.task.processor(self.location, **self._remote)
+
+    @property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.location, **self._remote)
+        """The processor of a language model."""
+        return self.processor
 
     @property
     def _remote(self) -> dict[str, Any]:
@@ -299,8 +301,14 @@ class Context:
             self.cell.keys.text_tokens(self.evaluator),
             lambda folder: make_text_tokens(folder, self.tokenizer, corpus, part, self.cell.cfg.data_root, special),
         )
-        self._tokens_in(artifact)
+        ids, _ = load_tokens(artifact)
+        if ids.size:
+            check_in_vocabulary(int(ids.max()), self.model_config)
         return artifact
+
+    def evaluation_images(self) -> LabelledImages:
+        """The images that the evaluator reads."""
+        return images_of(*corpus_part(self.cell.text_of(self.evaluator), "eval"), self.cell.cfg.data_root)
 
     def text_tokens(self) -> tuple[np.ndarray, dict[str, Any]]:
         """The tokens of the evaluation text, and what the protocol says about them."""
@@ -312,9 +320,14 @@ class Context:
         return self.tokenizer.bos_token_id
 
 
-def sites_of_cell(cell: Cell, tower: Tower, shapes: list[dict[str, tuple[int, int]]]) -> dict[str, Site]:
-    """The sites that a cell chooses among linears of ``shapes``. Raises UserError where there are none."""
-    if found := sites_of(tower, shapes, *cell.site_rules):
+def sites_of_cell(
+    cell: Cell, tower: Tower, shapes: list[dict[str, tuple[int, int]]], heads: int | None
+) -> dict[str, Site]:
+    """The sites that a cell chooses among linears of ``shapes``, of attentions with so many ``heads``.
+
+    Raises UserError where there are none.
+    """
+    if found := sites_of(tower, shapes, *cell.site_rules, heads):
         return found
     raise UserError(f"model {cell.source.name} has no compressible layer")
 

@@ -77,10 +77,11 @@ def _prepared(cell: Cell, record: Record) -> Context:
 def _check(context: Context) -> None:
     """Check what the model allows before its weights are read. Raises SkippedCell where nothing can be measured."""
     cell, left_out = context.cell, context.record.data["left_out"]
-    if cell.calibration_data is not None:
+    if cell.calibration_data is not None and "seqlen" in cell.data.sampling:
         _check_positions(context, "calibration", {"seqlen": cell.cfg.calibration.seqlen})
     for name, node in cell.texts.items():
-        _check_positions(context, name, {"seqlen": node.seqlen})
+        if "seqlen" in cell.data.sampling:
+            _check_positions(context, name, {"seqlen": node.seqlen})
     for compression in cell.compressions.values():
         compression.check(context)
     for context.evaluator, evaluator in cell.evaluators.items():
@@ -103,12 +104,12 @@ def _check_positions(context: Context, of: str, lengths: dict[str, int]) -> None
 
 
 def _read_texts(context: Context) -> None:
-    """Make the tokens of the evaluation texts: a text that cannot be read is found before any compression."""
+    """Read what evaluators will read: a text that cannot be read is found before any compression."""
     left_out = context.record.data["left_out"]
     for name, evaluator in context.cell.evaluators.items():
         if evaluator.reads_text and name not in left_out:
             context.evaluator = name
-            context.make_text_tokens()
+            evaluator.read(context)
 
 
 def _count(context: Context) -> dict[str, int | None]:
@@ -197,8 +198,8 @@ def _save(context: Context, what: str, saved: Saved | None) -> None:
     """Write one of the cell's checkpoints, unless it exists already."""
     cell, store = context.cell, Store(context.cell.cfg.results)
     name, dtype = cell.checkpoints[what], cell.save_dtype
-    use_cache = getattr(context.model_config, "use_cache", True)
-    make = lambda folder: checkpoint.save(folder, context.model, context.tokenizer, use_cache, saved, dtype)
+    use_cache = getattr(context.model_config, "use_cache", None)
+    make = lambda folder: checkpoint.save(folder, context.model, context.processor, use_cache, saved, dtype)
     made = store.get_or_make(CHECKPOINTS, name, make, manifest_beside=True)
     artifact = context.record.artifact(what.replace("_", " "), made)
     context.record.data[what] = f"{CHECKPOINTS}/{name}"

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from lowrank_lab.models.tasks.base import Batch
+from lowrank_lab.models.walk import chosen, count_of
 from lowrank_lab.process import progress
 
 log = logging.getLogger(__name__)
@@ -47,19 +49,19 @@ def train(
     folder: Path,
     name: str,
     parameters: Sequence[nn.Parameter],
-    loss_of: Callable[[Tensor], Tensor],
-    ids: Tensor,
+    loss_of: Callable[[Batch], Tensor],
+    samples: Batch | Tensor,
     recipe: Recipe,
     after_step: Callable[[], dict[str, Any]] = dict,
     optimizer_of: Callable[..., torch.optim.Optimizer] = ADAMW,
 ) -> list[dict[str, Any]]:
     """Train ``parameters`` in place; returns the history, one entry a step.
 
-    ``loss_of`` gives the mean loss of some sequences (batch, length). Each epoch reads ``ids`` (samples, length) in
-    a new order. ``after_step`` adds facts to the history, as plain data. The loop saves its state in
-    ``folder/<name>.state`` about once a minute and at the end; called again, it continues from there and ends with
-    the same numbers, dropout included: each step seeds torch's generators. Raises FloatingPointError where a loss
-    is not finite.
+    ``loss_of`` gives the mean loss of some sequences or images. Each epoch reads the ``samples``, a batch or token
+    ids (samples, length), in a new order. ``after_step`` adds facts to the history, as plain data. The loop saves
+    its state in ``folder/<name>.state`` about once a minute and at the end; called again, it continues from there
+    and ends with the same numbers, dropout included: each step seeds torch's generators. Raises FloatingPointError
+    where a loss is not finite.
     """
     optimizer = optimizer_of(parameters, lr=recipe.learning_rate)
     scheduler = get_scheduler(recipe.schedule, optimizer, recipe.warmup, recipe.steps)
@@ -70,11 +72,11 @@ def train(
     saved = time.monotonic()
     steps = range(len(history), recipe.steps)
     for step in progress.track(steps, name, "step"):
-        rows = _rows(step, recipe, len(ids))
+        rows = _rows(step, recipe, count_of(samples))
         torch.manual_seed((recipe.seed * 1_000_003 + step) % 2**63)
         loss = 0.0
         for micro in rows.split(recipe.micro_batch):
-            part = loss_of(ids[micro]) * (len(micro) / len(rows))
+            part = loss_of(chosen(samples, micro)) * (len(micro) / len(rows))
             part.backward()
             loss += part.item()
         if not math.isfinite(loss):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class Allocation(Protocol):
     """Spends ``context.ratio`` of the cost of ``context.sites``. Raises SkippedCell where that leaves no rank.
 
-    It reads ``tails(context)`` and ``spectra(context)`` of lowrank/artifacts.py, ``context.calibration_ids`` and
+    It reads ``tails(context)`` and ``spectra(context)`` of lowrank/artifacts.py, ``context.calibration`` and
     ``context.model``, each computed at its first use, and stores further artifacts by ``context.artifact``. It puts
     whatever else the record should have, besides the ranks, into ``context.facts``.
     ``needs_calibration`` says that it reads calibration tokens, whatever the metric does.

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from lowrank_lab.lowrank import masked
     from lowrank_lab.models import walk
+    from lowrank_lab.models.tasks.base import Batch
     from lowrank_lab.running import training
     from lowrank_lab.running.context import Context
 else:
@@ -93,8 +94,8 @@ class Differentiable:
             "ratio": context.ratio,
         }
         spectra(context)  # computed before the training, so that its time does not count to that of the training
-        ids = context.calibration_ids
-        make = lambda folder: train_ranks(folder, context, ids, self)
+        samples = context.calibration
+        make = lambda folder: train_ranks(folder, context, samples, self)
         folder = context.artifact("rank training", "ranks", parts, make, resumable=True)
         learned = json.loads((folder / "ranks.json").read_text())
         history = json.loads((folder / "history.json").read_text())
@@ -164,7 +165,7 @@ class LearnedRank:
         return 0.5 * torch.tanh(self.beta * (self.k - i)) + 0.5
 
 
-def train_ranks(folder: Path, context: Context, ids: Tensor, settings: Differentiable) -> None:
+def train_ranks(folder: Path, context: Context, samples: Batch | Tensor, settings: Differentiable) -> None:
     """Write ``history.json``, the loss and all k of each step, then ``ranks.json``, the learned k of every site.
 
     Training is in float32 whatever the model's dtype: the gradients of single directions are small. Sites for which
@@ -189,8 +190,8 @@ def train_ranks(folder: Path, context: Context, ids: Tensor, settings: Different
     def ratio_now() -> Tensor:
         return (torch.stack([rank.cost for rank in learned.values()]).sum() + fixed) / dense
 
-    def loss_of(rows: Tensor) -> Tensor:
-        loss = context.task.loss(model, walk.as_batch(rows.to(device)))
+    def loss_of(batch: Batch) -> Tensor:
+        loss = context.task.loss(model, walk.as_batch(batch, device))
         return loss + settings.gamma * (ratio_now() - context.ratio).abs()  # Algorithm 1, line 11
 
     def after_step() -> dict[str, Any]:
@@ -210,7 +211,7 @@ def train_ranks(folder: Path, context: Context, ids: Tensor, settings: Different
         seed=settings.seed,
     )
     parameters = [rank.parameter for rank in learned.values()]
-    history = training.train(folder, "ranks", parameters, loss_of, ids, recipe, after_step)
+    history = training.train(folder, "ranks", parameters, loss_of, samples, recipe, after_step)
     write_json(folder / "history.json", {"sites": list(sites), "steps": history})
     write_json(folder / "ranks.json", {name: rank.k.item() for name, rank in learned.items()})
     (folder / "ranks.state").unlink()

@@ -32,7 +32,7 @@ class LossBased:
             return dict.fromkeys(context.sites)
         # The spectra are of the mean over tokens; the paper's loss is of their sum.
         errors, metric = tails(context), answers_of(context.cell).metric
-        tokens = context.calibration_ids.numel() if metric.needs_inputs else 1
+        tokens = context.calibration_positions if metric.needs_inputs else 1
         losses = {}
         for name, site in compressible(context.sites).items():
             rank = rank_for_ratio(site, context.ratio)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from lowrank_lab.lowrank import masked, spectra
     from lowrank_lab.models import walk
+    from lowrank_lab.models.tasks.base import Batch
     from lowrank_lab.running.context import Context
 else:
     np = LazyModule("numpy")
@@ -55,14 +56,14 @@ class SigmaGradient:
     def __call__(self, context: Context) -> Ranks:
         if context.ratio >= 1:
             return dict.fromkeys(context.sites)
-        ids = context.calibration_ids[: self.samples]
+        samples = walk.chosen(context.calibration, slice(self.samples))
         artifacts.spectra(context)  # so that their time does not count to that of the gradients
         parts = {
             "sigma": self.samples,
             "spectra": LowRankKeys(context.cell).spectra,
             "tokens": context.cell.keys.calibration_tokens,
         }
-        make = lambda folder: make_sigma_gradients(folder, context, ids)
+        make = lambda folder: make_sigma_gradients(folder, context, samples)
         folder = context.artifact("singular value gradients", "sigma", parts, make)
         sigma, mean_abs, mean_square = load_sigma_gradients(folder, context.sites)
         limit = budget(context.sites, context.ratio)
@@ -86,8 +87,8 @@ def score_tails(
     return tails
 
 
-def make_sigma_gradients(folder: Path, context: Context, ids: Tensor) -> None:
-    """Means of |dL/dσ| and (dL/dσ)² over the sequences ``ids`` (samples, length); one file a block.
+def make_sigma_gradients(folder: Path, context: Context, samples: Batch | Tensor) -> None:
+    """Means of |dL/dσ| and (dL/dσ)² over the sequences or images ``samples``; one file a block.
 
     L is the mean negative log-likelihood of a sequence's predicted tokens, σ the singular values of the metric's
     decomposition at full rank. In float32. Raises FloatingPointError, naming the site.
@@ -103,14 +104,15 @@ def make_sigma_gradients(folder: Path, context: Context, ids: Tensor) -> None:
     model.to(device)
     mean_abs = {name: torch.zeros_like(value) for name, value in sigma.items()}
     mean_square = {name: torch.zeros_like(value) for name, value in sigma.items()}
-    for sequence in progress.track(ids.split(1), "singular value gradients", "sequence"):
-        context.task.loss(model, walk.as_batch(sequence.to(device))).backward()
+    sequences = walk.in_parts(samples, 1)
+    for sequence in progress.track(sequences, "singular value gradients", "sequence"):
+        context.task.loss(model, walk.as_batch(sequence, device)).backward()
         for name, leaf in leaves.items():
             assert leaf.grad is not None
             if not torch.isfinite(leaf.grad).all():
                 raise FloatingPointError(f"{name}: the gradient of a singular value is not finite")
-            mean_abs[name] += leaf.grad.abs() / len(ids)
-            mean_square[name] += leaf.grad.square() / len(ids)
+            mean_abs[name] += leaf.grad.abs() / len(sequences)
+            mean_square[name] += leaf.grad.square() / len(sequences)
             leaf.grad = None
     for index, of_block in enumerate(by_block(sites, len(walk.blocks_of(model, tower)))):
         tensors = {}

@@ -15,7 +15,7 @@ class Refinement(Protocol):
     """Better factors than the closed form's, of the same ranks.
 
     ``needs_calibration`` says that it reads calibration tokens, whatever the metric does. A refinement whose config
-    has a ``dataset`` can read windows of that text as well, by ``context.text_ids("refinement")``; its config
+    has a ``dataset`` can read windows of that text as well, by ``context.text("refinement")``; its config
     then also has ``samples``, ``seqlen``, ``seed``, ``sampling`` and ``bos``.
     """
 

@@ -47,11 +47,12 @@ class Ipca:
         self.samples = samples
 
     def prepare(self, context: Context) -> None:
-        _ = context.calibration_ids
+        _ = context.calibration
 
     def __call__(self, context: Context, ranks: Ranks, folder: Path) -> None:
         """Raises FloatingPointError, naming the site, where an activation is not finite."""
-        tower, device, length = context.tower, context.device, context.calibration_ids.shape[1]
+        tower, device = context.tower, context.device
+        length = context.calibration_positions // walk.count_of(context.calibration)
         sites = by_block(context.sites, len(walk.blocks_of(context.model, tower)))
         blocks = context.walk(context.model, self.samples)
         for index, block, run in progress.track(blocks, "IPCA", "block", len(sites)):

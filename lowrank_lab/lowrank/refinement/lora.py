@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lowrank_lab.lowrank import factors, spectra
     from lowrank_lab.models import walk
     from lowrank_lab.models.families import Tower
-    from lowrank_lab.models.tasks.base import Task
+    from lowrank_lab.models.tasks.base import Batch, Task
     from lowrank_lab.modules import factorized, linears
     from lowrank_lab.running import training
     from lowrank_lab.running.context import Context
@@ -50,7 +50,7 @@ class Lora:
     micro_batch        sequences a forward; changes speed and memory, and which activations dropout takes
     seed               of the windows, their order, LoRA's initial values and dropout
 
-    The other settings are the windows of text (``context.text_ids``). The loss is that of the next token, every
+    The other settings are the windows of text (``context.text``). The loss is that of the next token, every
     token counts, and training is in float32.
     """
 
@@ -88,7 +88,7 @@ class Lora:
         self.seed = seed
 
     def prepare(self, context: Context) -> None:
-        context.text_ids("refinement")
+        context.text("refinement")
 
     def __call__(self, context: Context, ranks: Ranks, folder: Path) -> None:
         """Write the fine-tuned factors of every site, a file a block, and ``facts.json``.
@@ -97,13 +97,13 @@ class Lora:
         end; only a call after an interruption reads it again.
         """
         if not (folder / "facts.json").exists():
-            ids, decomposed = context.text_ids("refinement"), artifacts.spectra(context)
+            samples, decomposed = context.text("refinement"), artifacts.spectra(context)
             model = context.take_model().float()  # the weights that the spectra are of, whatever their dtype
             # √Σ in each factor, whatever the storage: both phases then start from factors of one scale.
             storage = Absorb(0.5)
             spectra.compress(model, context.tower, context.sites, ranks, decomposed, storage, context.device)
             model.to(context.device)
-            facts = {side: train_side(model, side, ids, folder, self, context.task) for side in SIDES}
+            facts = {side: train_side(model, side, samples, folder, self, context.task) for side in SIDES}
             save_all(model, context.tower, context.sites, folder)
             write_json(folder / "facts.json", facts)  # the last file: once it exists, all factors do
         # The state of a phase must be there as long as that of the phase after it.
@@ -112,20 +112,21 @@ class Lora:
 
 
 def train_side(
-    model: nn.Module, side: str, ids: Tensor, folder: Path, settings: Lora, task: Task
+    model: nn.Module, side: str, samples: Batch | Tensor, folder: Path, settings: Lora, task: Task
 ) -> dict[str, Any]:
     """Train LoRA on one side of all factors of ``model`` (float32), and merge it into them, in place.
 
-    ``ids`` (samples, length) are token ids on the CPU. Returns the steps and the loss of the first and last epoch.
+    ``samples`` are a batch, or token ids (samples, length), on the CPU. Returns the steps and the loss of the
+    first and last epoch.
     """
     layers = attach(model, linears_of(model, side), settings)
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = parameters[0].device
 
-    def loss_of(rows: Tensor) -> Tensor:
-        return task.loss(model, walk.as_batch(rows.to(device)))
+    def loss_of(batch: Batch) -> Tensor:
+        return task.loss(model, walk.as_batch(batch, device))
 
-    an_epoch = -(-len(ids) // settings.batch_size)
+    an_epoch = -(-walk.count_of(samples) // settings.batch_size)
     recipe = training.Recipe(
         steps=settings.epochs * an_epoch,
         batch_size=settings.batch_size,
@@ -135,7 +136,7 @@ def train_side(
         seed=settings.seed,
         max_norm=settings.max_norm,
     )
-    history = training.train(folder, side, parameters, loss_of, ids, recipe)
+    history = training.train(folder, side, parameters, loss_of, samples, recipe)
     merge(model, layers)
     losses = [step["loss"] for step in history]
     mean = lambda some: sum(some) / len(some)

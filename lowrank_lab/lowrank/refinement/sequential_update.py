@@ -48,7 +48,7 @@ class SequentialUpdate:
     needs_calibration = True
 
     def prepare(self, context: Context) -> None:
-        _ = context.calibration_ids
+        _ = context.calibration
 
     def __call__(self, context: Context, ranks: Ranks, folder: Path) -> None:
         """Raises FloatingPointError, naming the site, where its input or a factor is not finite."""

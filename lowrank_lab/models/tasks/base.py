@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -20,6 +20,14 @@ class Task(Protocol):
         """
         ...
 
+    def check(self, location: str, revision: str | None, trust_remote_code: bool) -> None:
+        """Raises UserError as ``load`` and ``processor`` do; no values of weights are read."""
+        ...
+
+    def processor(self, location: str, revision: str | None, trust_remote_code: bool) -> Any:
+        """What makes inputs of data: the tokenizer, the image processor. It has ``save_pretrained``."""
+        ...
+
     def skeleton(self, model_config: Any, trust_remote_code: bool) -> nn.Module:
         """The model of a transformers configuration without weights, for shapes."""
         ...
@@ -34,6 +42,13 @@ class Task(Protocol):
 
     def predicted(self, batch: Batch) -> int:
         """The number of predictions in the loss of a batch."""
+        ...
+
+    def positions(self, skeleton: Callable[[], nn.Module], blocks: str, batch: Batch) -> int:
+        """How many hidden states ``batch`` has in ``blocks`` (a path), padding too.
+
+        ``skeleton`` makes the model without weights.
+        """
         ...
 
     def rows(self, batch: Batch) -> Tensor | None:

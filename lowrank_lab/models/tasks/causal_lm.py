@@ -6,6 +6,7 @@ either side, and ``labels`` (batch, length), -100 at tokens that are not predict
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +23,12 @@ class CausalLM:
 
     def load(self, location: str, revision: str | None, dtype: str, trust_remote_code: bool) -> nn.Module:
         return load.load_model(location, revision, dtype, trust_remote_code)
+
+    def check(self, location: str, revision: str | None, trust_remote_code: bool) -> None:
+        load.check_model(location, revision, trust_remote_code)
+
+    def processor(self, location: str, revision: str | None, trust_remote_code: bool) -> Any:
+        return load.load_tokenizer(location, revision, trust_remote_code)
 
     def skeleton(self, model_config: Any, trust_remote_code: bool) -> nn.Module:
         return load.skeleton(model_config, trust_remote_code)
@@ -45,6 +52,9 @@ class CausalLM:
     def predicted(self, batch: Batch) -> int:
         targets = _targets(batch)
         return int((targets != NOT_PREDICTED).sum())
+
+    def positions(self, skeleton: Callable[[], nn.Module], blocks: str, batch: Batch) -> int:
+        return batch["input_ids"].numel()
 
     def rows(self, batch: Batch) -> Tensor | None:
         mask = batch.get("attention_mask")

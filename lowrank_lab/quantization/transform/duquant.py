@@ -75,7 +75,7 @@ class DuQuant(Transform):
             groups = [group for group in groups if set(group) & set(quantized)]
             if quantization.latent is not None:
                 groups = [group for group in groups if not _reads_latent(group)]
-            tokens = context.calibration_ids.numel()
+            tokens = context.calibration_positions
             seen = inputs.sample_inputs(block, [group[0] for group in groups], run, tokens, SAMPLE)
             for group in groups:
                 with named(f"block {index}: {group[0]}"):

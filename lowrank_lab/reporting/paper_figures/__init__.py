@@ -21,10 +21,12 @@ from lowrank_lab.reporting.paper_figures.common import PaperFigure
 from lowrank_lab.reporting.paper_figures.dobi import DOBI
 from lowrank_lab.reporting.paper_figures.dobi_figure3 import DOBI_FIGURE3
 from lowrank_lab.reporting.paper_figures.dobi_training import DOBI_TRAINING
+from lowrank_lab.reporting.paper_figures.slides import SLIDES
 from lowrank_lab.reporting.recipe_cells import recipe_cells
 
 PAPER_FIGURES: dict[str, PaperFigure] = {
     **{f"asvd/{name}": figure for name, figure in ASVD.items()},
+    **{f"slides/{name}": figure for name, figure in SLIDES.items()},
     **{f"dobi/{name}": figure for name, figure in (DOBI_FIGURE3 | DOBI | DOBI_TRAINING).items()},
 }
 

@@ -1,0 +1,103 @@
+"""Image encoders as data, as models/families.py has language models. No torch.
+
+The paths are those of transformers' own classes. Embeddings of patches, classifiers and pooling heads are never
+listed and never compressed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lowrank_lab.models.families import FAMILIES, Attention, Family, Folding, Tower
+
+TEXT_TASK, IMAGE_TASK = "causal_lm", "image_classification"
+# By task, the class of transformers that loads a saved model.
+AUTO = {TEXT_TASK: "AutoModelForCausalLM", IMAGE_TASK: "AutoModelForImageClassification"}
+
+
+def encoder(blocks: str, query: str, key: str, value: str, output: str, folding: Folding) -> Tower:
+    """A tower of blocks with one attention, plain, and an MLP of two linears."""
+    qkv = (query, key, value)
+    return Tower(
+        blocks=blocks,
+        inputs=(qkv, (output,), ("mlp.fc1",), ("mlp.fc2",)),
+        roles={"qkv": qkv, "kv": (key, value), "attention": (*qkv, output), "mlp": ("mlp.fc1", "mlp.fc2")},
+        attention=Attention(query, key, value, output, plain=True),
+        folding=folding,
+    )
+
+
+def layer_norms(attention: str, mlp: str, final: str, value: str, output: str) -> Folding:
+    return Folding(
+        norm="layer",
+        norms=(attention, None, mlp, None),
+        final_norm=final,
+        residual=(output, "mlp.fc2"),
+        feeds={output: value},
+        down="mlp.fc2",
+    )
+
+
+VIT = encoder(
+    "vit.layers",
+    "attention.q_proj",
+    "attention.k_proj",
+    "attention.v_proj",
+    "attention.o_proj",
+    layer_norms("layernorm_before", "layernorm_after", "vit.layernorm", "attention.v_proj", "attention.o_proj"),
+)
+assert VIT.folding is not None
+
+# Its distillation token is one more position, and not all of its classes have it.
+DEIT = replace(VIT, blocks="deit.layers", folding=replace(VIT.folding, final_norm="deit.layernorm"))
+
+# A scale for each channel (LayerScale) is between a linear and the residual stream.
+DINOV2 = encoder(
+    "dinov2.encoder.layer",
+    "attention.attention.query",
+    "attention.attention.key",
+    "attention.attention.value",
+    "attention.output.dense",
+    replace(
+        layer_norms("norm1", "norm2", "dinov2.layernorm", "attention.attention.value", "attention.output.dense"),
+        residual=(),
+    ),
+)
+
+CLIP_VISION = encoder(
+    "vision_model.encoder.layers",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.out_proj",
+    layer_norms(
+        "layer_norm1", "layer_norm2", "vision_model.post_layernorm", "self_attn.v_proj", "self_attn.out_proj"
+    ),
+)
+assert CLIP_VISION.folding is not None
+CLIP_TEXT = replace(
+    CLIP_VISION,
+    blocks="text_model.encoder.layers",
+    folding=replace(CLIP_VISION.folding, final_norm="text_model.final_layer_norm"),
+)
+CLIP = Family(
+    IMAGE_TASK,
+    {"vision": CLIP_VISION, "text": CLIP_TEXT},
+    {"vision": "vision_config", "text": "text_config"},
+)
+
+VISION_FAMILIES: dict[str, Family] = {  # by config.json's model_type
+    "vit": Family(IMAGE_TASK, {"vision": VIT}),
+    "deit": Family(IMAGE_TASK, {"vision": DEIT}),
+    "dinov2": Family(IMAGE_TASK, {"vision": DINOV2}),
+    "clip": CLIP,
+    "siglip": CLIP,  # the same modules at the same paths
+}
+
+ROWS = {**FAMILIES, **VISION_FAMILIES}
+
+
+def task_of(model_type: str | None) -> str:
+    """The name of the task of models of this type. A type without a row is a language model."""
+    row = ROWS.get(model_type or "")
+    return TEXT_TASK if row is None else row.task
