@@ -250,7 +250,7 @@ def reference_fit(sites: dict[str, Site], wanted: dict[str, float], limit: int) 
 @by_storage
 def test_fitted_ranks_are_those_of_the_reference_and_leave_less_than_one_rank(storage):
     fitted = 0
-    for seed in range(10):
+    for seed in range(22):
         sites = small_sites(storage, seed, count=6)
         generator = np.random.default_rng(seed)
         wanted = {name: float(generator.uniform(0.1, 10)) for name in sites}
