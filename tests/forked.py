@@ -54,7 +54,6 @@ def main() -> None:
 
     import lowrank_lab.running.pipeline  # noqa: F401
     from lowrank_lab.cells import grid
-
     from lowrank_lab.process.garbage import collect_rarely
 
     from .composed import parse_yaml_once

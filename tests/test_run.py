@@ -246,7 +246,9 @@ def numbers(lab: Lab) -> str:
     return rows.drop(columns=["compression_seconds", "evaluation_seconds"]).to_csv()
 
 
-def stopped_after_two_records(lab: Lab, how: signal.Signals, wanted: Sequence[str]) -> tuple[int, str, dict[str, str]]:
+def stopped_after_two_records(
+    lab: Lab, how: signal.Signals, wanted: Sequence[str]
+) -> tuple[int, str, dict[str, str]]:
     """Run the grid and stop it by ``how``: its exit status, what it said, and the records it left."""
     command = lab.command(*wanted)
     # A background job of a shell ignores SIGINT, and so would all that it starts.
