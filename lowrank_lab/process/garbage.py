@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 def collect_rarely() -> None:
-    """Look for unused circles after 100,000 new objects, not after 700: that is a quarter of the time to compose."""
+    """Look for unused circles after 100,000 new objects, not after 700: a quarter of the time to compose."""
     gc.set_threshold(100_000, 20, 20)
 
 
