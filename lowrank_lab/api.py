@@ -49,9 +49,9 @@ def compress(
 
     ``model`` is a hub name, a folder, or whatever ``model.path`` may be; or a loaded transformers model, with its
     ``tokenizer`` (or ``image_processor``) where it did not come from a folder or the hub. ``calibration`` is an
-    option of that name ("wikitext2", "mnist"), or texts: strings, or a ``datasets.Dataset`` with a column ``text``. ``settings`` are those of the command line:
-    ``quantization="gptq"``, ``**{"calibration.samples": 64}``. An answer (metric, allocation, refinement, storage)
-    may also be an object.
+    option of that name ("wikitext2", "mnist"), or texts: strings, or a ``datasets.Dataset`` with a column ``text``.
+    ``settings`` are those of the command line: ``quantization="gptq"``, ``**{"calibration.samples": 64}``. An
+    answer (metric, allocation, refinement, storage) may also be an object.
 
     The compressed model stays in ``<results>/checkpoints``. Raises UserError for a mistake, before any work, and
     SkippedCell where the settings do not go together.
