@@ -119,11 +119,11 @@ def attend_to_merged(
 
 
 def places_of(keys: Tensor, r: int, own: int) -> Tensor:
-    """(batch, tokens), int64: the place of every token after ``r`` pairs have been merged (ToMe, §3 and Appendix D).
+    """(batch, tokens), int64: the place of every token after ``r`` pairs were merged (ToMe, §3 and Appendix D).
 
     ``keys`` (batch, tokens, head size) say what is similar; the first ``own`` tokens are not merged, and stay
-    first. The tokens are dealt in turn to two sets A and B. Each of A is joined to the most similar of B, the r most
-    similar pairs are merged, and the two sets follow one another.
+    first. The tokens are dealt in turn to two sets A and B. Each of A is joined to the most similar of B, the r
+    most similar pairs are merged, and the two sets follow one another.
     """
     unit = nn.functional.normalize(keys, dim=-1)
     scores = unit[:, ::2] @ unit[:, 1::2].mT
@@ -189,7 +189,7 @@ class TokenMerging(Replacement):
     def forward(self, block: nn.Module, states: Tensor, *args: Any, **rest: Any) -> Tensor:
         """What ``block`` makes of ``states`` (batch, tokens, width), given its other arguments.
 
-        Raises RuntimeError where the states are not what the block before gave, as their tokens are then not known.
+        Raises RuntimeError for states that are not what the block before gave, as their tokens are not known.
         """
         tokens = Tokens.of(states) if self.first else getattr(states, ON_TENSOR, None)
         if tokens is None:
@@ -211,7 +211,7 @@ class TokenMerging(Replacement):
 
 
 def tokens_to_merge(count: int, r: int, own: int) -> int:
-    """How many of ``count`` tokens a block merges that is to merge ``r``: at most half of those that are patches."""
+    """How many of ``count`` tokens a block merges that is to merge ``r``: at most half of the patches."""
     return min(r, (count - own) // 2)
 
 

@@ -74,8 +74,8 @@ class ToMe(Compression):
         """Raises SkippedCell where the model has no tokens of images, or its blocks are of another kind."""
         if context.tower.halves is None:
             raise SkippedCell(
-                "tokens=tome merges tokens of images between attention and MLP; this architecture has none, or it is "
-                "not known where that is"
+                "tokens=tome merges tokens of images between attention and MLP; this architecture has none, or "
+                "it is not known where that is"
             )
 
     def plan(self, context: Context) -> Plan:
