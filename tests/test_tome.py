@@ -22,7 +22,10 @@ from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.image_macs import macs_of_image
 from lowrank_lab.modules.token_merging import Tokens, attend_to_merged, attending, merge_tokens, places_of
 from lowrank_lab.records.results import other_compressions
-from lowrank_lab.reporting import tables
+from lowrank_lab.reporting import published, tables
+from lowrank_lab.reporting.joined import dicts
+from lowrank_lab.reporting.matching import is_cell, method_of
+from lowrank_lab.reporting.measured import numbers
 from lowrank_lab.tokens.tome import ToMe
 from tests.images import vision_words
 
@@ -213,7 +216,9 @@ def test_states_from_elsewhere_are_refused(dense):
         blocks_of(model, VISION_FAMILIES["vit"].tower)[1](torch.randn(1, 15, 48))
 
 
-@pytest.mark.parametrize("words", ["svdllm", "comcat quantization=int8 pruning=magnitude"])
+@pytest.mark.parametrize(
+    "words", [pytest.param("svdllm", marks=pytest.mark.slow), "comcat quantization=int8 pruning=magnitude"]
+)
 def test_it_follows_other_compressions_and_is_saved(lab, tmp_path, monkeypatch, words):
     method, *others = words.split()
     seen, save = [], checkpoint.save
@@ -228,7 +233,7 @@ def test_it_follows_other_compressions_and_is_saved(lab, tmp_path, monkeypatch, 
     record = lab.run(*asked, "tokens=tome", "tokens.r=3", "tokens.schedule=decreasing", "save=true")
     assert list(record["compressions"]) == [*plain["compressions"], "tokens"]
     assert list(record["compressions"]["tokens"]["plan"].values()) == [6, 3, 0]
-    assert other_compressions(record).endswith("ToMe r=3")
+    assert other_compressions(record).endswith("ToMe r=3 decreasing")
     image, before = record["sizes"].pop("image"), plain["sizes"].pop("image")
     assert image["tokens"] == [17, 11, 8, 8] and before["tokens"] == [17] * 4
     assert image["macs"] < before["macs"] < before["macs_dense"] == image["macs_dense"]
@@ -251,8 +256,23 @@ def test_it_follows_other_compressions_and_is_saved(lab, tmp_path, monkeypatch, 
         lab.cells(*again, "quantization=int4")
     text = tables.markdown(lab.results.records())
     kept = f"{image['macs'] / image['macs_dense']:.4f}"
-    [line] = [line for line in text.splitlines() if "tokens=ToMe r=3" in line]
+    [line] = [line for line in text.splitlines() if "tokens=ToMe r=3 decreasing" in line]
     assert "MACs kept" in text and f"| {kept} " in " ".join(line.split())
+
+
+def test_a_published_row_of_it_is_that_of_the_dense_model_with_merged_tokens(lab, tmp_path):
+    table = published.load("slides/comcat")
+    rows = {row["method"]: row for row in dicts(table.rows) if row["metric"] == "flops_removed"}
+    dense, merged = (
+        lab.run(*vision_words("vit", tmp_path), *words)
+        for words in (["method=dense"], ["method=dense", "tokens=tome"])
+    )
+    assert [method_of(record) for record in (dense, merged)] == ["dense", "tome"]
+    assert is_cell(rows["tome"], merged, table) and not is_cell(rows["tome"], dense, table)
+    assert is_cell(rows["dense"], dense, table) and not is_cell(rows["dense"], merged, table)
+    image = merged["sizes"]["image"]
+    [(_, removed)] = [(name, number[-1]) for number, _ in numbers(merged) if (name := number[0]) == "flops_removed"]
+    assert removed == pytest.approx(100 - 100 * image["macs"] / image["macs_dense"]) and removed > 20
 
 
 def test_what_makes_no_sense_is_told(lab, tmp_path):

@@ -35,7 +35,7 @@ class ToMe(Compression):
     axis = "tokens"
     kind = "merged tokens"
     kind_in_words = "a model that merges tokens"
-    in_name = ("r",)
+    in_name = ("r", "schedule", "proportional_attention")
 
     def __init__(self, r: int, schedule: Literal["constant", "decreasing"], proportional_attention: bool) -> None:
         checks.whole(0, r=r)
@@ -47,7 +47,9 @@ class ToMe(Compression):
 
     @property
     def name(self) -> str:
-        return f"ToMe r={self.r}"
+        parts = [f"ToMe r={self.r}", "decreasing" if self.schedule == "decreasing" else ""]
+        parts.append("" if self.proportional_attention else "unweighted")
+        return " ".join(part for part in parts if part)
 
     @property
     def family(self) -> str:
@@ -56,10 +58,6 @@ class ToMe(Compression):
     @property
     def online(self) -> bool:
         return True
-
-    def settings(self, cfg: dict[str, Any]) -> dict[str, Any]:
-        of_tokens = {name: cfg["tokens"][name] for name in ("schedule", "proportional_attention")}
-        return {"tokens": self.name, **{f"tokens.{name}": value for name, value in of_tokens.items()}}
 
     def check_cell(self, cell: Cell) -> None:
         """Raises UserError for a checkpoint that merges tokens already."""
