@@ -39,6 +39,7 @@ def compress(
     *,
     calibration: str | Iterable[str] | None = None,
     tokenizer: Any = None,
+    image_processor: Any = None,
     results: str | Path = "results",
     **settings: Any,
 ) -> Any:
@@ -47,17 +48,17 @@ def compress(
     Returns a transformers model, which ``save_pretrained`` keeps whole.
 
     ``model`` is a hub name, a folder, or whatever ``model.path`` may be; or a loaded transformers model, with its
-    ``tokenizer`` where it did not come from a folder or the hub. ``calibration`` is an option of that name, or
-    texts: strings, or a ``datasets.Dataset`` with a column ``text``. ``settings`` are those of the command line:
-    ``quantization="gptq"``, ``**{"calibration.samples": 64}``. An answer (metric, allocation, refinement, storage)
-    may also be an object.
+    ``tokenizer`` (or ``image_processor``) where it did not come from a folder or the hub. ``calibration`` is an
+    option of that name ("wikitext2", "mnist"), or texts: strings, or a ``datasets.Dataset`` with a column ``text``.
+    ``settings`` are those of the command line: ``quantization="gptq"``, ``**{"calibration.samples": 64}``. An
+    answer (metric, allocation, refinement, storage) may also be an object.
 
     The compressed model stays in ``<results>/checkpoints``. Raises UserError for a mistake, before any work, and
     SkippedCell where the settings do not go together.
     """
     kept = {"save.checkpoint": True, "save.dtype": "${dtype}"}  # what is returned is what was measured
     wanted = {"method": method, "ratio": ratio, **kept, **settings}
-    cell = _cell(model, tokenizer, results, wanted, {"calibration": calibration}, ())
+    cell = _cell(model, tokenizer or image_processor, results, wanted, {"calibration": calibration}, ())
     if not cell.checkpoints:
         raise UserError(f"method={method}: nothing is compressed; choose another method, quantization or pruning")
     record = _finished(cell)
@@ -72,6 +73,7 @@ def evaluate(
     *evaluators: str,
     dataset: str | Iterable[str] | None = None,
     tokenizer: Any = None,
+    image_processor: Any = None,
     results: str | Path = "results",
     **settings: Any,
 ) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def evaluate(
     ``model`` is as for ``compress``, dense or compressed. ``dataset`` is an option of that name, or texts.
     """
     wanted = {"method": "dense", **settings}
-    cell = _cell(model, tokenizer, results, wanted, {"dataset": dataset}, evaluators or ("ppl",))
+    cell = _cell(model, tokenizer or image_processor, results, wanted, {"dataset": dataset}, evaluators or ("ppl",))
     return dict(_finished(cell)["metrics"])
 
 
@@ -100,15 +102,19 @@ def table(name: str, results: str | Path = "results") -> pd.DataFrame:
 
 def _cell(
     model: Any,
-    tokenizer: Any,
+    reads: Any,
     results: str | Path,
     settings: Mapping[str, Any],
     texts: Mapping[str, str | Iterable[str] | None],
     evaluators: tuple[str, ...],
 ) -> Cell:
-    """The cell of a call. ``texts`` are those for ``calibration`` and ``dataset``; None leaves the default."""
+    """The cell of a call.
+
+    ``reads`` is the tokenizer or image processor of a loaded model. ``texts`` are those for ``calibration`` and
+    ``dataset``; None leaves the default.
+    """
     store = Store(Path(results, "artifacts"))
-    path = model if isinstance(model, str | Path) else _saved_model(store, model, tokenizer)
+    path = model if isinstance(model, str | Path) else _saved_model(store, model, reads)
     words = [
         f"results={_quoted(str(results))}",
         f"model.path={_quoted(str(path))}",
@@ -144,29 +150,41 @@ def _finished(cell: Cell) -> dict[str, Any]:
     return record
 
 
-def _saved_model(store: Store, model: Any, tokenizer: Any) -> Path:
+def _saved_model(store: Store, model: Any, reads: Any) -> Path:
     """The folder of a loaded model in the store, found by the content of its weights."""
     if not hasattr(model, "save_pretrained"):
         raise UserError(f"model is a {type(model).__name__}; give a name, a folder or a transformers model")
     import torch
-    from transformers import AutoTokenizer
 
-    try:
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.config.name_or_path)
-    except (OSError, ValueError):
-        raise UserError("the tokenizer of a loaded model is not known; give tokenizer=...") from None
+    reads = reads or _read_by(model)
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+    described = reads.get_vocab() if hasattr(reads, "get_vocab") else reads.to_dict()
+    digest.update(json.dumps(described, sort_keys=True, default=str).encode())
     name = Path(model.config.name_or_path).name or type(model).__name__
 
     def make(folder: Path) -> None:
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        reads.save_pretrained(folder)
 
     return store.get_or_make("model", f"{name}-{digest.hexdigest()[:12]}", make).path
+
+
+def _read_by(model: Any) -> Any:
+    """The tokenizer or image processor of a loaded model, from where it came."""
+    from transformers import AutoTokenizer
+
+    from lowrank_lab.models.load import load_image_processor
+
+    location = model.config.name_or_path
+    of_images = model.main_input_name == "pixel_values"
+    try:
+        return load_image_processor(location, None, False) if of_images else AutoTokenizer.from_pretrained(location)
+    except (OSError, ValueError, UserError):
+        what, setting = ("image processor", "image_processor") if of_images else ("tokenizer", "tokenizer")
+        raise UserError(f"the {what} of a loaded model is not known; give {setting}=...") from None
 
 
 def _saved_texts(store: Store, texts: Iterable[Any]) -> dict[str, Any]:

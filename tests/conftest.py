@@ -27,6 +27,7 @@ from lowrank_lab.cells import grid
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.models import tiny
 from lowrank_lab.models.load import load_model
+from lowrank_lab.process.garbage import collect_rarely
 from lowrank_lab.records.results import Results
 from lowrank_lab.running import runner
 
@@ -43,6 +44,7 @@ SMALL = (
 
 FORKS = Forks()
 parse_yaml_once()
+collect_rarely()
 
 
 def pytest_collection_finish() -> None:

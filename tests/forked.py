@@ -54,11 +54,13 @@ def main() -> None:
 
     import lowrank_lab.running.pipeline  # noqa: F401
     from lowrank_lab.cells import grid
+    from lowrank_lab.process.garbage import collect_rarely
 
     from .composed import parse_yaml_once
 
     torch.set_num_threads(1)
     parse_yaml_once()
+    collect_rarely()
     grid.configurations(
         REPOSITORY / "conf", "config", ["model=tiny", "ratio=0.8,0.6"]
     )  # what it parses is known to all

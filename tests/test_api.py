@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 import lowrank_lab
 from lowrank_lab.basics.errors import SkippedCell, UserError
 from lowrank_lab.cells import config
 from lowrank_lab.lowrank.metric.second_moment import SecondMoment
+from lowrank_lab.models import tiny
+from lowrank_lab.models.load import load_image_processor
+from lowrank_lab.records.results import Results
+from tests.images import image_folder
 
 from .conftest import Lab
 
@@ -129,3 +133,26 @@ def test_settings_that_do_not_go_together_are_told(given):
 
 def test_published_tables(tmp_path):
     assert "published" in lowrank_lab.table("asvd/table1", tmp_path).columns
+
+
+def test_a_loaded_image_classifier_is_compressed_and_measured(tmp_path):
+    """Its image processor comes from its folder, or is given; the images are those of a data set."""
+    folder = tmp_path / "vit"
+    folder.mkdir()
+    tiny.build("vit", folder)
+    images = {"dataset": "image_folder", "dataset.corpus.folder": str(image_folder(tmp_path / "images"))}
+    given = {"results": tmp_path / "results", "calibration.samples": 40, **images}
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    compressed = lowrank_lab.compress(model, "svdllm", 0.6, **given)
+    measured = lowrank_lab.evaluate(compressed, "top1", **given)
+    [record] = [r for r in Results(given["results"]).records() if "top1" not in r["metrics"]]
+    assert record["sizes"]["ratio_reached"] <= 0.6
+    assert measured["top1"]["protocol"]["images"] == 40
+    pixels = torch.randn(2, 3, 28, 28)
+    assert not torch.allclose(compressed(pixels).logits, model(pixels).logits, atol=1e-3)
+    model.config.name_or_path = ""
+    with pytest.raises(UserError, match="image processor of a loaded model is not known"):
+        lowrank_lab.compress(model, "svdllm", 0.6, **given)
+    processor = load_image_processor(str(folder), None, False)
+    again = lowrank_lab.compress(model, "svdllm", 0.6, image_processor=processor, **given)
+    assert torch.equal(again(pixels).logits, compressed(pixels).logits)

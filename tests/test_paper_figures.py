@@ -106,9 +106,10 @@ OF_TEXT = [name for name in PAPER_FIGURES if not name.startswith("slides/")]  # 
 TRAINED = ("dobi/figure3_left", "dobi/figure3_middle", "dobi/figure4", "dobi/figure7")  # of trainings and speeds
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in TRAINED else ()) for name in OF_TEXT]
-)
+SOME_SLOW = [pytest.param(name, marks=pytest.mark.slow if name in TRAINED else ()) for name in OF_TEXT]
+
+
+@pytest.mark.parametrize("name", SOME_SLOW)
 def test_a_figure_is_made_of_its_data_alone(name: str, run: Run):
     """Its data comes out the same whatever the order of the records, and as a CSV gives the same picture."""
     figure = PAPER_FIGURES[name]
@@ -123,7 +124,7 @@ def test_a_figure_is_made_of_its_data_alone(name: str, run: Run):
     assert png(figure.draw(again)) == png(figure.draw(frame))
 
 
-@pytest.mark.parametrize("name", OF_TEXT)
+@pytest.mark.parametrize("name", SOME_SLOW)
 def test_records_without_its_data_give_an_empty_frame(name: str, run: Run):
     figure = PAPER_FIGURES[name]
     records = run(figure.recipe)

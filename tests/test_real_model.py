@@ -31,7 +31,7 @@ REAL = ("model=smollm2", "dataset=wikipedia")
 @pytest.mark.timeout(540)
 def test_svd_svdllm_and_the_dense_model(lab):
     """Ordered as they must be, and plain SVD equal to a truncation by torch.linalg.svd made here."""
-    blocks = [0, 1, 3, 6]
+    blocks = [0, 3]
     text = ("eval.ppl.seqlen=128", "eval.ppl.max_windows=3", "dataset.eval.max_documents=4")
     calibration = ("calibration.seqlen=128", "calibration.samples=20", "dataset.calibration.max_documents=12")
     small = (*REAL, *text, *calibration, f"targets.blocks={blocks}")
@@ -42,7 +42,7 @@ def test_svd_svdllm_and_the_dense_model(lab):
         assert record["sizes"]["kv_cache_bytes_per_token"] == 2 * 30 * 3 * 64 * 4
         assert record["sizes"]["sites"]["count"] == (0 if method == "dense" else 7 * len(blocks))
     assert 10 < values["dense"] < 40
-    assert values["dense"] < values["svdllm"] < values["svd"] / 100
+    assert values["dense"] < values["svdllm"] < values["svd"] / 10
 
     [model_folder] = (lab.root / "artifacts" / "model").glob("[0-9a-f]*")
     [cell] = lab.cells(*small, "method=svd")

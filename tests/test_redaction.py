@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from lowrank_lab.basics.redaction import (
 )
 from lowrank_lab.records.results import _without_secrets
 
-from .conftest import REPOSITORY
+from .conftest import FORKS, REPOSITORY
 
 pytestmark = pytest.mark.own_artifacts
 
@@ -152,12 +151,13 @@ runpy.run_path("run.py", run_name="__main__")
 
 
 @pytest.mark.parametrize("multirun", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_nothing_that_is_written_or_printed_holds_one(lab, secrets, monkeypatch, multirun):
+def test_nothing_that_is_written_or_printed_holds_one(lab, secrets, monkeypatch, tmp_path, multirun):
     """Given in the environment and in the text of an exception: records, grids, logs, W&B's copies, the screen."""
     monkeypatch.setenv("SAYS", ", ".join(secrets[:-1]))
     words = lab.overrides("method=svd", "tracker=wandb", "method.name=of_${oc.env:DEPLOY_SECRET}")
-    command = [sys.executable, "-c", FAILING, *(["-m"] if multirun else []), *words]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    done = FORKS.run(str(script), *(["-m"] if multirun else []), *words)
     assert done.returncode == 1
     [record] = lab.results.records()
     assert (record["status"], record["method"]) == ("failed", f"of_{HIDDEN}")
@@ -234,6 +234,5 @@ def test_a_report_prints_none(lab, secrets):
     old = json.loads(file.read_text())  # as a version without redaction wrote it
     del old["sha256"]
     file.write_text(json.dumps({**old, "reason": f"no entry with {OWN}"}))
-    command = [sys.executable, "report.py", "--results", str(lab.root)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    done = FORKS.run("report.py", "--results", str(lab.root))
     assert f"no entry with {HIDDEN}" in " ".join(done.stdout.split())

@@ -157,7 +157,7 @@ def outliers(model):
 @pytest.mark.parametrize(
     ("sites", "weights"),
     [
-        ("dense", "rtn"),
+        pytest.param("dense", "rtn", marks=pytest.mark.slow),
         pytest.param("dense", "none", marks=pytest.mark.slow),
         pytest.param("factors", "none", marks=pytest.mark.slow),
         ("joint factors", "none"),

@@ -177,7 +177,7 @@ def test_remapped_factors_are_read_in_fewer_bytes_and_multiplied_as_often(lab):
 @pytest.mark.own_artifacts
 def test_the_dense_model_is_measured_once(lab, monkeypatch):
     runs = []
-    monkeypatch.setattr(timing, "_run", lambda model, *_: runs.append(model) or (0.5, 0.25))
+    monkeypatch.setattr(timing, "_run", lambda model, **_: runs.append(model) or {"prefill": 0.5, "decode": 0.25})
     speed = lab.run("method=dense", *SMALL, "eval.speed.seqlens=[6]", "eval.speed.batch_sizes=[2]")["metrics"][
         "speed"
     ]
@@ -196,7 +196,9 @@ def test_dense_and_compressed_take_turns(checkpoints, monkeypatch):
     models = {name: load(checkpoints, "llama") for name in ("dense", "model")}
     names = {id(model): name for name, model in models.items()}
     runs = []
-    monkeypatch.setattr(timing, "_run", lambda model, *_: runs.append(names[id(model)]) or (1.0, 1.0))
+    monkeypatch.setattr(
+        timing, "_run", lambda model, **_: runs.append(names[id(model)]) or {"prefill": 1.0, "decode": 1.0}
+    )
     timing.measure(models, [(1, 4)], new_tokens=1, repeats=4, warmup=1, device=CPU)
     turns = ["dense", "model", "model", "dense"]
     assert runs == ["dense", "model", *turns, *turns]

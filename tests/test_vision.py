@@ -276,3 +276,17 @@ def varint(value: int) -> bytes:
     while value > 127:
         found, value = found + bytes([value & 127 | 128]), value >> 7
     return found + bytes([value])
+
+
+def test_images_a_second_are_of_both_models_in_turns(lab, tmp_path):
+    words = [*vision_words("vit", tmp_path), "method=svd", "ratio=0.5", "eval=[ppl,image_speed]"]
+    small = ["eval.image_speed.batch_sizes=[4,1]", "eval.image_speed.repeats=3", "eval.image_speed.warmup=1"]
+    record = lab.run(*words, *small)
+    measured = record["metrics"]["image_speed"]
+    assert [one["batch_size"] for one in measured["settings"]] == [4, 1]
+    for one in measured["settings"]:
+        assert one["ratio"]["q1"] <= one["ratio"]["median"] <= one["ratio"]["q3"]
+        assert min(one[name]["images_per_second"] for name in ("model", "dense")) > 0
+    assert measured["value"] == measured["settings"][0]["ratio"]["median"]
+    assert measured["images_per_second"] == measured["settings"][0]["model"]["images_per_second"]
+    assert measured["protocol"]["pixels"] == [3, 28, 28]

@@ -22,6 +22,7 @@ from lowrank_lab.cells import config, hints, spelling
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.sweep import jobs
 from lowrank_lab.cells.told import told_apart, words_of
+from lowrank_lab.process.garbage import collected_rarely
 
 NAME = "LOWRANK_LAB_GRID"  # variable with the name of a grid, for its processes and their records
 
@@ -77,7 +78,7 @@ def _hydra(config_dir: Path, config_name: str, overrides: list[str]) -> Iterator
             return compose(config_name, _without_sweeps(some), True)
 
     try:
-        with initialize_config_dir(str(config_dir), version_base="1.3"):
+        with collected_rarely(), initialize_config_dir(str(config_dir), version_base="1.3"):
             yield
     except UserError as error:
         raise UserError(_in_one_line(hints.amended(str(error), overrides))) from None

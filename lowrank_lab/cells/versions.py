@@ -20,6 +20,7 @@ COMPRESSION = 1  # allocation/, refinement/, storage/, training.py, the rest of 
 QUANTIZATION = 2  # quantization/
 PERPLEXITY = 1  # evaluation/perplexity.py
 SPEED = 1  # evaluation/speed.py, macs.py
+IMAGE_SPEED = 1  # evaluation/image_speed.py
 GENERATION = 1  # evaluation/generation.py
 OUTPUT_ERROR = 1  # evaluation/output_error.py
 TRUNCATION = 1  # evaluation/truncation.py
@@ -37,6 +38,7 @@ RECORD = 3  # the schema of results.py
 EVALUATORS = (
     "PERPLEXITY",
     "SPEED",
+    "IMAGE_SPEED",
     "GENERATION",
     "OUTPUT_ERROR",
     "TRUNCATION",

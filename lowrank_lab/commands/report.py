@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from lowrank_lab.basics.paths import REPORT, RUN
 from lowrank_lab.process import stopping
+from lowrank_lab.process.garbage import collect_rarely
 
 if TYPE_CHECKING:
     from lowrank_lab.records.results import Results
@@ -35,6 +36,7 @@ WIDTH = 120  # of tables that are printed where there is no terminal and no COLU
 def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     stopping.end_with_reader()  # python report.py | head
+    collect_rarely()
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").replace("python report.py", REPORT),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -8,11 +8,9 @@ The result is the median, over pairs of consecutive measurements, of their ratio
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from omegaconf import DictConfig
@@ -25,20 +23,18 @@ from lowrank_lab.cells import versions
 from lowrank_lab.cells.evaluator import Evaluator
 from lowrank_lab.models.families import kv_cache_shape
 from lowrank_lab.process import environment, progress
-from lowrank_lab.process.out_of_memory import unless_out_of_memory
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from lowrank_lab.evaluation import macs
+    from lowrank_lab.evaluation import macs, timing
     from lowrank_lab.running.context import Context
 else:
     torch = LazyModule("torch")
     macs = LazyModule("lowrank_lab.evaluation.macs")
+    timing = LazyModule("lowrank_lab.evaluation.timing")
 
-T = TypeVar("T")
-Models: TypeAlias = "Mapping[str, nn.Module]"
 PHASES = ("prefill", "decode")
 
 
@@ -77,9 +73,7 @@ class Speed(Evaluator):
         return {"seqlens and new_tokens": self.longest}
 
     def parts(self, cfg: DictConfig, store: Store) -> dict[str, Any]:
-        machine = environment.machine()
-        device = ("cuda" if machine["gpus"] else "cpu") if cfg.device == "auto" else cfg.device
-        return {"": {**machine, "device": device}}
+        return {"": environment.machine_with(cfg.device)}
 
     def check(self, context: Context) -> None:
         saved = context.cell.saved
@@ -110,7 +104,7 @@ class Speed(Evaluator):
 
 
 def measure(
-    models: Models,
+    models: timing.Models,
     settings: Sequence[tuple[int, int]],
     new_tokens: int,
     repeats: int,
@@ -130,11 +124,12 @@ def measure(
                    and to their bytes (``bytes``)
     conditions     for the protocol: threads of torch, and how many jobs ran on the machine when it began
     """
-    conditions = {"threads": torch.get_num_threads(), "load_before": round(os.getloadavg()[0], 2)}
+    conditions = timing.conditions()
     with torch.no_grad():
         shortest = min(length for _, length in settings)
         prompt = _prompts(models["model"], 1, shortest, device)
-        counted = {name: _alone(models, name, device, partial(macs.count_macs, prompt=prompt)) for name in models}
+        count = partial(macs.count_macs, prompt=prompt)
+        counted = {name: timing.alone(models, name, device, count) for name in models}
         compared = [
             _compare(models, *setting, new_tokens, repeats, warmup, device)
             for setting in progress.track(settings, "speed", "setting")
@@ -152,7 +147,7 @@ def measure(
 
 
 def _compare(
-    models: Models, batch: int, length: int, new_tokens: int, repeats: int, warmup: int, device: torch.device
+    models: timing.Models, batch: int, length: int, new_tokens: int, repeats: int, warmup: int, device: torch.device
 ) -> dict[str, Any]:
     """All that is measured in one setting.
 
@@ -166,10 +161,11 @@ def _compare(
     prompts = _prompts(models["model"], batch, length, device)
     found: dict[str, dict[str, Any]] = {}
     for name in models:
-        memory = _alone(models, name, device, partial(_memory, prompts=prompts, new_tokens=new_tokens))
+        memory = timing.alone(models, name, device, partial(_memory, prompts=prompts, new_tokens=new_tokens))
         if memory is not None:
             found[name] = memory
-    seconds = _alternate(models, list(found), prompts, new_tokens, repeats, warmup)
+    run = partial(_run, prompts=prompts, new_tokens=new_tokens)
+    seconds = timing.alternate(models, list(found), run, repeats, warmup, device)
     tokens = {"prefill": batch * length, "decode": batch * new_tokens}
     for name, of_model in seconds.items():
         for phase in PHASES:
@@ -178,7 +174,7 @@ def _compare(
     reference = "dense" if "dense" in models else "model"
     both = {"model", reference} <= set(found)
     ratios = {
-        f"{phase}_ratio": _spread(seconds[reference][phase], seconds["model"][phase]) if both else None
+        f"{phase}_ratio": timing.spread(seconds[reference][phase], seconds["model"][phase]) if both else None
         for phase in PHASES
     }
     ideal = macs.prefill_macs(models[reference], length) / macs.prefill_macs(models["model"], length)
@@ -192,53 +188,11 @@ def _compare(
     }
 
 
-def _alternate(
-    models: Models, fitting: Sequence[str], prompts: Tensor, new_tokens: int, repeats: int, warmup: int
-) -> dict[str, dict[str, list[float]]]:
-    """By model and phase the seconds of every repeat; the order of the models changes after each.
-
-    Only the ``fitting`` of ``models`` run; on a GPU the others are moved away.
-    """
-    seconds: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in fitting}
-
-    def warm_up(names: Sequence[str]) -> bool:
-        _move(models, names, prompts.device)
-        for name in names:
-            for _ in range(warmup):
-                _run(models[name], prompts, new_tokens)
-        return True
-
-    together = unless_out_of_memory(lambda: warm_up(fitting)) is not None
-    for repeat in range(repeats):
-        for name in fitting if repeat % 2 == 0 else fitting[::-1]:
-            if not together:  # each fits alone, but not both
-                warm_up([name])
-            for phase, taken in zip(PHASES, _run(models[name], prompts, new_tokens), strict=True):
-                seconds[name][phase].append(taken)
-    return seconds
-
-
-def _run(model: nn.Module, prompts: Tensor, new_tokens: int) -> tuple[float, float]:
+def _run(model: nn.Module, prompts: Tensor, new_tokens: int) -> dict[str, float]:
     """The seconds of one prefill and of decoding after it."""
-    (cache, tokens), prefill = _timed(lambda: macs.prefill(model, prompts), prompts.device)
-    _, decode = _timed(lambda: macs.decode(model, cache, tokens, new_tokens), prompts.device)
-    return prefill, decode
-
-
-def _timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
-    """What ``work()`` returns and how many seconds it took; on a GPU, between events on its stream."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        result = work()
-        return result, time.perf_counter() - start
-    stream = torch.cuda.current_stream(device)
-    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    stream.synchronize()
-    start_event.record(stream)
-    result = work()
-    end_event.record(stream)
-    end_event.synchronize()
-    return result, start_event.elapsed_time(end_event) / 1000
+    (cache, tokens), prefill = timing.timed(lambda: macs.prefill(model, prompts), prompts.device)
+    _, decode = timing.timed(lambda: macs.decode(model, cache, tokens, new_tokens), prompts.device)
+    return dict(zip(PHASES, (prefill, decode), strict=True))
 
 
 def _memory(model: nn.Module, prompts: Tensor, new_tokens: int) -> dict[str, Any]:
@@ -259,28 +213,3 @@ def _prompts(model: Any, batch: int, length: int, device: torch.device) -> Tenso
     """Random token ids (batch, length): their values do not change how long dense products take."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(model.config.vocab_size, (batch, length), generator=generator).to(device)
-
-
-def _move(models: Models, names: Sequence[str], device: torch.device) -> None:
-    """Move these models to ``device``, and all others off a GPU."""
-    for name, model in models.items():
-        if name not in names:
-            model.to("cpu")
-    for name in names:
-        models[name].to(device)
-
-
-def _alone(models: Models, name: str, device: torch.device, work: Callable[[nn.Module], T]) -> T | None:
-    """``work`` on one model, on a GPU with no other there; None where memory runs out."""
-
-    def move_and_work() -> T:
-        _move(models, [name], device)
-        return work(models[name])
-
-    return unless_out_of_memory(move_and_work)
-
-
-def _spread(reference: Sequence[float], seconds: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles of how many times faster than ``reference`` the ``seconds`` are, pair by pair."""
-    q1, median, q3 = np.quantile(np.array(reference) / np.array(seconds), (0.25, 0.5, 0.75))
-    return {"median": float(median), "q1": float(q1), "q3": float(q3)}

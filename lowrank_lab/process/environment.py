@@ -90,6 +90,12 @@ def machine() -> dict[str, Any]:
 _peaks_before: dict[str, int] = {}  # MiB: the peaks before ``memory_on_top`` reset them
 
 
+def machine_with(device: str) -> dict[str, Any]:
+    """The machine and the kind of device that a time measured here depends on; ``device`` may be auto."""
+    here = machine()
+    return {**here, "device": ("cuda" if here["gpus"] else "cpu") if device == "auto" else device}
+
+
 def reset_peak_memory() -> None:
     """Start a new measurement of peak memory. Only on Linux; elsewhere it covers the whole life of the process."""
     _peaks_before.clear()
