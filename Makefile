@@ -54,7 +54,7 @@ $(VENV)/.libraries: $(VENV)/.ready
 test-libraries: $(VENV)/.libraries ## our quantization against bitsandbytes and llm-compressor, which it installs
 	$(PYTEST) tests/test_against_libraries.py tests/test_quantization_presets.py
 
-BENCHMARKS := startup factorized_forward solver_speed statistics_time token_merging grid_overhead
+BENCHMARKS := startup factorized_forward solver_speed statistics_time grid_overhead
 bench: setup     ## the ratios of the README's section on performance (a quarter of an hour on one idle core)
 	@for name in $(BENCHMARKS); do echo "$$name:"; OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
 

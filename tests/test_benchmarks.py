@@ -52,15 +52,6 @@ def test_factorized_forward(lines):
     assert square["over_ideal"] == pytest.approx(square["factorized"] / ideal, rel=0.02)
 
 
-def test_token_merging(lines):
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 28, "patch_size": 7}
-    shapes = {"tiny": ("dinov2", sizes, (0, 3))}
-    dense, merged = lines("token_merging", ["--batch", "2", "--repeats", "1"], SHAPES=shapes)
-    assert (dense["tokens"], dense["left"], dense["macs"]) == (17, 17, 1.0)
-    assert (merged["tokens"], merged["left"]) == (17, 11)
-    assert merged["macs"] < 1 and merged["time"] > 0
-
-
 @pytest.mark.slow
 def test_grid_overhead(lines, data_root):
     words = ["model=tiny", "dataset=wikitext2", f"data_root={data_root}", *SMALL]
