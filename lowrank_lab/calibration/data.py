@@ -63,6 +63,13 @@ class Data:
         """
         raise NotImplementedError
 
+    def example(self, processor: Callable[[], Any]) -> Batch | None:
+        """A batch of one sample of the size that all have for a model; None where the size is not the model's.
+
+        ``processor`` gives what makes the model's inputs.
+        """
+        return None
+
 
 class Texts(Data):
     """Windows of token ids."""
@@ -130,6 +137,10 @@ class Images(Data):
         batch, facts = images.load_samples(folder)
         images.check_labels(facts["classes"], model_config)
         return batch, facts
+
+    def example(self, processor: Callable[[], Any]) -> Batch | None:
+        """A square image: without a crop to a fixed size, another one may have more pixels."""
+        return {"pixel_values": images.pixel_values(processor(), [images.blank()])}
 
 
 DATA: dict[str, Data] = {TEXT_TASK: Texts(), IMAGE_TASK: Images()}  # by task

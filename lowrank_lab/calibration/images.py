@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,6 +31,11 @@ def images_of(corpus: ImageCorpus, part: Part, data_root: str | None) -> Labelle
 def pixel_values(processor: Any, images: Sequence[Any]) -> Tensor:
     """(images, channels, height, width), float32, as the model's image processor makes them of PIL images."""
     return processor(images=list(images), return_tensors="pt")["pixel_values"]
+
+
+def blank() -> Image.Image:
+    """A black image, square."""
+    return Image.new("RGB", (64, 64))
 
 
 def settings_of(processor: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ OF_NODES = {
     "calibration": ("dataset", "samples", "seqlen", "seed", "sampling", "bos", "batch_size", "offload"),
     "save": ("checkpoint", "merge", "dtype"),
 }
-AXES = ("metric", "grouping", "targets", "allocation", "refinement", "storage", "pruning", "quantization")
+AXES = ("metric", "grouping", "targets", "allocation", "refinement", "storage", "pruning", "quantization", "tokens")
 OF_QUANTIZATION = ("transform", "latent", "method", "activations", "kv_cache")
 PART = ("split", "join", "max_documents")
 

@@ -51,6 +51,15 @@ class Folding:
 
 
 @dataclass(frozen=True)
+class Half:
+    """One half of a block, by the paths of its modules: it gives x + scale(module(norm(x))); no scale is 1."""
+
+    norm: str
+    module: str
+    scale: str | None = None
+
+
+@dataclass(frozen=True)
 class Tower:
     """A stack of blocks of one kind: the decoder of a language model, or an image encoder.
 
@@ -59,7 +68,9 @@ class Tower:
     statistic. Embeddings and lm_head are never listed and never compressed, tied or not. ``roles`` names sets of
     these linears for methods; a fused linear is a role by itself. ``attention`` is None where there is none
     (Mamba), ``folding`` where it is not known. ``tuples`` says whether a block returns its hidden states as the
-    first item of a tuple. ``stays_dense`` lists other weights of the blocks, for the record.
+    first item of a tuple. ``stays_dense`` lists other weights of the blocks, for the record. ``halves`` are the
+    attention and the MLP of a block that consists of these two (None: of others, or not known), and ``own_tokens``
+    the number of tokens of the model's own (class, distillation) that stand before the patches of an image.
     """
 
     blocks: str
@@ -69,6 +80,8 @@ class Tower:
     folding: Folding | None = None
     tuples: bool = False
     stays_dense: tuple[str, ...] = ()
+    halves: tuple[Half, Half] | None = None
+    own_tokens: int = 0
 
     @property
     def linears(self) -> tuple[str, ...]:

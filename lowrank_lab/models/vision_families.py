@@ -8,22 +8,40 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lowrank_lab.models.families import FAMILIES, Attention, Family, Folding, Tower
+from lowrank_lab.models.families import FAMILIES, Attention, Family, Folding, Half, Tower
 
 TEXT_TASK, IMAGE_TASK = "causal_lm", "image_classification"
 # By task, the class of transformers that loads a saved model.
 AUTO = {TEXT_TASK: "AutoModelForCausalLM", IMAGE_TASK: "AutoModelForImageClassification"}
 
 
-def encoder(blocks: str, query: str, key: str, value: str, output: str, folding: Folding) -> Tower:
-    """A tower of blocks with one attention, plain, and an MLP of two linears."""
+def encoder(
+    blocks: str,
+    query: str,
+    key: str,
+    value: str,
+    output: str,
+    folding: Folding,
+    scales: tuple[str | None, str | None] = (None, None),
+) -> Tower:
+    """A tower of blocks with one attention, plain, and an MLP of two linears, after a class token.
+
+    ``scales`` are those of the outputs of attention and MLP.
+    """
     qkv = (query, key, value)
+    before_attention, _, before_mlp, _ = folding.norms
+    assert before_attention is not None and before_mlp is not None
     return Tower(
         blocks=blocks,
         inputs=(qkv, (output,), ("mlp.fc1",), ("mlp.fc2",)),
         roles={"qkv": qkv, "kv": (key, value), "attention": (*qkv, output), "mlp": ("mlp.fc1", "mlp.fc2")},
         attention=Attention(query, key, value, output, plain=True),
         folding=folding,
+        halves=(
+            Half(before_attention, query.partition(".")[0], scales[0]),
+            Half(before_mlp, "mlp", scales[1]),
+        ),
+        own_tokens=1,
     )
 
 
@@ -49,7 +67,7 @@ VIT = encoder(
 assert VIT.folding is not None
 
 # Its distillation token is one more position, and not all of its classes have it.
-DEIT = replace(VIT, blocks="deit.layers", folding=replace(VIT.folding, final_norm="deit.layernorm"))
+DEIT = replace(VIT, blocks="deit.layers", folding=replace(VIT.folding, final_norm="deit.layernorm"), own_tokens=2)
 
 # A scale for each channel (LayerScale) is between a linear and the residual stream.
 DINOV2 = encoder(
@@ -62,6 +80,7 @@ DINOV2 = encoder(
         layer_norms("norm1", "norm2", "dinov2.layernorm", "attention.attention.value", "attention.output.dense"),
         residual=(),
     ),
+    ("layer_scale1", "layer_scale2"),
 )
 
 CLIP_VISION = encoder(
@@ -79,19 +98,23 @@ CLIP_TEXT = replace(
     CLIP_VISION,
     blocks="text_model.encoder.layers",
     folding=replace(CLIP_VISION.folding, final_norm="text_model.final_layer_norm"),
+    halves=None,  # causal: a token may not be merged with a later one
+    own_tokens=0,
 )
 CLIP = Family(
     IMAGE_TASK,
     {"vision": CLIP_VISION, "text": CLIP_TEXT},
     {"vision": "vision_config", "text": "text_config"},
 )
+# The same modules at the same paths; its pooling attends to all patches, and there is no class token.
+SIGLIP = replace(CLIP, towers={"vision": replace(CLIP_VISION, own_tokens=0), "text": CLIP_TEXT})
 
 VISION_FAMILIES: dict[str, Family] = {  # by config.json's model_type
     "vit": Family(IMAGE_TASK, {"vision": VIT}),
     "deit": Family(IMAGE_TASK, {"vision": DEIT}),
     "dinov2": Family(IMAGE_TASK, {"vision": DINOV2}),
     "clip": CLIP,
-    "siglip": CLIP,  # the same modules at the same paths
+    "siglip": SIGLIP,
 }
 
 ROWS = {**FAMILIES, **VISION_FAMILIES}

@@ -1,18 +1,16 @@
 """Attention to rounded keys and values, as with a key-value cache in few bits.
 
-transformers finds a model's attention and its mask by name. This module registers one more name for each
-implementation of attention, which rounds keys and values and then does the same. Every token and head is rounded
-separately. So the result is the same whether that happens once, when a token enters the cache, or at each read, as
-here; and the forward of a whole text, which uses no cache, gives the same as decoding. Each attention module has
-its format, so models in one process may differ.
+transformers finds a model's attention and its mask by name. One more name for each implementation of attention
+(attention_names.py) rounds keys and values and then does the same. Every token and head is rounded separately.
+So the result is the same whether that happens once, when a token enters the cache, or at each read, as here; and
+the forward of a whole text, which uses no cache, gives the same as decoding. Each attention module has its format,
+so models in one process may differ.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from lowrank_lab.basics.errors import SkippedCell, named
 from lowrank_lab.models.discovery import family_of
 from lowrank_lab.models.families import head_size, kv_cache_shape
+from lowrank_lab.modules.attention_names import AttentionFunction, use_attention
 from lowrank_lab.modules.base import Replacement
 from lowrank_lab.modules.cache_format import CacheFormat
 from lowrank_lab.modules.steps import Hadamard, Round
@@ -70,15 +69,7 @@ class RoundedCache(Replacement):
     @classmethod
     def set_up(cls, model: Any) -> None:
         """Raises SkippedCell where the attention of ``model`` is none of ``NAMES``."""
-        implementation = model.config._attn_implementation
-        if implementation not in NAMES:
-            raise SkippedCell(
-                f"keys and values cannot be rounded in attention '{implementation}', only in sdpa and eager"
-            )
-        _register(implementation)
-        model.set_attn_implementation(NAMES[implementation])
-        if model.config._attn_implementation != NAMES[implementation]:
-            raise SkippedCell(f"{type(model).__name__} does not let its attention be replaced")
+        use_attention(model, NAMES, attend_to_rounded, "keys and values cannot be rounded")
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.rotation is not None:
@@ -97,26 +88,8 @@ def _attentions(model: Any) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in model.named_modules() if query in module._modules)
 
 
-def _attend(
-    implementation: str, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any
+def attend_to_rounded(
+    original: AttentionFunction, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **rest: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention ``implementation`` after rounding."""
-    return _original_attention(implementation, module)(module, *module.kv_cache(query, key, value), mask, **rest)
-
-
-def _original_attention(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The function of transformers; that of ``eager`` is in the module of the architecture."""
-    if name == "eager":
-        return sys.modules[type(module).__module__].eager_attention_forward
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    return ALL_ATTENTION_FUNCTIONS[name]
-
-
-def _register(implementation: str) -> None:
-    # Not when this module is imported: lowrank_lab imports it while transformers is still being imported.
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-    AttentionInterface.register(NAMES[implementation], partial(_attend, implementation))
-    AttentionMaskInterface.register(NAMES[implementation], ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    """transformers' attention ``original`` after rounding."""
+    return original(module, *module.kv_cache(query, key, value), *args, **rest)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import nn
 from transformers import AutoConfig
 
@@ -120,7 +119,7 @@ def _of_image(cell: Cell, model: Any, tower: Tower | None) -> tuple[int, int]:
     """The ``positions`` and ``image_bytes`` of a cell; 0 where its data are texts."""
     if cell.task == TEXT_TASK or tower is None:
         return 0, 0
-    pixels = images.pixel_values(processor_of(cell), [Image.new("RGB", (32, 32))])
+    pixels = images.pixel_values(processor_of(cell), [images.blank()])
     positions = TASKS[cell.task].positions(lambda: model, tower.blocks, {"pixel_values": pixels})
     return positions, pixels.nbytes
 

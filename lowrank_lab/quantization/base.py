@@ -205,7 +205,9 @@ class Quantization(Compression):
     def check_cell(self, cell: Cell) -> None:
         """Raises UserError for a model that is quantized already, or where a library that rounds is not there."""
         if cell.saved is not None and cell.saved.is_quantized:
-            raise UserError(f"model.path={cell.cfg.model.path} is quantized already; use quantization=none")
+            raise UserError(
+                f"model.path={cell.cfg.model.path} is quantized already, or merges tokens; use quantization=none"
+            )
         library = self.method.library if self.method is not None else None
         if library is not None and importlib.util.find_spec(library) is None:
             raise UserError(f"{library} is not installed; run: pip install 'lowrank_lab[quantization]'")

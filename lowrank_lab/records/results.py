@@ -265,11 +265,18 @@ def compression_of(record: dict[str, Any], name: str) -> dict[str, Any]:
     return {**found, "refinement": record["refinement"]} if "refinement" in record else found
 
 
-def other_compressions(record: dict[str, Any]) -> str:
-    """The compressions of a record besides low rank and quantization, as its settings name them; "" for none."""
+def others_in(record: dict[str, Any]) -> dict[str, str]:
+    """The compressions of a record besides low rank and quantization, by their axes, as its settings name them."""
     listed = record["config"].get("compressions", ())
-    others = [record["settings"].get(name, name) for name in listed if name not in ("lowrank", "quantization")]
-    return ", ".join(str(name) for name in others if name != "none")
+    names = {
+        axis: str(record["settings"].get(axis, axis)) for axis in listed if axis not in ("lowrank", "quantization")
+    }
+    return {axis: name for axis, name in names.items() if name != "none"}
+
+
+def other_compressions(record: dict[str, Any]) -> str:
+    """``others_in`` on one line; "" for none."""
+    return ", ".join(others_in(record).values())
 
 
 def _without_secrets(record: dict[str, Any]) -> dict[str, Any]:

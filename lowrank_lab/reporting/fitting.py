@@ -7,8 +7,10 @@ from textwrap import fill
 import pandas as pd
 
 NEVER_DROPPED = ("method", "variant", "ratio")
-COSTS = ("evaluation (s)", "compression (s)", "parameters (M)", "reached")  # what says least about a method, first
-SIZES = ("size (MB)", "counts", "bits a weight")  # what quantized rows are compared by, the most important last
+# What says least about a method, first.
+COSTS = ("evaluation (s)", "compression (s)", "MACs an image (M)", "parameters (M)", "reached")
+# What quantized rows, and images with merged tokens, are compared by, the most important last.
+SIZES = ("size (MB)", "counts", "bits a weight", "MACs kept")
 NARROWEST_VARIANT = 16
 HEADER_PADDING = 2  # of tabulate
 

@@ -15,6 +15,7 @@ def frame(records: list[dict[str, Any]]) -> pd.DataFrame:
     rows = []
     for record in records:
         sizes = record.get("sizes", {})
+        image = sizes.get("image") or {}  # None for a model of texts; older records do not have it
         stages = record["stages"]
         row = {
             "model": record["model"],
@@ -26,6 +27,8 @@ def frame(records: list[dict[str, Any]]) -> pd.DataFrame:
             "ratio_reached": sizes.get("ratio_reached"),
             "parameters": sizes.get("parameters"),
             "bytes": sizes.get("bytes"),
+            "image_macs": image.get("macs"),
+            "image_macs_dense": image.get("macs_dense"),
             # As if this cell ran alone: artifacts shared with other cells count with what making them took.
             "compression_seconds": _seconds(s for s in stages if _compresses(s["stage"])),
             "key": record["key"],

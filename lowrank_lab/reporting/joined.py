@@ -14,6 +14,7 @@ from lowrank_lab.reporting.matching import (
     is_cell,
     latest,
     matching,
+    method_of,
     named_as_in,
     of_model,
     setting,
@@ -156,7 +157,7 @@ def _beyond(table: Published, numbers: list[Ours]) -> list[dict[str, Any]]:
         model = papers.get(record["config"]["model"]["path"], "")
         if where in columns and not (model and matches(model, record, *where, ours.variant)):
             settings = ";".join(f"{name}={setting(record['config'], name)}" for name in _answered(named, record))
-            line = (record["method"], f"{record['ratio']:g}", record["quantization"]["name"], settings)
+            line = (method_of(record), f"{record['ratio']:g}", record["quantization"]["name"], settings)
             of_line = found.setdefault((model or record["model"], *line), {})
             of_line.setdefault((*where, ours.variant), []).append(ours)
     beyond = []

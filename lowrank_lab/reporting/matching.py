@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from lowrank_lab.artifacts.store import fingerprint
-from lowrank_lab.records.results import other_compressions
+from lowrank_lab.cells.options import name_of
+from lowrank_lab.records.results import others_in
 from lowrank_lab.reporting import models_of_papers
 from lowrank_lab.reporting.published import Published
 
@@ -35,20 +36,22 @@ class Ours:
 
 
 def is_cell(row: dict[str, Any], record: dict[str, Any], table: Published) -> bool:
-    """Whether a record is of the method, ratio, quantization and settings of a published row; of any model.
-
-    No published row has further compressions.
-    """
+    """Whether a record is of the method, ratio, quantization and settings of a published row; of any model."""
     method = table.also.get(row["method"], row["method"])
     config = record["config"]
     kept = table.ratio if row["ratio"] == "" else row["kept"]
     return (
-        record["method"] == method
+        method_of(record) == method
         and (method == "dense" or record["ratio"] == kept)
         and record["quantization"]["name"] == quantization_of(row["quantization"], table)
-        and not other_compressions(record)
         and all(setting(config, name) == value for name, value in settings_in(row["variant"]))
     )
+
+
+def method_of(record: dict[str, Any]) -> str:
+    """The method of a record as tables name it: another compression of the dense model is one, such as "tome"."""
+    options = [str(name_of(axis, record["config"].get(axis)) or axis) for axis in others_in(record)]
+    return " + ".join(options if options and record["method"] == "dense" else [record["method"], *options])
 
 
 def quantization_of(published: str, table: Published) -> str:

@@ -41,6 +41,8 @@ def numbers(record: dict[str, Any]) -> Iterator[tuple[Number, dict[str, Any]]]:
         yield ("size", "", "", sizes["bytes"] / 1e9), {}
         yield ("memory", "", "", sizes["bytes"] / 1e9), {}
         yield ("parameters", "", "", sizes["parameters"] / 1e9), {}
+        if image := sizes.get("image"):
+            yield ("flops_removed", "", "", 100 * (1 - image["macs"] / image["macs_dense"])), {}
 
 
 def of_dense(record: dict[str, Any]) -> Iterator[tuple[Number, dict[str, Any]]]:

@@ -122,6 +122,7 @@ def names(record: dict[str, Any], evaluators: dict[str, Evaluator]) -> Iterator[
                 yield "perplexity_degradation", _dataset(of_cell, name), measured.shift_variant(shift)
         elif isinstance(evaluator, Top1):
             yield "accuracy", _dataset(of_cell, name), measured.top1_variant(of_cell)
+            yield "flops_removed", "", ""
         elif isinstance(evaluator, Harness):
             yield from (("accuracy", task, "") for task in evaluator.tasks)
         elif isinstance(evaluator, Speed):

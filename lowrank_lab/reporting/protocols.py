@@ -12,6 +12,7 @@ from lowrank_lab.reporting.published import Published
 OURS_ARE = {
     "memory": "the memory of the weights",
     "flops": "2 FLOPs a multiply-accumulate, of one token that is decoded after a prompt",
+    "flops_removed": "of a forward of one image, embedding and classifier too",
     "mse": "of the product of both factors, the mean over the blocks",
     "mae": "of the product of both factors, the mean over the blocks",
 }

@@ -132,6 +132,10 @@ def presentable(group: pd.DataFrame, section: Section) -> pd.DataFrame:
             "reached": group["ratio_reached"].map("{:.4f}".format),
         }
     )
+    if group["image_macs"].notna().any():
+        what["MACs kept"] = [
+            share(*macs) for macs in zip(group["image_macs"], group["image_macs_dense"], strict=True)
+        ]
     same = [name for name, usual in (("variant", ""), ("counts", "weights")) if (what[name] == usual).all()]
     cells = group["measured"].map(section.cells).map(lambda found: found if isinstance(found, list) else [found])
     # The first setting of all rows, then the second: what is to be compared stands together.
@@ -141,6 +145,9 @@ def presentable(group: pd.DataFrame, section: Section) -> pd.DataFrame:
     place = [index for _, index, _ in settings]
     costs = pd.DataFrame(
         {
+            "MACs an image (M)": group["image_macs"].map(
+                lambda macs: "—" if pd.isna(macs) else f"{macs / 1e6:.4g}"
+            ),
             "parameters (M)": (group["parameters"] / 1e6).map("{:.4g}".format),
             "bits a weight": group["bits"].map("{:.2f}".format),
             "size (MB)": (group["bytes"] / 1e6).map("{:.4g}".format),
@@ -150,8 +157,15 @@ def presentable(group: pd.DataFrame, section: Section) -> pd.DataFrame:
     )
     if (group["quantized"] == "none").all():
         costs = costs.drop(columns="bits a weight")
+    if group["image_macs"].isna().all():
+        costs = costs.drop(columns="MACs an image (M)")
     columns = (what.drop(columns=same).loc[place], measured, costs.loc[place])
     return pd.concat([part.reset_index(drop=True) for part in columns], axis=1).set_axis(place)
+
+
+def share(part: float, whole: float) -> str:
+    """``part`` of ``whole``; — where they are not known."""
+    return "—" if pd.isna(part) else f"{part / whole:.4f}"
 
 
 def markdown(records: list[dict[str, Any]], width: int | None = None) -> str:

@@ -25,6 +25,7 @@ from lowrank_lab.checkpoints.casting import bytes_in
 from lowrank_lab.checkpoints.description import Saved
 from lowrank_lab.models.origin import format_of, size_of, weights_in
 from lowrank_lab.models.own_config import CARD
+from lowrank_lab.modules.image_macs import macs_of_image
 from lowrank_lab.process import environment
 from lowrank_lab.records.model_card import card, megabytes
 from lowrank_lab.records.rank_sizes import sizes_of_ranks
@@ -117,8 +118,20 @@ def _count(context: Context) -> dict[str, int | None]:
     ranks = _ranks(context)
     tower, sites = (context.tower, context.sites) if ranks else (None, {})
     of_ranks = sizes_of_ranks(context.model, tower, sites, ranks, context.cell.ratio)
-    context.record.data["sizes"] = {**of_ranks, **sizes(context.model, tower, sites)}
+    context.record.data["sizes"] = {
+        **of_ranks,
+        **sizes(context.model, tower, sites),
+        "image": _sizes_of_image(context),
+    }
     return ranks
+
+
+def _sizes_of_image(context: Context) -> dict[str, Any] | None:
+    """The tokens and multiply-accumulates of a forward of one image; None for a model of texts."""
+    example = context.cell.data.example(lambda: context.processor)
+    if example is None:
+        return None
+    return macs_of_image(context.model, context.skeleton(), context.family, context.task, example["pixel_values"])
 
 
 def _describe(context: Context, ranks: dict[str, int | None]) -> Saved | None:

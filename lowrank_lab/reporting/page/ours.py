@@ -15,7 +15,7 @@ from lowrank_lab.reporting.tables import all_groups, presentable
 
 # Of a cell's facts those that stand behind what was measured, so that this is in view on a phone.
 BEHIND = (
-    *("counts", "reached", "bits a weight", "size (MB)", "parameters (M)"),
+    *("counts", "reached", "MACs kept", "bits a weight", "size (MB)", "parameters (M)", "MACs an image (M)"),
     *("compression (s)", "evaluation (s)"),
 )
 TIMES = "× dense"
