@@ -4,7 +4,7 @@ python -m lowrank_lab.commands.train_head                   that of model=dinov2
 python -m lowrank_lab.commands.train_head --dataset fashion_mnist --images 2000 --model FOLDER
                                                             a model of its own: model=hf_images model.path=FOLDER
 
-The features are the class token beside the mean of the patches, of the data set's training images alone. The head is
+The features are the class token beside the mean of the patches, of training images alone. The head is
 the minimum of a convex loss, found from zero by L-BFGS, so nothing is drawn at random.
 """
 
