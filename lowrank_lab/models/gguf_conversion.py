@@ -41,6 +41,17 @@ ROTARY = "rope_freqs.weight"  # the only tensor that is no weight of the model
 def convert(file: Path, folder: Path) -> None:
     """Write the model of a GGUF file, dequantized to float32, and its tokenizer into ``folder``.
 
+    Raises UserError as ``read`` does.
+    """
+    model, tokenizer = read(file)
+    log.info("keeping them as safetensors")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def read(file: Path) -> tuple[Any, Any]:
+    """The model of a GGUF file, dequantized to float32, and its tokenizer.
+
     Raises UserError where weights are missing, left over or of wrong shapes, or where the tokenizer is not the
     file's.
     """
@@ -51,11 +62,9 @@ def convert(file: Path, folder: Path) -> None:
     config = load_config(file)
     log.info("reading %s: %d tensors", file.name, len(header.tensors))
     model = _model(file, header, config)
-    log.info("keeping them as safetensors")
     for name in ("bos", "eos", "pad"):
         setattr(model.generation_config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return model, tokenizer
 
 
 def load_config(file: Path) -> Any:

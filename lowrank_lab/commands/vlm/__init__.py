@@ -1,0 +1,1 @@
+"""The parts of ``lowrank_lab.commands.train_vlm``."""
