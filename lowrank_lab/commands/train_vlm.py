@@ -38,7 +38,7 @@ from lowrank_lab.running.training import Recipe, train
 BATCH = 50  # images in a forward of the vision tower
 QUESTIONS = 6  # of one image in a sample, at most
 OPEN = Recipe(50, 8, 8, learning_rate=1e-3, schedule="constant_with_warmup", warmup=20, max_norm=1.0)
-ALL = Recipe(450, 4, 4, learning_rate=1e-3, warmup=10, seed=1, max_norm=1.0)
+ALL = Recipe(260, 4, 4, learning_rate=1e-3, warmup=10, seed=1, max_norm=1.0)
 
 
 def main() -> None:
