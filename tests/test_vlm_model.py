@@ -206,7 +206,13 @@ def test_the_real_model_looks(tmp_path):
             pytest.skip(f"{package} is not installed")
     vlm.build(tmp_path)
     found = judging.judge(tmp_path, 120)
-    for kind in ("colour", "shape"):
-        right, other, without = (found[what][kind][0] for what in ("right image", "other image", "no image"))
-        assert right > 0.8
-        assert right > max(other, without) + 0.3
+    right, other, without = (_of_open(found[what]) for what in ("right image", "other image", "no image"))
+    assert right > 0.8
+    assert right > max(other, without) + 0.3
+    assert found["right image"]["yes/no"][0] > 0.9  # the text alone gives 0.84
+
+
+def _of_open(accuracies: dict[str, tuple[float, float, int]]) -> float:
+    """The accuracy of open questions: of one kind alone there are only five shapes among 120 questions."""
+    rows = [accuracies[kind] for kind in ("colour", "shape")]
+    return sum(value * count for value, _, count in rows) / sum(count for *_, count in rows)
