@@ -32,6 +32,7 @@ SHORT = (
     "refinement.seqlen=16",
     "refinement.batch_size=4",
     "refinement.epochs=3",
+    "refinement.warmup=0",
     "refinement.learning_rate=0.003",
 )
 TEXT = ("method=svdllm", "calibration.samples=3", *SHORT)
