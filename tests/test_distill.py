@@ -170,6 +170,12 @@ def test_a_fine_tuned_checkpoint_loads_to_the_same_logits(lab, tmp_path):
     assert not torch.equal(model.get_parameter(name), dense.get_parameter(name))
 
 
+def test_other_refinements_leave_products_alone(lab):
+    record = lab.run("model.path=tiny:opt", "method=comcat", "refinement=lora")
+    assert record["status"] == "skipped"
+    assert "use refinement=distill or none" in record["reason"]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
