@@ -23,7 +23,7 @@ from .conftest import REPOSITORY
 RECIPES = sorted(file.stem for file in (REPOSITORY / "conf" / "experiment").glob("*.yaml"))
 EARLIER = ("demo", "methods", "quantization")  # of no table
 # Which calibrate on images, not on windows of text.
-OF_IMAGES = ("vision", "slides_comcat", "slides_comcat_base", "slides_comcat_mha")
+OF_IMAGES = ("vision", "slides_comcat", "slides_comcat_base", "slides_comcat_tome", "slides_comcat_mha")
 FILES = sorted(published.REFERENCES.glob("*/*.csv"))
 
 
