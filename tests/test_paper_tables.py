@@ -14,7 +14,7 @@ from lowrank_lab.artifacts.store import write_json
 from lowrank_lab.cells import versions
 from lowrank_lab.records.results import Results
 from lowrank_lab.records.seal import sealed
-from lowrank_lab.reporting import coverage, paper_tables, published
+from lowrank_lab.reporting import coverage, measured, paper_tables, published
 from lowrank_lab.reporting.joined import join
 from lowrank_lab.reporting.recipe_cells import experiment_of
 
@@ -407,7 +407,9 @@ def test_memory_and_flops_are_in_the_units_of_the_tables_and_say_what_they_are(t
     lost = {"model": None, "dense": None, "decode_ratio": None}  # out of memory
     settings = [{"batch_size": batch, "prompt": 32, **lost} for batch in (1, 16)]
     speed = {"metric": "speed", "settings": settings, "macs": macs, "protocol": {}}
-    sizes = {"bytes": 5_500_000_000, "parameters": 10**9}
+    sites = {"parameters_dense": 16 * 10**8, "parameters": 6 * 10**8}  # half of all parameters are gone
+    sizes = {"bytes": 5_500_000_000, "parameters": 10**9, "sites": sites}
+    assert (("parameters_removed", "", "", 50.0), {}) in measured.numbers({"metrics": {}, "sizes": sizes})
     results = _recorded(tmp_path, "dobi_table21", metrics={"speed": speed}, sizes=sizes)
     change(results, "dobi", lambda record: record["config"]["model"].update(path="meta-llama/Llama-2-7b-hf"))
     frame = join(published.load("dobi/table21"), results).set_index(["method", "ratio", "metric", "variant"])

@@ -19,7 +19,7 @@ QUANTIZATIONS = {
     "bnb4": "bitsandbytes NF4 g64",
     "bnb8": "bitsandbytes INT8 sym",
 }  # as records name them
-HARDWARE = ("gpu",)  # variants that describe the machine
+DESCRIPTIONS = ("gpu", "kind")  # variants that describe the machine and the method, and no setting
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ def matching(row: dict[str, Any], numbers: list[Ours], table: Published) -> list
 
 
 def within(variant: str, ours: str) -> bool:
-    """Whether our measurement is in the published setting; settings of the model and the machine aside."""
+    """Whether our measurement is in the published setting; settings of the model and descriptions aside."""
     asked = {part for part in variant.split(";") if part}
-    asked = {part for part in asked if "." not in part.split("=")[0] and part.split("=")[0] not in HARDWARE}
+    asked = {part for part in asked if "." not in part.split("=")[0] and part.split("=")[0] not in DESCRIPTIONS}
     return asked <= set(ours.split(";"))
 
 

@@ -41,6 +41,7 @@ def numbers(record: dict[str, Any]) -> Iterator[tuple[Number, dict[str, Any]]]:
         yield ("size", "", "", sizes["bytes"] / 1e9), {}
         yield ("memory", "", "", sizes["bytes"] / 1e9), {}
         yield ("parameters", "", "", sizes["parameters"] / 1e9), {}
+        yield ("parameters_removed", "", "", _removed(sizes)), {}
         if image := sizes.get("image"):
             yield ("flops_removed", "", "", 100 * (1 - image["macs"] / image["macs_dense"])), {}
 
@@ -108,6 +109,12 @@ def setting_variant(batch: int, prompt: int) -> str:
 def linear_variant(path: str) -> str:
     """The variant of a linear by its path within the block."""
     return f"linear={path.rpartition('.')[2]}"
+
+
+def _removed(sizes: dict[str, Any]) -> float:
+    """The share of a model's parameters that was removed, in per cent; biases aside."""
+    removed = sizes["sites"]["parameters_dense"] - sizes["sites"]["parameters"]
+    return float(100 * removed / (sizes["parameters"] + removed))
 
 
 def _float(value: float | None) -> float:
