@@ -14,8 +14,9 @@ from lowrank_lab.artifacts.store import write_json
 from lowrank_lab.cells import versions
 from lowrank_lab.records.results import Results
 from lowrank_lab.records.seal import sealed
-from lowrank_lab.reporting import coverage, measured, paper_tables, published
+from lowrank_lab.reporting import coverage, matching, measured, paper_tables, published
 from lowrank_lab.reporting.joined import join
+from lowrank_lab.reporting.matching import Ours
 from lowrank_lab.reporting.recipe_cells import experiment_of
 
 from .conftest import FORKS, Lab
@@ -458,3 +459,13 @@ def test_a_record_of_gptq_with_act_order_has_its_name_whenever_it_was_written(tm
     [found] = _with_records(tmp_path, [record]).records()
     assert found["quantization"] == {"name": "GPTQ-R INT4 g128", "family": "GPTQ-R"}
     assert found["settings"] == found["variant"] == {"quantization": "GPTQ-R INT4 g128", "seed": 1}
+
+
+def test_a_source_that_names_no_images_takes_ours_of_any_with_a_mark():
+    table = published.load("slides/comcat_mha")
+    of = lambda metric, dataset, variant: Ours({}, metric, dataset, variant, 1.0, {}, "few images")
+    top1 = "score=top-1;level=head"
+    numbers = [of("accuracy", "imagenet", top1), of("accuracy", "mnist", top1), of("accuracy", "piqa", "")]
+    found = [(ours.dataset, ours.differs) for ours in matching.named_as_in(table, numbers)]
+    told = "few images; on mnist, where the source names no data set"
+    assert found == [("", "few images"), ("", told), ("piqa", "few images")]

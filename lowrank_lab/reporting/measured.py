@@ -8,6 +8,7 @@ from typing import Any
 Number = tuple[str, str, str, float]  # metric, data set, variant, value
 
 PTB = {"ptb_validation": "ptb"}  # the papers say PTB whichever split they take
+TOP1 = "score=top-1"  # in the variant of an accuracy on images
 
 
 def numbers(record: dict[str, Any]) -> Iterator[tuple[Number, dict[str, Any]]]:
@@ -69,7 +70,7 @@ def truncated(record: dict[str, Any]) -> dict[str, Any]:
 def top1_variant(settings: dict[str, Any]) -> str:
     """The variant of a top-1 accuracy: whether products within heads were factored or matrices."""
     by_head = settings["grouping"]["_target_"].endswith(".Heads")
-    return f"score=top-1;level={'head' if by_head else 'matrix'}"
+    return f"{TOP1};level={'head' if by_head else 'matrix'}"
 
 
 def shift_variant(shift: int) -> str:
