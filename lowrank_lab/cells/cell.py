@@ -125,6 +125,11 @@ class Cell:
         return task_of(self.source.model_type)
 
     @property
+    def tower(self) -> str | None:
+        """The tower of the model that is compressed (models/families.py); None: its first."""
+        return self.cfg.targets.get("tower")
+
+    @property
     def data(self) -> Data:
         """The kind of data that its task reads."""
         return DATA[self.task]
@@ -252,7 +257,7 @@ def _texts_of(compressions: dict[str, Compression], cfg: DictConfig) -> dict[str
 
 def _check_blocks(cell: Cell) -> None:
     """Raises UserError where the cell's targets name a block that its model does not have, as far as is known."""
-    if cell.cfg.targets.get("blocks") and (count := block_count(cell.source)) is not None:
+    if cell.cfg.targets.get("blocks") and (count := block_count(cell.source, cell.tower)) is not None:
         cell.site_rules[1].blocks_of(count)
 
 

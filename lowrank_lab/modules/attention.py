@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lowrank_lab.basics.errors import SkippedCell, named
 from lowrank_lab.models.discovery import family_of
 from lowrank_lab.models.families import head_size, kv_cache_shape
+from lowrank_lab.models.vision_families import language_config
 from lowrank_lab.modules.attention_names import AttentionFunction, use_attention
 from lowrank_lab.modules.base import Replacement
 from lowrank_lab.modules.cache_format import CacheFormat
@@ -31,11 +32,12 @@ def round_cache(model: Any, cache: CacheFormat) -> None:
 
     Raises SkippedCell where its attention is none of ``NAMES``.
     """
-    if kv_cache_shape(model.config) is None:
+    if kv_cache_shape(language_config(model.config)) is None:
         raise SkippedCell(f"{type(model).__name__} caches no keys and values")
     RoundedCache.set_up(model)
     for name, attention in _attentions(model):
-        attention.kv_cache = RoundedCache(CacheFormat(**asdict(cache)), head_size(model.config), name)
+        size = head_size(language_config(model.config))
+        attention.kv_cache = RoundedCache(CacheFormat(**asdict(cache)), size, name)
 
 
 def cache_of(model: Any) -> CacheFormat | None:
