@@ -50,7 +50,8 @@ def compress(
 
     ``model`` is a hub name, a folder, or whatever ``model.path`` may be; or a loaded transformers model, with its
     ``tokenizer`` (``image_processor``, ``processor``) where it did not come from a folder or the hub.
-    ``calibration`` is an option of that name ("wikitext2", "mnist"), or texts: strings, or a ``datasets.Dataset`` with a column ``text``.
+    ``calibration`` is an option of that name ("wikitext2", "mnist", "scienceqa"), or texts: strings, or a
+    ``datasets.Dataset`` with a column ``text``.
     ``settings`` are those of the command line: ``quantization="gptq"``, ``**{"calibration.samples": 64}``. An
     answer (metric, allocation, refinement, storage) may also be an object.
 

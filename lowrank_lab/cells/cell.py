@@ -21,7 +21,7 @@ from lowrank_lab.cells.keys import Keys
 from lowrank_lab.checkpoints.description import Saved, saved_in
 from lowrank_lab.models.origin import dtype_of
 from lowrank_lab.models.source import ModelSource, block_count, resolve
-from lowrank_lab.models.vision_families import TEXT_TASK, task_of
+from lowrank_lab.models.vision_families import ROWS, TEXT_TASK, task_of
 
 LONGEST_NAME = 150  # bytes of a checkpoint's folder: file systems allow 255
 
@@ -127,7 +127,8 @@ class Cell:
     @property
     def tower(self) -> str | None:
         """The tower of the model that is compressed (models/families.py); None: its first."""
-        return self.cfg.targets.get("tower")
+        row, tower = ROWS.get(self.source.model_type or ""), self.cfg.targets.get("tower")
+        return None if row is not None and tower == next(iter(row.towers)) else tower
 
     @property
     def data(self) -> Data:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowrank_lab.calibration.image_texts import answer_tokens, answered, pad_token
 from lowrank_lab.calibration.question_corpora import Question
+from lowrank_lab.evaluation.generation import without_checkpoint_settings
 from lowrank_lab.evaluation.robust import NotFiniteError, first_not_finite
 from lowrank_lab.models.tasks.base import Batch
 from lowrank_lab.models.tasks.image_text import IMAGE_TEXT, inputs_of, joined
@@ -78,7 +79,10 @@ def _logits(context: Context, samples: Sequence[Batch]) -> Tensor:
 def by_generation(
     context: Context, questions: Sequence[Question], asked: Sequence[Batch], max_new_tokens: int
 ) -> Answered:
-    """By question, whether what the model writes, greedily, is read as the right answer; there is no loss."""
+    """By question, whether what the model writes, greedily, is read as the right answer; there is no loss.
+
+    Raises NotFiniteError where scores of tokens are no numbers.
+    """
     model: Any = context.model
     pad, tokenizer = pad_token(context.processor), context.processor.tokenizer
     batch = joined(asked, pad, "left")
@@ -91,9 +95,21 @@ def by_generation(
         eos_token_id=tokenizer.eos_token_id if ends is None else ends,
     )
     inputs = inputs_of(model, {name: tensor.to(context.device) for name, tensor in batch.items()})
-    written = model.generate(**inputs, generation_config=settings)[:, batch["input_ids"].shape[1] :]
+    check = transformers.LogitsProcessorList([_CheckScores()])
+    with without_checkpoint_settings(model):
+        whole = model.generate(**inputs, generation_config=settings, logits_processor=check)
+    written = whole[:, batch["input_ids"].shape[1] :]
     texts = tokenizer.batch_decode(written, skip_special_tokens=True)
     return [(read(text, one.answers) == one.answer, None) for text, one in zip(texts, questions, strict=True)]
+
+
+class _CheckScores(transformers.LogitsProcessor):  # type: ignore[misc]
+    """Raises NotFiniteError where the scores of the next token are no numbers."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if scores.isnan().any():
+            raise NotFiniteError("the model")
+        return scores
 
 
 def read(text: str, answers: Sequence[str]) -> int | None:
