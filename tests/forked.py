@@ -56,10 +56,11 @@ def main() -> None:
     from lowrank_lab.cells import grid
     from lowrank_lab.process.garbage import collect_rarely
 
-    from .composed import parse_yaml_once
+    from .composed import map_choices_where_needed, parse_yaml_once
 
     torch.set_num_threads(1)
     parse_yaml_once()
+    map_choices_where_needed()
     collect_rarely()
     grid.configurations(
         REPOSITORY / "conf", "config", ["model=tiny", "ratio=0.8,0.6"]

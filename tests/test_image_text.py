@@ -98,6 +98,10 @@ def test_the_loss_is_of_answers_alone(model, samples):
         torch.testing.assert_close(TASK.loss(model, batch, "sum"), torch.cat(expected).sum(), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(TASK.loss(model, batch), torch.cat(expected).mean(), rtol=1e-4, atol=1e-4)
         of_tokens = TASK.loss(model, batch, "none")
+        logits, classes = TASK.predictions(model, batch)
+    assert classes.tolist() == sum(ANSWERS, [])
+    found = torch.nn.functional.cross_entropy(logits, classes, reduction="none")
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
     assert TASK.predicted(batch) == sum(map(len, ANSWERS)) == int((of_tokens != 0).sum())
 
 

@@ -21,6 +21,7 @@ from .conftest import REPOSITORY, Lab
 pytestmark = pytest.mark.own_artifacts
 
 LORA = ["method=svdllm_lora", "refinement.samples=4", "refinement.seqlen=16", "refinement.epochs=1"]
+DISTILL = ["method=svdllm", "refinement=distill", *LORA[1:]]
 TRAINED = ["method=dobi_noremap", "allocation.steps=3", "ratio=0.55"]
 
 
@@ -55,6 +56,8 @@ SLOW = {
     ),
     "a metric": at("method=svdllm", "os:replace", after=False, of="/metric/"),
     "LoRA": at(LORA, "torch:save", call=2),
+    "distillation": at(DISTILL, "torch:save"),
+    "parameters beside the factors": at(DISTILL, "os:replace", after=False, of="/parameters.safetensors"),
     "renaming the factors": at(LORA, "os:replace", after=False, of="/factors/"),
     "weighted descent": at("method=wsvd", "lowrank_lab.lowrank.factors:save_factors", call=2),
     "incremental PCA": at(

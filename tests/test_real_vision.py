@@ -34,3 +34,12 @@ def test_products_within_heads_lose_less_than_matrices(tmp_path):
     }
     assert losses["comcat"] < losses["svd"]
     assert losses["comcat_data"] < losses["svdllm"] < losses["comcat"]
+
+
+def test_a_teacher_brings_back_some_of_what_was_lost(tmp_path):
+    """Eight steps on 128 digits."""
+    words = ["method=comcat", "ratio=0.6"]
+    short = ["refinement=distill", "refinement.samples=128", "refinement.epochs=1", "refinement.warmup=4"]
+    before, after = run(tmp_path, *words), run(tmp_path, *words, *short)
+    assert after["mean_nll"] < before["mean_nll"] / 2
+    assert after["value"] > before["value"]

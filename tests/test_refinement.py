@@ -26,13 +26,11 @@ from lowrank_lab.models.families import FAMILIES
 from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.factorized import factors_of, site_weight
-from lowrank_lab.records.results import Record
-from lowrank_lab.running import training
 from lowrank_lab.running.context import Context
 
 from .conftest import Lab, stopped_at_block_one
+from .refined import CPU, check_resumed, context_of, refined
 
-CPU = torch.device("cpu")
 LORA = (
     "method=svdllm_lora",
     "calibration.samples=3",
@@ -44,24 +42,6 @@ LORA = (
 )
 
 WSVD = ("method=wsvd", "calibration.samples=3")
-
-
-def context_of(lab: Lab, *overrides: str) -> Context:
-    [cell] = lab.cells(*overrides)
-    return Context(cell, Record(cell, None), CPU)
-
-
-def refined(lab: Lab, folder: Path, *overrides: str) -> tuple[Context, dict[str, int | None]]:
-    """Run the refinement of a cell into ``folder``."""
-    context = context_of(lab, *overrides)
-    ranks = answers_of(context.cell).allocation(context)
-    folder.mkdir(exist_ok=True)
-    answers_of(context.cell).refinement(context, ranks, folder)
-    return context, ranks
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {f"{f.stem}.{k}": t for f in sorted(folder.glob("*.safetensors")) for k, t in load_file(f).items()}
 
 
 def compressed(context: Context, ranks: dict[str, int | None]) -> Any:
@@ -169,30 +149,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> Path:
 @pytest.mark.parametrize("stop_at", [3, 8], ids=["left", "right"])
 def test_an_interrupted_fine_tuning_ends_as_an_undisturbed_one(lab, whole, tmp_path, monkeypatch, stop_at):
     """With dropout; 6 steps a phase, of which none is made twice."""
-    monkeypatch.setattr(training, "SAVE_SECONDS", -1.0)
-    seen: list[int] = []
-    rows = training._rows
-
-    def counted(step: int, *rest: Any) -> torch.Tensor:
-        if len(seen) == stop_at:
-            seen.append(-1)
-            raise KeyboardInterrupt
-        seen.append(step)
-        return rows(step, *rest)
-
-    monkeypatch.setattr(training, "_rows", counted)
-    resumed = tmp_path / "resumed"
-    with pytest.raises(KeyboardInterrupt):
-        refined(lab, resumed, *LORA)
-    assert list(resumed.glob("*.state"))
-    refined(lab, resumed, *LORA)
-    assert [step for step in seen if step >= 0] == [*range(6), *range(6)]
-    expected = tensors(whole)
-    found = tensors(resumed)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert (resumed / "facts.json").read_text() == (whole / "facts.json").read_text()
-    assert {f.name for f in resumed.iterdir()} == {f.name for f in whole.iterdir()}
+    made = check_resumed(monkeypatch, lab, whole, tmp_path / "resumed", LORA, stop_at)
+    assert made == [*range(6), *range(6)]
 
 
 def test_the_training_text_is_part_of_what_was_made(lab, data_root):

@@ -116,7 +116,7 @@ class EasyVQA:
             return answers.parent / name
         raise UserError(
             "dataset=easy_vqa reads questions that the package easy-vqa ships, which is not installed; "
-            "run: pip install easy-vqa"
+            "run: pip install --no-deps easy-vqa"
         )
 
 

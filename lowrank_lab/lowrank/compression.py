@@ -109,8 +109,11 @@ class LowRank(Compression):
                 "grouping=heads: this metric weighs the outputs of linears by their gradients, which the product "
                 "of queries and keys does not have; use metric=identity, second_moment, abs_mean or abs_max"
             )
-        if self.answers.refinement is not None:
-            raise SkippedCell("grouping=heads: refinements fit the factors of single linears; use refinement=none")
+        refinement = self.answers.refinement
+        if refinement is not None and not getattr(refinement, "products", False):
+            raise SkippedCell(
+                "grouping=heads: this refinement fits the factors of single linears; use refinement=distill or none"
+            )
         _ = context.sites
 
     def plan(self, context: Context) -> Plan:

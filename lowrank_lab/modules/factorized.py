@@ -213,6 +213,16 @@ def factors_of(block: nn.Module, site: Site) -> tuple[Tensor, Tensor] | None:
     return torch.cat(lefts), rights[0]
 
 
+@singledispatch
+def factors_to_rebuild(site: Site, block: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """The factors that ``factorize`` needs to make a site as it is now, by its kind; None where it has none.
+
+    It makes it of a block in which every other parameter has the value that it has in this one: linears without
+    factors of their own that of ``dense_weight``.
+    """
+    return factors_of(block, site)
+
+
 def orthogonal_factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same product as U (out, k) and Σ Vᵀ (k, in) of its singular value decomposition, and its σ (k,)."""
     q_left, r_left = torch.linalg.qr(left)

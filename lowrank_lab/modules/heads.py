@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from lowrank_lab.modules.base import CompressedLinear, Counts, bias_of, dense_weight
 from lowrank_lab.modules.counts import count
-from lowrank_lab.modules.factorized import check_reach, plain_linear, put_factors, to_plain, weight_of
+from lowrank_lab.modules.factorized import (
+    check_reach,
+    factors_to_rebuild,
+    plain_linear,
+    put_factors,
+    to_plain,
+    weight_of,
+)
 from lowrank_lab.modules.site import HeadSite
 
 
@@ -130,6 +137,16 @@ def _(site: HeadSite, block: nn.Module, left: Tensor, right: Tensor) -> None:
     else:
         _change_columns(block, first, site, left)
     _change_rows(block, second, site, right)
+
+
+@factors_to_rebuild.register
+def _(site: HeadSite, block: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """What takes the values that the head has out of those of the model, whose others are zero."""
+    first: Any = block.get_submodule(site.members[0])
+    if not isinstance(first, _OfHeads):
+        return None
+    kept = torch.eye(site.inp)[:, : first.ranks[site.head]]
+    return kept, kept.T
 
 
 def _change_rows(block: nn.Module, path: str, site: HeadSite, change: Tensor) -> None:

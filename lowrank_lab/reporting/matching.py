@@ -10,6 +10,7 @@ from lowrank_lab.artifacts.store import fingerprint
 from lowrank_lab.cells.options import name_of
 from lowrank_lab.records.results import others_in
 from lowrank_lab.reporting import models_of_papers
+from lowrank_lab.reporting.measured import TOP1
 from lowrank_lab.reporting.published import Published
 
 T = TypeVar("T")
@@ -19,7 +20,7 @@ QUANTIZATIONS = {
     "bnb4": "bitsandbytes NF4 g64",
     "bnb8": "bitsandbytes INT8 sym",
 }  # as records name them
-HARDWARE = ("gpu",)  # variants that describe the machine
+DESCRIPTIONS = ("gpu", "kind")  # variants that describe the machine and the method, and no setting
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,16 @@ def setting(config: dict[str, Any], name: str) -> str:
 def named_as_in(table: Published, numbers: list[Ours]) -> list[Ours]:
     """Our numbers with the table's names of data sets."""
     names = {ours: theirs for theirs, ours in table.also.items()}
-    return [replace(ours, dataset=names.get(ours.dataset, ours.dataset)) for ours in numbers]
+    named = [replace(ours, dataset=names.get(ours.dataset, ours.dataset)) for ours in numbers]
+    return [_of_unnamed_images(ours) for ours in named] if "" in table.also else named
+
+
+def _of_unnamed_images(ours: Ours) -> Ours:
+    """An accuracy on images for a source that names no data set: on any, which its mark names."""
+    if not ours.dataset or TOP1 not in ours.variant.split(";"):
+        return ours
+    told = f"on {ours.dataset}, where the source names no data set"
+    return replace(ours, dataset="", differs="; ".join(filter(None, (ours.differs, told))))
 
 
 def matching(row: dict[str, Any], numbers: list[Ours], table: Published) -> list[Ours]:
@@ -93,9 +103,9 @@ def matching(row: dict[str, Any], numbers: list[Ours], table: Published) -> list
 
 
 def within(variant: str, ours: str) -> bool:
-    """Whether our measurement is in the published setting; settings of the model and the machine aside."""
+    """Whether our measurement is in the published setting; settings of the model and descriptions aside."""
     asked = {part for part in variant.split(";") if part}
-    asked = {part for part in asked if "." not in part.split("=")[0] and part.split("=")[0] not in HARDWARE}
+    asked = {part for part in asked if "." not in part.split("=")[0] and part.split("=")[0] not in DESCRIPTIONS}
     return asked <= set(ours.split(";"))
 
 

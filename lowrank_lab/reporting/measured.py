@@ -8,6 +8,7 @@ from typing import Any
 Number = tuple[str, str, str, float]  # metric, data set, variant, value
 
 PTB = {"ptb_validation": "ptb"}  # the papers say PTB whichever split they take
+TOP1 = "score=top-1"  # in the variant of an accuracy on images
 
 
 def numbers(record: dict[str, Any]) -> Iterator[tuple[Number, dict[str, Any]]]:
@@ -41,6 +42,7 @@ def numbers(record: dict[str, Any]) -> Iterator[tuple[Number, dict[str, Any]]]:
         yield ("size", "", "", sizes["bytes"] / 1e9), {}
         yield ("memory", "", "", sizes["bytes"] / 1e9), {}
         yield ("parameters", "", "", sizes["parameters"] / 1e9), {}
+        yield ("parameters_removed", "", "", _removed(sizes)), {}
         if image := sizes.get("image"):
             yield ("flops_removed", "", "", 100 * (1 - image["macs"] / image["macs_dense"])), {}
 
@@ -68,7 +70,7 @@ def truncated(record: dict[str, Any]) -> dict[str, Any]:
 def top1_variant(settings: dict[str, Any]) -> str:
     """The variant of a top-1 accuracy: whether products within heads were factored or matrices."""
     by_head = settings["grouping"]["_target_"].endswith(".Heads")
-    return f"score=top-1;level={'head' if by_head else 'matrix'}"
+    return f"{TOP1};level={'head' if by_head else 'matrix'}"
 
 
 def shift_variant(shift: int) -> str:
@@ -108,6 +110,12 @@ def setting_variant(batch: int, prompt: int) -> str:
 def linear_variant(path: str) -> str:
     """The variant of a linear by its path within the block."""
     return f"linear={path.rpartition('.')[2]}"
+
+
+def _removed(sizes: dict[str, Any]) -> float:
+    """The share of a model's parameters that was removed, in per cent; biases aside."""
+    removed = sizes["sites"]["parameters_dense"] - sizes["sites"]["parameters"]
+    return float(100 * removed / (sizes["parameters"] + removed))
 
 
 def _float(value: float | None) -> float:

@@ -20,14 +20,8 @@ COLUMN = ["metric", "dataset", "setting"]  # what distinguishes its columns
 OF_COLUMN = ("batch", "prompt", "gpu", "linear", "shots")  # variants that belong to a column
 HIGHER_IS_BETTER = ("accuracy", "tokens_per_second", "speedup")
 OTHER = " †"  # beside the name of a method of ours that is not quite the source's
-NO_RANK = (
-    "parameters",
-    "size",
-    "memory",
-    "flops",
-    "flops_removed",
-    "perplexity_degradation",
-)  # nothing to be best at
+# Nothing to be best at.
+NO_RANK = ("parameters", "parameters_removed", "size", "memory", "flops", "flops_removed", "perplexity_degradation")
 
 
 def table(name: str, results: str | Path = "results", methods: Collection[str] = ()) -> pd.DataFrame:

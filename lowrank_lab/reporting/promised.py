@@ -133,7 +133,7 @@ def names(record: dict[str, Any], evaluators: dict[str, Evaluator]) -> Iterator[
         elif isinstance(evaluator, OutputError):
             for linear in _linears(of_cell["model"]["path"]):
                 yield from ((kind, "", measured.linear_variant(linear)) for kind in ("mse", "mae"))
-    yield from ((what, "", "") for what in ("size", "memory", "parameters"))
+    yield from ((what, "", "") for what in ("size", "memory", "parameters", "parameters_removed"))
 
 
 def truncated_names(record: dict[str, Any], evaluators: dict[str, Evaluator]) -> Iterator[Name]:

@@ -39,6 +39,8 @@ def differs(record: dict[str, Any], metric: str, source: dict[str, Any], table: 
             differences.append(f"{protocol['windows']} of {protocol['windows_available']} windows")
         if protocol["window"] != expected.get("window", protocol["window"]):
             differences.append(f"windows of {protocol['window']} tokens, not {expected['window']}")
+    if protocol.get("images", 0) < protocol.get("images_available", 0):
+        differences.append(f"the first {protocol['images']} of {protocol['images_available']} images")
     if source.get("metric") == "accuracy" and protocol["limit"] is not None:
         differences.append(f"the first {protocol['limit']} documents of each task {_standard_error(source)}")
     if metric in ("tokens_per_second", "speedup"):

@@ -95,6 +95,22 @@ def train(
     return history
 
 
+def steps_of_epoch(samples: Batch | Tensor, batch_size: int) -> int:
+    """The steps in which each of the samples is read once."""
+    return -(-count_of(samples) // batch_size)
+
+
+def of_epochs(history: Sequence[dict[str, Any]], an_epoch: int) -> dict[str, Any]:
+    """What a record keeps of a training: its steps, and the mean loss of its first and last epoch."""
+    losses = [step["loss"] for step in history]
+    mean = lambda some: sum(some) / len(some)
+    return {
+        "steps": len(losses),
+        "first_epoch_loss": mean(losses[:an_epoch]),
+        "last_epoch_loss": mean(losses[-an_epoch:]),
+    }
+
+
 def _rows(step: int, recipe: Recipe, samples: int) -> Tensor:
     """Which sequences a step sees: the epochs' permutations, one after the other."""
     wanted = range(step * recipe.batch_size, (step + 1) * recipe.batch_size)

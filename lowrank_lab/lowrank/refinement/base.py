@@ -20,6 +20,7 @@ class Refinement(Protocol):
     """
 
     needs_calibration: bool
+    # products: bool, False where it is left out: whether it can adjust products within heads, too.
 
     def prepare(self, context: Context) -> None:
         """Ask the context for the artifacts that it needs, so that their time does not count to its own."""
@@ -27,6 +28,8 @@ class Refinement(Protocol):
 
     def __call__(self, context: Context, ranks: Ranks, folder: Path) -> None:
         """Write the factors of every site that ``ranks`` gives a rank, with ``factors.save_factors``.
+
+        A refinement that trains other parameters too writes these with ``factors.save_trained_parameters``.
 
         ``folder`` survives an interruption, and the next call finds the files of this one: each must be complete or
         absent. Files that only serve to resume must be removed at the end. The record includes ``facts.json``, if

@@ -12,7 +12,6 @@ from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.lowrank import artifacts
 from lowrank_lab.lowrank.ranks import Ranks
 from lowrank_lab.lowrank.storage.absorb import Absorb
-from lowrank_lab.modules.site import Sites, by_block
 
 if TYPE_CHECKING:
     import peft
@@ -22,9 +21,8 @@ if TYPE_CHECKING:
 
     from lowrank_lab.lowrank import factors, spectra
     from lowrank_lab.models import walk
-    from lowrank_lab.models.families import Tower
     from lowrank_lab.models.tasks.base import Batch, Task
-    from lowrank_lab.modules import factorized, linears
+    from lowrank_lab.modules import linears
     from lowrank_lab.running import training
     from lowrank_lab.running.context import Context
 else:
@@ -34,7 +32,6 @@ else:
     factors = LazyModule("lowrank_lab.lowrank.factors")
     spectra = LazyModule("lowrank_lab.lowrank.spectra")
     walk = LazyModule("lowrank_lab.models.walk")
-    factorized = LazyModule("lowrank_lab.modules.factorized")
     linears = LazyModule("lowrank_lab.modules.linears")
     training = LazyModule("lowrank_lab.running.training")
 
@@ -104,7 +101,7 @@ class Lora:
             spectra.compress(model, context.tower, context.sites, ranks, decomposed, storage, context.device)
             model.to(context.device)
             facts = {side: train_side(model, side, samples, folder, self, context.task) for side in SIDES}
-            save_all(model, context.tower, context.sites, folder)
+            factors.save_all_factors(folder, model, context.tower, context.sites)
             write_json(folder / "facts.json", facts)  # the last file: once it exists, all factors do
         # The state of a phase must be there as long as that of the phase after it.
         for leftover in (*(folder / f"{side}.state" for side in reversed(SIDES)), *folder.glob(".*.tmp-*")):
@@ -126,7 +123,7 @@ def train_side(
     def loss_of(batch: Batch) -> Tensor:
         return task.loss(model, walk.as_batch(batch, device))
 
-    an_epoch = -(-walk.count_of(samples) // settings.batch_size)
+    an_epoch = training.steps_of_epoch(samples, settings.batch_size)
     recipe = training.Recipe(
         steps=settings.epochs * an_epoch,
         batch_size=settings.batch_size,
@@ -138,13 +135,7 @@ def train_side(
     )
     history = training.train(folder, side, parameters, loss_of, samples, recipe)
     merge(model, layers)
-    losses = [step["loss"] for step in history]
-    mean = lambda some: sum(some) / len(some)
-    return {
-        "steps": len(losses),
-        "first_epoch_loss": mean(losses[:an_epoch]),
-        "last_epoch_loss": mean(losses[-an_epoch:]),
-    }
+    return training.of_epochs(history, an_epoch)
 
 
 def linears_of(model: nn.Module, side: str) -> list[str]:
@@ -179,15 +170,3 @@ def merge(model: nn.Module, layers: dict[str, peft_lora.LoraLayer]) -> None:
         model.set_submodule(name, layer.get_base_layer())
     del model.peft_config  # peft's note of what it injected
     model.requires_grad_(False)
-
-
-def save_all(model: nn.Module, tower: Tower, sites: Sites, folder: Path) -> None:
-    """Write the factors of every site that has them. Raises FloatingPointError, naming one that is not finite."""
-    blocks = walk.blocks_of(model, tower)
-    for index, (block, of_block) in enumerate(zip(blocks, by_block(sites, len(blocks)), strict=True)):
-        found = {}
-        for name, site in of_block.items():
-            if (pair := factorized.factors_of(block, site)) is not None:
-                spectra.check_finite(name, *pair)
-                found[site.key] = pair
-        factors.save_factors(folder, index, found)

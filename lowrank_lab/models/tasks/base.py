@@ -36,6 +36,10 @@ class Task(Protocol):
         """Run ``model`` at least through all blocks of all towers."""
         ...
 
+    def predictions(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the loss of a batch is of: logits (predictions, classes), float32, and classes (predictions,)."""
+        ...
+
     def loss(self, model: nn.Module, batch: Batch, reduction: Reduction = "mean") -> Tensor:
         """The loss of a batch, float32: the ``mean`` or ``sum`` over all predictions, or each (``none``)."""
         ...

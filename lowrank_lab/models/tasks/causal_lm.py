@@ -37,13 +37,18 @@ class CausalLM:
         backbone = getattr(model, str(model.base_model_prefix))
         backbone(batch["input_ids"], **_others(batch), use_cache=False)
 
+    def predictions(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Those of the tokens that are predicted, of all sequences one after the other."""
+        targets = targets_of(batch)
+        predicted = targets != NOT_PREDICTED
+        return _logits(model, batch)[predicted].float(), targets[predicted]
+
     def loss(self, model: nn.Module, batch: Batch, reduction: Reduction = "mean") -> Tensor:
         """The negative log-likelihood of the tokens, in nats, float32.
 
         With ``none`` it is (batch, length - 1), 0 where a token is not predicted.
         """
-        logits = model(batch["input_ids"], **_others(batch), use_cache=False).logits[:, :-1].float()
-        targets = targets_of(batch)
+        logits, targets = _logits(model, batch).float(), targets_of(batch)
         losses = cross_entropy(
             logits.flatten(0, 1), targets.flatten(), reduction=reduction, ignore_index=NOT_PREDICTED
         )
@@ -67,6 +72,12 @@ CAUSAL_LM = CausalLM()
 def of_tokens(tokens: Tensor) -> Batch:
     """The batch of sequences without padding: ``tokens`` (batch, length) int64."""
     return {"input_ids": tokens}
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    """The logits (batch, length - 1, tokens) of every token but the first."""
+    logits: Tensor = model(batch["input_ids"], **_others(batch), use_cache=False).logits
+    return logits[:, :-1]
 
 
 def _others(batch: Batch) -> dict[str, Tensor]:

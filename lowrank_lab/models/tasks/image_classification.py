@@ -42,9 +42,12 @@ class ImageClassification:
         resized = {"interpolate_pos_encoding": True} if _is_resized(model, pixels) else {}
         return model(pixel_values=pixels, **resized).logits.float()
 
+    def predictions(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.logits(model, batch), batch["labels"]
+
     def loss(self, model: nn.Module, batch: Batch, reduction: Reduction = "mean") -> Tensor:
         """The cross-entropy of the labels, in nats, float32; with ``none`` (batch,)."""
-        return cross_entropy(self.logits(model, batch), batch["labels"], reduction=reduction)
+        return cross_entropy(*self.predictions(model, batch), reduction=reduction)
 
     def predicted(self, batch: Batch) -> int:
         return len(batch["pixel_values"])

@@ -50,6 +50,12 @@ class ImageText:
         """The logits (samples, length, vocabulary), float32."""
         return model(**inputs_of(model, batch), use_cache=False).logits.float()
 
+    def predictions(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Those of the tokens of answers, of all samples one after the other."""
+        targets = targets_of(batch)
+        predicted = targets != NOT_PREDICTED
+        return self.logits(model, batch)[:, :-1][predicted], targets[predicted]
+
     def loss(self, model: nn.Module, batch: Batch, reduction: Reduction = "mean") -> Tensor:
         """The negative log-likelihood of the tokens of answers, in nats, float32.
 
