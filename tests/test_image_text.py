@@ -34,7 +34,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-@pytest.fixture(params=IMAGE_TEXT_FAMILIES)
+# SmolVLM's classes are copies of Idefics3's.
+@pytest.fixture(params=["llava", "llava_next", "idefics3", pytest.param("smolvlm", marks=pytest.mark.slow)])
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -99,7 +100,7 @@ def test_the_loss_is_of_answers_alone(model, samples):
         torch.testing.assert_close(TASK.loss(model, batch), torch.cat(expected).mean(), rtol=1e-4, atol=1e-4)
         of_tokens = TASK.loss(model, batch, "none")
         logits, classes = TASK.predictions(model, batch)
-    assert classes.tolist() == sum(ANSWERS, [])
+    assert classes.tolist() == [token for answer in ANSWERS for token in answer]
     found = torch.nn.functional.cross_entropy(logits, classes, reduction="none")
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
     assert TASK.predicted(batch) == sum(map(len, ANSWERS)) == int((of_tokens != 0).sum())

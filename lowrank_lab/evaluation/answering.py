@@ -103,7 +103,7 @@ def by_generation(
     return [(read(text, one.answers) == one.answer, None) for text, one in zip(texts, questions, strict=True)]
 
 
-class _CheckScores(transformers.LogitsProcessor):  # type: ignore[misc]
+class _CheckScores(transformers.LogitsProcessor):
     """Raises NotFiniteError where the scores of the next token are no numbers."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
