@@ -17,6 +17,7 @@ from lowrank_lab.calibration.image_texts import answer_tokens, asked, prompt_of
 from lowrank_lab.calibration.question_corpora import EasyVQA, Question, Questions, ScienceQA
 from lowrank_lab.evaluation.answering import read
 from lowrank_lab.models import tiny
+from lowrank_lab.planning.shapes import shapes_of, with_sites
 from tests.images import science_qa, vlm_words
 
 
@@ -223,3 +224,14 @@ def test_a_loaded_model_from_python(tmp_path):
     measured_on = {name: value for name, value in given.items() if not name.startswith("calibration")}
     measured = lowrank_lab.evaluate(smaller, "scienceqa", dataset="scienceqa", **measured_on)
     assert measured["scienceqa"]["protocol"]["questions"] == 6
+
+
+def test_a_dry_run_knows_both_towers(lab, tmp_path):
+    words = vlm_words(tmp_path / "data")
+    found = {}
+    for tower in ("language", "vision"):
+        [cell] = lab.cells(*words, "method=svdllm", f"targets.tower={tower}")
+        found[tower] = with_sites(shapes_of(cell), cell)
+    assert {name.rpartition(".layers.")[0] for name in found["language"].sites} == {"model.language_model"}
+    assert {name.rpartition(".layers.")[0] for name in found["vision"].sites} == {"model.vision_tower.encoder"}
+    assert found["vision"].positions == 1 + (28 // 7) ** 2 < found["language"].positions
