@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lowrank_lab.basics.errors import UserError
 from lowrank_lab.calibration.gradients import load_gradients, make_gradients
 from lowrank_lab.calibration.statistics import load_statistics, make_statistics
 from lowrank_lab.lowrank.metric.identity import Identity
@@ -16,7 +17,7 @@ from lowrank_lab.lowrank.spectra import compress, make_spectra
 from lowrank_lab.lowrank.storage.absorb import Absorb
 from lowrank_lab.models import tiny
 from lowrank_lab.models.tasks.image_text import IMAGE_TEXT as TASK
-from lowrank_lab.models.tasks.image_text import joined, sample_of
+from lowrank_lab.models.tasks.image_text import IMAGES_OF_TEXT, joined, sample_of
 from lowrank_lab.models.vision_families import IMAGE_TEXT_FAMILIES, row_of
 from lowrank_lab.models.walk import blocks_of, in_parts
 from tests.sites import sites_in
@@ -148,3 +149,20 @@ def test_full_rank_reproduces_the_dense_logits(model, samples, name, tmp_path):
         compress(model, tower, sites, {n: site.full for n, site in sites.items()}, tmp_path, Absorb(0.5), CPU)
         assert any(type(module).__name__ == "FactorizedLinear" for module in model.modules())
         torch.testing.assert_close(TASK.logits(model, batch), dense, atol=1e-4, rtol=0)
+
+
+def test_statistics_of_the_encoder_are_of_all_positions_of_images(model, samples, tmp_path):
+    """Of all tiles that an image is cut into; what fills up a batch is none. A batch needs an image."""
+    tower, seen = row_of(model.config).of_tower("vision").tower, []
+    name, batch = tower.inputs[0][0], joined([samples[0], samples[2]])
+    linear = blocks_of(model, tower)[0].get_submodule(name)
+    hook = linear.register_forward_pre_hook(lambda _m, args: seen.append(args[0].detach().flatten(0, 1)))
+    logits_alone(model, [samples[0], samples[2]])
+    hook.remove()
+    make_statistics(tmp_path, model, tower, in_parts(batch, 1), CPU, task=IMAGES_OF_TEXT)
+    rows, found = torch.cat(seen).double(), load_statistics(tmp_path, 0, tower.inputs[0], CPU)
+    assert found.tokens == len(rows)
+    assert found.tokens == IMAGES_OF_TEXT.positions(lambda: TASK.skeleton(model.config, False), tower.blocks, batch)
+    torch.testing.assert_close(found.second_moment, rows.T @ rows / len(rows), atol=1e-5, rtol=1e-3)
+    with pytest.raises(UserError, match="a batch of the calibration has no image"):
+        make_statistics(tmp_path, model, tower, [samples[1]], CPU, task=IMAGES_OF_TEXT)

@@ -22,6 +22,7 @@ from lowrank_lab.basics.errors import UserError
 from lowrank_lab.models import load
 from lowrank_lab.models.tasks.base import Batch, Reduction
 from lowrank_lab.models.tasks.causal_lm import NOT_PREDICTED, targets_of
+from lowrank_lab.models.vision_families import row_of
 
 OF_IMAGES = ("pixel_values", "image_sizes", "pixel_attention_mask")
 IMAGES_BY_SAMPLE = ("idefics3", "smolvlm")  # the model takes (samples, images, …) and finds the empty images itself
@@ -91,14 +92,11 @@ class ImagesOfText(ImageText):
 
     def positions(self, skeleton: Callable[[], nn.Module], blocks: str, batch: Batch) -> int:
         """Patches, and tokens of the encoder's own, of all images and of all tiles of them."""
-        model: Any = skeleton()
-        encoder: Any = model.get_submodule(blocks.rpartition(".")[0].rpartition(".")[0])
-        found: list[int] = []
-        hook = lambda _block, args, kwargs: found.append((args[0] if args else kwargs["hidden_states"]).shape[1])
-        model.get_submodule(f"{blocks}.0").register_forward_pre_hook(hook, with_kwargs=True)
-        with torch.no_grad():
-            encoder(torch.empty(1, *batch["pixel_values"].shape[-3:], device="meta"))
-        return found[0] * _tiles(model.config, batch)
+        config: Any = skeleton().config
+        family = row_of(config)
+        assert family is not None
+        height, width = (size // config.vision_config.patch_size for size in batch["pixel_values"].shape[-2:])
+        return (height * width + family.towers["vision"].own_tokens) * _tiles(config, batch)
 
     def rows(self, batch: Batch) -> Tensor | None:
         return None
