@@ -17,6 +17,7 @@ from lowrank_lab.calibration.image_texts import answer_tokens, asked, prompt_of
 from lowrank_lab.calibration.question_corpora import EasyVQA, Question, Questions, ScienceQA
 from lowrank_lab.evaluation.answering import read
 from lowrank_lab.models import tiny
+from lowrank_lab.modules.attention import RoundedCache
 from lowrank_lab.planning.shapes import shapes_of, with_sites
 from tests.images import science_qa, vlm_words
 
@@ -186,6 +187,7 @@ def test_every_kind_of_compression(lab, tmp_path, words):
     assert record["status"] == "done", record.get("reason")
     assert 0 <= record["metrics"]["scienceqa"]["value"] <= 1
     assert record["sizes"]["ratio_reached"] <= 0.6
+    assert ("vision tower" in record["counts"]["unit"]) == ("targets.tower=vision" in words)
 
 
 def test_what_cannot_be_done_is_skipped(lab, tmp_path):
@@ -235,3 +237,14 @@ def test_a_dry_run_knows_both_towers(lab, tmp_path):
     assert {name.rpartition(".layers.")[0] for name in found["language"].sites} == {"model.language_model"}
     assert {name.rpartition(".layers.")[0] for name in found["vision"].sites} == {"model.vision_tower.encoder"}
     assert found["vision"].positions == 1 + (28 // 7) ** 2 < found["language"].positions
+
+
+def test_keys_and_values_of_the_language_model_alone_are_rounded(lab, tmp_path):
+    words = [*vlm_words(tmp_path / "data"), "eval.scienceqa.images=[right]", "method=svdllm", "quantization=kv4"]
+    record = lab.run(*words, "save=true")
+    assert record["status"] == "done", record.get("reason")
+    model = AutoModelForImageTextToText.from_pretrained(lab.root / record["checkpoint"])
+    rounded = [name for name, module in model.named_modules() if isinstance(module, RoundedCache)]
+    assert len(rounded) == 3 and all(name.startswith("model.language_model.layers.") for name in rounded)
+    again = lab.run(*words[:-2], f"model.path={lab.root / record['checkpoint']}", "method=dense")
+    assert again["metrics"] == record["metrics"]

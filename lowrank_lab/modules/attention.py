@@ -82,16 +82,24 @@ class RoundedCache(Replacement):
 
 
 def _attentions(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of ``model`` that hold the query projections, with their names."""
-    attention = family_of(model).tower.attention
+    """The modules in the blocks of ``model`` that hold the query projections, with their names."""
+    tower = family_of(model).tower
+    attention, bare = tower.attention, tower.blocks.partition(".")[2]
     if attention is None:
         raise SkippedCell(f"it is not known which linears give the keys and values of {type(model).__name__}")
     query = attention.query.rpartition(".")[2]
-    return ((name, module) for name, module in model.named_modules() if query in module._modules)
+    inside = (f"{tower.blocks}.", f"{bare}.")  # not in an image encoder, which caches nothing
+    return (
+        (name, module)
+        for name, module in model.named_modules()
+        if query in module._modules and name.startswith(inside)
+    )
 
 
 def attend_to_rounded(
     original: AttentionFunction, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **rest: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention ``original`` after rounding."""
-    return original(module, *module.kv_cache(query, key, value), *args, **rest)
+    """transformers' attention ``original`` after rounding, where ``module`` has a cache."""
+    if "kv_cache" in module._modules:
+        query, key, value = module.kv_cache(query, key, value)
+    return original(module, query, key, value, *args, **rest)
