@@ -27,6 +27,7 @@ from lowrank_lab.cells import grid
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.models import tiny
 from lowrank_lab.models.load import load_model
+from lowrank_lab.models.vision_families import VISION_FAMILIES
 from lowrank_lab.process.garbage import collect_rarely
 from lowrank_lab.records.results import Results
 from lowrank_lab.running import runner
@@ -176,6 +177,15 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for family in tiny.CONFIGS:
         folders[family] = tmp_path_factory.mktemp(family)
         tiny.build(family, folders[family])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def vision_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint folder of every family of tiny image classifiers."""
+    folders = {family: tmp_path_factory.mktemp(family) for family in VISION_FAMILIES}
+    for family, folder in folders.items():
+        tiny.build(family, folder)
     return folders
 
 

@@ -84,9 +84,8 @@ def test_git_keeps_no_outputs(notebook):
     assert all(not cell.metadata for cell in cells)
 
 
-@pytest.mark.parametrize(
-    "name", [READERS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in READERS[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READERS)
 def test_an_empty_folder_ends_with_one_line(name, tmp_path, executed):
     empty = tmp_path / "results"
     notebook = executed(name, empty)

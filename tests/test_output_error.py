@@ -247,7 +247,7 @@ def test_a_cell_with_nothing_to_measure_is_skipped_and_says_so(lab):
 
     record = runner.run(only("method=dense"))
     assert record["status"] == "skipped"
-    assert record["reason"] == "eval=output_error measures nothing on the dense model"
+    assert record["reason"] == "eval=output_error measures nothing on the dense model of texts"
     saved = lab.run("method=svd", "save=true")["checkpoint"]
     record = runner.run(only(f"model.path={lab.root / saved}"))
     assert "whose dense original is not known" in record["reason"]

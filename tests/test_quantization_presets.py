@@ -98,6 +98,7 @@ SHORTER = {
     "DuQuant": {"steps": 8},
     "SpinQuant": {"steps": 2},
     "AdaQuant": {"steps": 20},
+    "SequentialAdaQuant": {"steps": 20},
     "Awq": {"points": 5},
     "BetaSplit": {"betas": [0.3, 0.5]},
     "KMeans": {"iterations": 5},

@@ -33,7 +33,7 @@ def test_svd_svdllm_and_the_dense_model(lab):
     """Ordered as they must be, and plain SVD equal to a truncation by torch.linalg.svd made here."""
     blocks = [0, 3]
     text = ("eval.ppl.seqlen=128", "eval.ppl.max_windows=3", "dataset.eval.max_documents=4")
-    calibration = ("calibration.seqlen=128", "calibration.samples=20", "dataset.calibration.max_documents=12")
+    calibration = ("calibration.seqlen=128", "calibration.samples=12", "dataset.calibration.max_documents=12")
     small = (*REAL, *text, *calibration, f"targets.blocks={blocks}")
     values = {}
     for method in ("dense", "svdllm", "svd"):

@@ -15,7 +15,6 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 from lowrank_lab.basics.errors import UserError
 from lowrank_lab.checkpoints import checkpoint
 from lowrank_lab.evaluation.macs import counter
-from lowrank_lab.models import tiny
 from lowrank_lab.models.tasks.image_classification import IMAGE_CLASSIFICATION as TASK
 from lowrank_lab.models.vision_families import VISION_FAMILIES
 from lowrank_lab.models.walk import blocks_of
@@ -41,14 +40,9 @@ POSITIONS = {
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def dense(vision_folders: dict[str, Path]) -> dict[str, Any]:
     """A model of every family."""
-    found = {}
-    for family in VISION_FAMILIES:
-        folder = tmp_path_factory.mktemp(family)
-        tiny.build(family, folder)
-        found[family] = TASK.load(str(folder), None, "float32", False)
-    return found
+    return {family: TASK.load(str(folder), None, "float32", False) for family, folder in vision_folders.items()}
 
 
 @pytest.fixture(params=VISION_FAMILIES)

@@ -19,7 +19,7 @@ from lowrank_lab.calibration.statistics import load_statistics, make_statistics
 from lowrank_lab.lowrank.metric.identity import Identity
 from lowrank_lab.lowrank.spectra import compress, make_spectra
 from lowrank_lab.lowrank.storage.absorb import Absorb
-from lowrank_lab.models import onnx_conversion, tiny
+from lowrank_lab.models import onnx_conversion
 from lowrank_lab.models.tasks.image_classification import IMAGE_CLASSIFICATION as TASK
 from lowrank_lab.models.vision_families import VISION_FAMILIES
 from lowrank_lab.models.walk import blocks_of
@@ -33,22 +33,14 @@ PIXELS = torch.randn(5, 3, 28, 28, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(5)
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {family: tmp_path_factory.mktemp(family) for family in VISION_FAMILIES}
-    for family, folder in found.items():
-        tiny.build(family, folder)
-    return found
-
-
 @pytest.fixture(params=VISION_FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture
-def model(family: str, folders: dict[str, Path]) -> Any:
-    return TASK.load(str(folders[family]), None, "float32", False)
+def model(family: str, vision_folders: dict[str, Path]) -> Any:
+    return TASK.load(str(vision_folders[family]), None, "float32", False)
 
 
 def test_the_rows_name_every_linear_of_a_block(model, family):

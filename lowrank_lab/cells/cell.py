@@ -21,7 +21,7 @@ from lowrank_lab.cells.keys import Keys
 from lowrank_lab.checkpoints.description import Saved, saved_in
 from lowrank_lab.models.origin import dtype_of
 from lowrank_lab.models.source import ModelSource, block_count, resolve
-from lowrank_lab.models.vision_families import ROWS, TEXT_TASK, task_of
+from lowrank_lab.models.vision_families import ROWS, task_of
 
 LONGEST_NAME = 150  # bytes of a checkpoint's folder: file systems allow 255
 
@@ -179,9 +179,7 @@ class Cell:
         model = kinds[0] if kinds else "the dense model"
         if self.saved is not None:
             model = "a model that is compressed already, whose dense original is not known"
-        if self.task != TEXT_TASK:
-            model += f" of {self.data.what}"
-        return f"eval={','.join(self.left_out)} measures nothing on {model}"
+        return f"eval={','.join(self.left_out)} measures nothing on {model} of {self.data.what}"
 
     @cached_property
     def label(self) -> str:
