@@ -22,7 +22,7 @@ from lowrank_lab.basics.paths import CONF
 from lowrank_lab.cells import grid
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.cells.settings import ANSWERS
-from lowrank_lab.models.vision_families import AUTO
+from lowrank_lab.models.vision_families import AUTO, IMAGE_TEXT_TASK, task_of
 from lowrank_lab.records.results import Results
 from lowrank_lab.running import runner
 
@@ -40,16 +40,18 @@ def compress(
     calibration: str | Iterable[str] | None = None,
     tokenizer: Any = None,
     image_processor: Any = None,
+    processor: Any = None,
     results: str | Path = "results",
     **settings: Any,
 ) -> Any:
-    """Compress a language model or an image classifier.
+    """Compress a language model, an image classifier or a model of images and text.
 
     Returns a transformers model, which ``save_pretrained`` keeps whole.
 
     ``model`` is a hub name, a folder, or whatever ``model.path`` may be; or a loaded transformers model, with its
-    ``tokenizer`` (or ``image_processor``) where it did not come from a folder or the hub. ``calibration`` is an
-    option of that name ("wikitext2", "mnist"), or texts: strings, or a ``datasets.Dataset`` with a column ``text``.
+    ``tokenizer`` (``image_processor``, ``processor``) where it did not come from a folder or the hub.
+    ``calibration`` is an option of that name ("wikitext2", "mnist", "scienceqa"), or texts: strings, or a
+    ``datasets.Dataset`` with a column ``text``.
     ``settings`` are those of the command line: ``quantization="gptq"``, ``**{"calibration.samples": 64}``. An
     answer (metric, allocation, refinement, storage) may also be an object.
 
@@ -58,7 +60,9 @@ def compress(
     """
     kept = {"save.checkpoint": True, "save.dtype": "${dtype}"}  # what is returned is what was measured
     wanted = {"method": method, "ratio": ratio, **kept, **settings}
-    cell = _cell(model, tokenizer or image_processor, results, wanted, {"calibration": calibration}, ())
+    cell = _cell(
+        model, tokenizer or image_processor or processor, results, wanted, {"calibration": calibration}, ()
+    )
     if not cell.checkpoints:
         raise UserError(f"method={method}: nothing is compressed; choose another method, quantization or pruning")
     record = _finished(cell)
@@ -74,6 +78,7 @@ def evaluate(
     dataset: str | Iterable[str] | None = None,
     tokenizer: Any = None,
     image_processor: Any = None,
+    processor: Any = None,
     results: str | Path = "results",
     **settings: Any,
 ) -> dict[str, Any]:
@@ -82,7 +87,14 @@ def evaluate(
     ``model`` is as for ``compress``, dense or compressed. ``dataset`` is an option of that name, or texts.
     """
     wanted = {"method": "dense", **settings}
-    cell = _cell(model, tokenizer or image_processor, results, wanted, {"dataset": dataset}, evaluators or ("ppl",))
+    cell = _cell(
+        model,
+        tokenizer or image_processor or processor,
+        results,
+        wanted,
+        {"dataset": dataset},
+        evaluators or ("ppl",),
+    )
     return dict(_finished(cell)["metrics"])
 
 
@@ -110,8 +122,8 @@ def _cell(
 ) -> Cell:
     """The cell of a call.
 
-    ``reads`` is the tokenizer or image processor of a loaded model. ``texts`` are those for ``calibration`` and
-    ``dataset``; None leaves the default.
+    ``reads`` is the tokenizer, image processor or processor of a loaded model. ``texts`` are those for
+    ``calibration`` and ``dataset``; None leaves the default.
     """
     store = Store(Path(results, "artifacts"))
     path = model if isinstance(model, str | Path) else _saved_model(store, model, reads)
@@ -162,6 +174,8 @@ def _saved_model(store: Store, model: Any, reads: Any) -> Path:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     described = reads.get_vocab() if hasattr(reads, "get_vocab") else reads.to_dict()
+    if hasattr(reads, "tokenizer"):
+        described = [described, reads.tokenizer.get_vocab(), reads.chat_template]
     digest.update(json.dumps(described, sort_keys=True, default=str).encode())
     name = Path(model.config.name_or_path).name or type(model).__name__
 
@@ -173,18 +187,19 @@ def _saved_model(store: Store, model: Any, reads: Any) -> Path:
 
 
 def _read_by(model: Any) -> Any:
-    """The tokenizer or image processor of a loaded model, from where it came."""
-    from transformers import AutoTokenizer
+    """The tokenizer, image processor or processor of a loaded model, from where it came."""
+    from lowrank_lab.models.load import load_image_processor, load_processor, load_tokenizer
 
-    from lowrank_lab.models.load import load_image_processor
-
-    location = model.config.name_or_path
-    of_images = model.main_input_name == "pixel_values"
+    if task_of(model.config.model_type) == IMAGE_TEXT_TASK:
+        read, what = load_processor, "processor"
+    elif model.main_input_name == "pixel_values":
+        read, what = load_image_processor, "image_processor"
+    else:
+        read, what = load_tokenizer, "tokenizer"
     try:
-        return load_image_processor(location, None, False) if of_images else AutoTokenizer.from_pretrained(location)
+        return read(model.config.name_or_path, None, False)
     except (OSError, ValueError, UserError):
-        what, setting = ("image processor", "image_processor") if of_images else ("tokenizer", "tokenizer")
-        raise UserError(f"the {what} of a loaded model is not known; give {setting}=...") from None
+        raise UserError(f"the {what.replace('_', ' ')} of a loaded model is not known; give {what}=...") from None
 
 
 def _saved_texts(store: Store, texts: Iterable[Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def test_every_option_composes_and_builds():
         words = [word for word in chosen if word is not None]
         words += ["eval.harness.tasks={piqa: acc}"] if "eval=harness" in words else []
         words += (
-            ["model.path=tiny:llama"] if {"model=hf", "model=hf_images"} & {*words} else []
+            ["model.path=tiny:llama"] if {"model=hf", "model=hf_images", "model=hf_vlm"} & {*words} else []
         )  # which want a path
         words += ["dataset.corpus.folder=images"] if "dataset=image_folder" in words else []
         words += ["allocation.target_perplexity=25"] if "allocation=strs_perplexity" in words else []

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lowrank_lab.basics.errors import UserError
 from lowrank_lab.basics.lazy_module import LazyModule
 from lowrank_lab.calibration.corpora import Part
-from lowrank_lab.models.vision_families import IMAGE_TASK, TEXT_TASK
+from lowrank_lab.models.vision_families import IMAGE_TASK, IMAGE_TEXT_TASK, TEXT_TASK, language_config
 
 if TYPE_CHECKING:
     import torch
 
-    from lowrank_lab.calibration import images, tokens
+    from lowrank_lab.calibration import image_texts, images, tokens
     from lowrank_lab.models.tasks.base import Batch
 else:
     torch = LazyModule("torch")
     images = LazyModule("lowrank_lab.calibration.images")
+    image_texts = LazyModule("lowrank_lab.calibration.image_texts")
     tokens = LazyModule("lowrank_lab.calibration.tokens")
 
 
@@ -143,7 +144,35 @@ class Images(Data):
         return {"pixel_values": images.pixel_values(processor(), [images.blank()])}
 
 
-DATA: dict[str, Data] = {TEXT_TASK: Texts(), IMAGE_TASK: Images()}  # by task
+class ImageTexts(Data):
+    """Questions about images with their answers, processed for the model."""
+
+    what = "questions about images"
+    corpus = "questions"
+    sampling = ("samples", "seed")
+    reader = "processor"
+    component = "IMAGE_TEXTS"
+    artifact = "image_texts"
+
+    def make_samples(
+        self,
+        folder: Path,
+        processor: Any,
+        corpus: Any,
+        part: Part,
+        data_root: str | None,
+        sampling: Mapping[str, Any],
+        bos_id: Callable[[], int],
+    ) -> None:
+        image_texts.make_samples(folder, processor, corpus, part, data_root, sampling["samples"], sampling["seed"])
+
+    def load_samples(self, folder: Path, model_config: Any) -> tuple[Batch, dict[str, Any]]:
+        batch, facts = image_texts.load_samples(folder)
+        tokens.check_in_vocabulary(int(batch["input_ids"].max()), language_config(model_config))
+        return batch, facts
+
+
+DATA: dict[str, Data] = {TEXT_TASK: Texts(), IMAGE_TASK: Images(), IMAGE_TEXT_TASK: ImageTexts()}  # by task
 
 
 def check_corpus(dataset: str, corpus: Any, data: Data) -> None:

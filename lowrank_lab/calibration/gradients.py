@@ -41,12 +41,18 @@ class Accumulator:
         # As large as the model, so in float32: sums of squares of at most a few hundred sequences.
         self.weight = torch.zeros(out, inp, device=device) if weight else None
 
+    def count(self, tokens: int) -> None:
+        """Count one sequence of so many tokens, also where the loss does not depend on the output.
+
+        Its gradient is then 0, as in the last block of LLaVA's image encoder, whose features are of one before.
+        """
+        self.tokens += tokens
+        self.sequences += 1
+
     def add(self, inputs: Tensor, gradient: Tensor) -> None:
-        """Add one sequence: its inputs (..., in) and output gradients (..., out), float32."""
+        """Add the inputs (..., in) and the output gradients (..., out) of one sequence, float32."""
         x = inputs.reshape(-1, inputs.shape[-1])
         g = gradient.reshape(-1, gradient.shape[-1])
-        self.tokens += g.shape[0]
-        self.sequences += 1
         self.square += g.square().sum(0, dtype=torch.float64)
         of_weight = (g.T @ x).square()
         self.row_fisher += of_weight.sum(1, dtype=torch.float64)
@@ -152,4 +158,5 @@ def _start_gradient(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def _watch(accumulator: Accumulator, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
     rows = current_rows()  # here, as a hook of the backward pass may run in another thread
     inputs = without_padding(args[0].detach(), rows)
+    accumulator.count(len(inputs))
     output.register_hook(lambda gradient: accumulator.add(inputs, without_padding(gradient, rows)))

@@ -130,7 +130,7 @@ class ImageFolder:
 
     def images(self, split: str, data_root: str | None) -> LabelledImages:
         files, labels = self._files(split)
-        return LabelledImages(labels, lambda i: _opened(files[i]))
+        return LabelledImages(labels, lambda i: opened(files[i]))
 
     def _files(self, split: str) -> tuple[list[Path], list[int]]:
         root = Path(self.folder).expanduser() / split
@@ -214,7 +214,7 @@ def _grey(pixels: bytes, height: int, width: int) -> Any:
     return Image.frombytes("L", (width, height), pixels).convert("RGB")
 
 
-def _opened(file: Path) -> Any:
+def opened(file: Path) -> Any:
     """An image in RGB. Raises UserError, naming the file, for one that cannot be read."""
     from PIL import Image, UnidentifiedImageError
 

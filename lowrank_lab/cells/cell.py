@@ -21,7 +21,7 @@ from lowrank_lab.cells.keys import Keys
 from lowrank_lab.checkpoints.description import Saved, saved_in
 from lowrank_lab.models.origin import dtype_of
 from lowrank_lab.models.source import ModelSource, block_count, resolve
-from lowrank_lab.models.vision_families import task_of
+from lowrank_lab.models.vision_families import ROWS, task_of
 
 LONGEST_NAME = 150  # bytes of a checkpoint's folder: file systems allow 255
 
@@ -123,6 +123,12 @@ class Cell:
     def task(self) -> str:
         """What the model is for: the name of its task (models/tasks/)."""
         return task_of(self.source.model_type)
+
+    @property
+    def tower(self) -> str | None:
+        """The tower of the model that is compressed (models/families.py); None: its first."""
+        row, tower = ROWS.get(self.source.model_type or ""), self.cfg.targets.get("tower")
+        return None if row is not None and tower == next(iter(row.towers)) else tower
 
     @property
     def data(self) -> Data:
@@ -250,7 +256,7 @@ def _texts_of(compressions: dict[str, Compression], cfg: DictConfig) -> dict[str
 
 def _check_blocks(cell: Cell) -> None:
     """Raises UserError where the cell's targets name a block that its model does not have, as far as is known."""
-    if cell.cfg.targets.get("blocks") and (count := block_count(cell.source)) is not None:
+    if cell.cfg.targets.get("blocks") and (count := block_count(cell.source, cell.tower)) is not None:
         cell.site_rules[1].blocks_of(count)
 
 

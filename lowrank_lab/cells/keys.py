@@ -84,7 +84,8 @@ class Keys:
     def statistics(self) -> str:
         """Identifies the statistics of the inputs of all linears of the dense model."""
         tokens = self.calibration_tokens
-        return fingerprint({**self.dense_weights, "tokens": tokens, "version": versions.STATISTICS})
+        what = {**self.dense_weights, "tokens": tokens, **self._tower}
+        return fingerprint({**what, "version": versions.STATISTICS})
 
     @property
     def input_means(self) -> str:
@@ -93,20 +94,26 @@ class Keys:
 
     def gradients(self, outer: bool) -> str:
         """Identifies the statistics of the output gradients (in float32), with the mean of g gᵀ if ``outer``."""
-        content = {"model": self.model, "tokens": self.calibration_tokens, "outer": outer}
+        content = {"model": self.model, "tokens": self.calibration_tokens, "outer": outer, **self._tower}
         return fingerprint({**content, "version": versions.GRADIENTS})
 
     @property
     def weight_fisher(self) -> str:
         """Identifies the mean (dL/dW)² of every compressible linear (always in float32)."""
-        content = {"model": self.model, "tokens": self.calibration_tokens, "weight": True}
+        content = {"model": self.model, "tokens": self.calibration_tokens, "weight": True, **self._tower}
         return fingerprint({**content, "version": versions.GRADIENTS})
 
     @property
     def targets_for_key(self) -> Any:
-        """The linears to compress, as plain data: their role, and the blocks where these are not all."""
+        """The linears to compress, as plain data: their role; blocks that are not all; a tower not the first."""
         targets = self.cell.cfg.targets
-        return [targets.linears, config.plain(targets.blocks)] if targets.get("blocks") else targets.linears
+        linears = [targets.linears, config.plain(targets.blocks)] if targets.get("blocks") else targets.linears
+        return {"linears": linears, **self._tower} if self._tower else linears
+
+    @property
+    def _tower(self) -> dict[str, str]:
+        """The tower whose statistics are wanted, where it is not the model's first."""
+        return {} if self.cell.tower is None else {"tower": self.cell.tower}
 
     @cached_property
     def compressed(self) -> str:

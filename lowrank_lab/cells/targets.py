@@ -27,10 +27,14 @@ class Targets:
     ratio_of  ``parameters``: of the storage of these linears; ``kv_cache``: of the values cached a token (ASVD
               §3.4), where a rank costs one and may have more parameters than the dense linear
     blocks    their indices, from the last where negative (-1); None for all. The ratio is of their linears alone
+    tower     the tower of a model that has several, language or vision; None for its first. It is read by the cell
     """
 
-    def __init__(self, linears: str, ratio_of: str, blocks: list[int] | None = None) -> None:
+    def __init__(
+        self, linears: str, ratio_of: str, blocks: list[int] | None = None, tower: str | None = None
+    ) -> None:
         checks.one_of(ROLES, linears=linears)
+        checks.text(optional=True, tower=tower)
         checks.one_of(RATIO_OF, ratio_of=ratio_of)
         if ratio_of == "kv_cache" and linears != "kv":
             raise ValueError("ratio_of=kv_cache counts what is cached, so it needs linears=kv")
@@ -39,6 +43,7 @@ class Targets:
         self.linears = linears
         self.ratio_of = ratio_of
         self.blocks = blocks
+        self.tower = tower
 
     def blocks_of(self, count: int) -> set[int]:
         """The indices of the blocks among ``count``. Raises UserError for one that does not exist."""

@@ -13,6 +13,7 @@ GGUF = (
 TOKENS = 1  # calibration/tokens.py
 ONNX = 1  # models/onnx_conversion.py, only for models from ONNX files
 IMAGES = 1  # calibration/images.py, image_corpora.py, only for models of images
+IMAGE_TEXTS = 1  # calibration/image_texts.py, question_corpora.py, only for models of images and text
 STATISTICS = 1  # calibration/statistics.py
 GRADIENTS = 1  # calibration/gradients.py
 SPECTRA = 1  # lowrank/solver.py, lowrank/spectra.py, metric/
@@ -31,6 +32,7 @@ FACTORS = 1  # evaluation/factors.py
 IPCA_MEMORY = 1  # evaluation/ipca_memory.py
 HEAD_VALUES = 1  # evaluation/head_values.py
 TOP1 = 1  # evaluation/top1.py
+QUESTIONS = 1  # evaluation/questions.py
 LOOK_UP = 1  # evaluation/look_up.py, modules/look_up.py
 HARNESS = 2  # evaluation/harness.py, lm.py, tasks.py, task_data.py
 RECORD = 3  # the schema of results.py
@@ -49,10 +51,11 @@ EVALUATORS = (
     "IPCA_MEMORY",
     "LOOK_UP",
     "TOP1",
+    "QUESTIONS",
     "HEAD_VALUES",
     "HARNESS",
 )
-OF_SOME_MODELS = ("GGUF", "ONNX", "IMAGES")
+OF_SOME_MODELS = ("GGUF", "ONNX", "IMAGES", "IMAGE_TEXTS")
 COMPRESSIONS = ("STATISTICS", "GRADIENTS", "SPECTRA", "COMPRESSION", "QUANTIZATION")
 
 

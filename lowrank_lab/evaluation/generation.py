@@ -223,7 +223,7 @@ def write(
         return _answer(new, ends, tokenizer, one_line, full=len(new) == max_new_tokens)
 
     random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with torch.inference_mode(), _without_checkpoint_settings(model), random_state:
+    with torch.inference_mode(), without_checkpoint_settings(model), random_state:
         return [
             (answer(ids, one_line, greedy), answer(ids, one_line, sampled))
             for ids, one_line in progress.track(prompts, "generation", "prompt")
@@ -249,7 +249,7 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 @contextmanager
-def _without_checkpoint_settings(model: Any) -> Iterator[None]:
+def without_checkpoint_settings(model: Any) -> Iterator[None]:
     """Without the generation settings of the checkpoint, which would apply wherever ours name none."""
     kept, model.generation_config = model.generation_config, transformers.GenerationConfig()
     try:

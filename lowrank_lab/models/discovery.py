@@ -25,7 +25,7 @@ from lowrank_lab.basics.errors import UserError
 from lowrank_lab.models.default_dtype import default_dtype
 from lowrank_lab.models.families import Attention, Family, Tower, language_model
 from lowrank_lab.models.tasks.causal_lm import CAUSAL_LM, of_tokens
-from lowrank_lab.models.vision_families import ROWS
+from lowrank_lab.models.vision_families import ROWS, row_of
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def family_of(model: Any) -> Family:
     ``model`` may be without weights, compressed, or without lm_head. Raises UserError for one that has no list of
     blocks with linears, or that needs more of its blocks than their hidden states.
     """
-    row = ROWS.get(model.config.model_type)
+    row = row_of(model.config)
     return row if row is not None else discovered(type(model), model.config)
 
 

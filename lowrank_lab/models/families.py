@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from lowrank_lab.basics.errors import SkippedCell
+from lowrank_lab.basics.errors import SkippedCell, UserError
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,14 @@ class Family:
     def tower(self) -> Tower:
         """The one that is compressed: the first."""
         return next(iter(self.towers.values()))
+
+    def of_tower(self, name: str | None) -> Family:
+        """The same models with another tower first (None: as they are). Raises UserError where they lack it."""
+        if name is None:
+            return self
+        if name not in self.towers:
+            raise UserError(f"targets.tower={name}: this model has no such tower; choose {', '.join(self.towers)}")
+        return replace(self, towers={name: self.towers[name], **self.towers})
 
     def config(self, model_config: Any, tower: str | None = None) -> Any:
         """The configuration of a tower, by default the first, out of its model's."""

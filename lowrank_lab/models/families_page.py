@@ -14,17 +14,19 @@ from lowrank_lab.models.discovery import family_of
 from lowrank_lab.models.families import Tower, kv_cache_shape
 from lowrank_lab.models.tasks.named import TASKS
 from lowrank_lab.models.tiny import EVERY_CONFIG
-from lowrank_lab.models.vision_families import ROWS, task_of
+from lowrank_lab.models.vision_families import ROWS, language_config, task_of
 
 TEXT = """# Families
 
 The families of models that the tests run, each as a tiny random model (`model.path=tiny:NAME`), and what is
 compressed in them. Linears in one pair of brackets are given the same input: they share a statistic.
 
-A **row** of `lowrank_lab/models/families.py`, of image classifiers `vision_families.py`, also says what rotations
-and scales of activations fold into weights. `tests/test_models.py` and `tests/test_vision.py` check each row, and
-other tests compress, quantize, save and load these families. Of CLIP and SigLIP the vision tower is compressed; the
-text tower has a row too.
+A **row** of `lowrank_lab/models/families.py`, for images `vision_families.py`, also says what rotations
+and scales of activations fold into weights. `tests/test_models.py`, `tests/test_vision.py` and
+`tests/test_image_text.py` check each row, and other tests compress, quantize, save and load these families. Of CLIP
+and SigLIP the vision tower is compressed; the text tower has a row too. Models of images and text (`llava`,
+`llava_next`, `idefics3`, `smolvlm`) are put together of the row of their language model, which is compressed, and
+that of their image encoder (`targets.tower=vision`).
 
 Any other causal language model of transformers with one list of like blocks is known by **discovery**: a forward
 of a few tokens shows which linears are given the same tensor. QuaRot, SpinQuant, SmoothQuant and AWQ need a row,
@@ -53,7 +55,7 @@ def _row(family: str) -> dict[str, Any]:
         "compressed, by input": " ".join(f"[{_short(group)}]" for group in tower.inputs),
         "stays dense in a block": _short(tower.stays_dense),
         "rotations": _rotations(tower),
-        "keys and values": "none" if kv_cache_shape(model.config) is None else "counted",
+        "keys and values": "none" if kv_cache_shape(language_config(model.config)) is None else "counted",
     }
 
 

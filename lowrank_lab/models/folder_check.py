@@ -14,13 +14,15 @@ from typing import Any
 from lowrank_lab.basics.errors import UserError
 from lowrank_lab.models import quantized_by_others, weight_files
 from lowrank_lab.models.own_config import unguarded
-from lowrank_lab.models.vision_families import TEXT_TASK, task_of
+from lowrank_lab.models.vision_families import IMAGE_TASK, IMAGE_TEXT_TASK, TEXT_TASK, task_of
 from lowrank_lab.models.weight_files import NAMES, DamagedFile, RunsCode
 
 ADAPTER = "adapter_config.json"
 IMAGE_PROCESSOR = "preprocessor_config.json"
+PROCESSOR = "processor_config.json"  # of a model of images and text: it may hold that of the images
 READ_AS_JSON = (
     IMAGE_PROCESSOR,
+    PROCESSOR,
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -73,10 +75,14 @@ def _checked(folder: Path, _state: tuple[Any, ...]) -> dict[str, Any]:
     for name in READ_AS_JSON:
         if (folder / name).is_file():
             _object(folder, name)
-    if task_of(settings.get("model_type")) == TEXT_TASK:
-        _check_tokenizer(folder, settings)
-    elif not (folder / IMAGE_PROCESSOR).is_file():
-        raise UserError(f"model.path={folder}: the folder has no {IMAGE_PROCESSOR}; copy it into it")
+    task = task_of(settings.get("model_type"))
+    if task != IMAGE_TASK:
+        of_text = settings.get("text_config") if task == IMAGE_TEXT_TASK else settings
+        _check_tokenizer(folder, of_text if isinstance(of_text, dict) else {})
+    if task != TEXT_TASK:
+        allowed = (IMAGE_PROCESSOR, *((PROCESSOR,) if task == IMAGE_TEXT_TASK else ()))
+        if not any((folder / name).is_file() for name in allowed):
+            raise UserError(f"model.path={folder}: the folder has no {' or '.join(allowed)}; copy it into it")
     return settings
 
 

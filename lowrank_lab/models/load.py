@@ -122,6 +122,31 @@ def load_image_processor(location: str, revision: str | None, trust_remote_code:
         )
 
 
+def load_processor(location: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """The processor of a model of images and text, with Pillow where it has such. Raises UserError as the above."""
+    from transformers import AutoProcessor
+
+    try:
+        with _one_line(location, "its processor"), _without_report():
+            return AutoProcessor.from_pretrained(
+                location, revision=revision, trust_remote_code=trust_remote_code, backend="pil"
+            )
+    except UserError as error:
+        missing = str(error.__cause__)
+        if needed := [name for name in ("torchvision", "num2words") if name in missing]:
+            raise UserError(
+                f"model.path={location}: its processor needs {' and '.join(needed)}; run: pip install "
+                f"{' '.join(needed)}"
+            ) from None
+        raise
+
+
+def check_image_text_model(location: str, revision: str | None, trust_remote_code: bool, auto: Any) -> None:
+    """Raises UserError as ``load_image_model`` and ``load_processor`` do; no values of weights are read."""
+    _loaded(location, revision, trust_remote_code, auto, device_map="meta")
+    load_processor(location, revision, trust_remote_code)
+
+
 def _loaded(
     location: str, revision: str | None, trust_remote_code: bool, auto: Any = AutoModelForCausalLM, **how: Any
 ) -> Any:

@@ -24,7 +24,7 @@ from lowrank_lab.basics.errors import UserError
 from lowrank_lab.models import gguf, onnx
 from lowrank_lab.models.folder_check import MERGE, check_snapshot, settings_of
 from lowrank_lab.models.hub import hub_commit
-from lowrank_lab.models.vision_families import TEXT_TASK, task_of
+from lowrank_lab.models.vision_families import IMAGE_TASK, task_of
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 CONTENT_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
@@ -84,8 +84,11 @@ def resolve(path: str, revision: str | None, store: Store) -> ModelSource:
     return _hub(path, revision)
 
 
-def block_count(source: ModelSource) -> int | None:
-    """The number of blocks of a model as its configuration says it; None where it does not."""
+def block_count(source: ModelSource, tower: str | None = None) -> int | None:
+    """The number of blocks of a model's ``tower`` as its configuration says it; None where it does not.
+
+    Without a tower it is that which is compressed.
+    """
     if source.kind == "gguf":
         found = gguf.read_header(Path(source.location)).of_architecture("block_count")
         return found if isinstance(found, int) else None
@@ -94,9 +97,10 @@ def block_count(source: ModelSource) -> int | None:
         from lowrank_lab.models.tiny import EVERY_CONFIG
 
         settings = EVERY_CONFIG[source.location]
-    tower = "text_config" if task_of(source.model_type) == TEXT_TASK else "vision_config"
-    if isinstance(settings.get(tower), dict):  # of a model of texts and images
-        settings = settings[tower]
+    of_images = tower == "vision" or task_of(source.model_type) == IMAGE_TASK
+    part = settings.get("vision_config" if of_images else "text_config")
+    if isinstance(part, dict):  # of a model of texts and images
+        settings = part
     return next((settings[name] for name in BLOCK_COUNTS if isinstance(settings.get(name), int)), None)
 
 
@@ -106,10 +110,10 @@ def names_gguf(path: str) -> bool:
 
 
 def _tiny(family: str) -> ModelSource:
-    from lowrank_lab.models.tiny import CONFIGS, DISCOVERED_CONFIGS, EVERY_CONFIG, VERSION, VISION_CONFIGS
+    from lowrank_lab.models.tiny import EVERY_CONFIG, KINDS, VERSION
 
     if family not in EVERY_CONFIG:
-        known = ", ".join([*sorted(CONFIGS), *sorted(DISCOVERED_CONFIGS), *sorted(VISION_CONFIGS)])
+        known = ", ".join(name for kind in KINDS for name in sorted(kind))
         raise UserError(f"model.path=tiny:{family}: no such family; choose one of {known}")
     content = fingerprint({"tiny": family, "config": EVERY_CONFIG[family], "version": VERSION})
     return ModelSource("tiny", f"tiny-{family}", family, content)

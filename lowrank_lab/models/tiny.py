@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lowrank_lab.models.vision_families import AUTO, task_of
+
 VERSION = 1  # raise when the models that build() makes change
 SEED = 0
 
@@ -122,23 +124,52 @@ VISION_CONFIGS: dict[str, dict[str, Any]] = {  # of the rows of vision_families.
     "siglip": {"vision_config": _IMAGES, "text_config": _OF_TEXT, "num_labels": 10},
 }
 
+_INNER = {**_SIZES, "vocab_size": 261, "model_type": "llama"}  # one more token: <image>
+_SEEN = {"text_config": _INNER, "vision_config": {**_IMAGES, "model_type": "clip_vision_model"}}
+_TILED = {"text_config": {**_INNER, "vocab_size": 263}, "vision_config": _IMAGES, "scale_factor": 2}
+IMAGE_TOKEN = 260
+PINPOINTS = [[28, 56], [56, 28], [56, 56]]  # heights and widths of images that LLaVA-Next cuts into tiles
+
+IMAGE_TEXT_CONFIGS: dict[str, dict[str, Any]] = {  # of models of images and text, whose rows are there too
+    "llava": {**_SEEN, "image_token_index": IMAGE_TOKEN},
+    "llava_next": {**_SEEN, "image_token_index": IMAGE_TOKEN, "image_grid_pinpoints": PINPOINTS},
+    "idefics3": {**_TILED, "image_token_id": IMAGE_TOKEN},
+    "smolvlm": {**_TILED, "image_token_id": IMAGE_TOKEN},
+}
+
 ALL_CONFIGS = {**CONFIGS, **DISCOVERED_CONFIGS}  # of language models
-EVERY_CONFIG = {**ALL_CONFIGS, **VISION_CONFIGS}
+KINDS = (CONFIGS, DISCOVERED_CONFIGS, VISION_CONFIGS, IMAGE_TEXT_CONFIGS)
+EVERY_CONFIG = {**ALL_CONFIGS, **VISION_CONFIGS, **IMAGE_TEXT_CONFIGS}
+
+
+CHAT = (  # LLaVA-1.5's form of a conversation
+    "{% for message in messages %}{{ message['role'].upper() }}: "
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}{% endif %}{% if message['role'] == 'assistant' %}</s>{% else %} {% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
 
 
 def build(family: str, folder: Path) -> None:
     """Save a random model of ``family`` (a key of EVERY_CONFIG) and what makes its inputs as a folder."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
+    import transformers
 
-    is_vision = family in VISION_CONFIGS
-    auto = AutoModelForImageClassification if is_vision else AutoModelForCausalLM
-    config = AutoConfig.for_model(family, **EVERY_CONFIG[family])
+    auto = getattr(transformers, AUTO[task_of(family)])
+    config = transformers.AutoConfig.for_model(family, **EVERY_CONFIG[family])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = auto.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)
-    (image_processor() if is_vision else byte_tokenizer()).save_pretrained(folder)
+    processor(family).save_pretrained(folder)
+
+
+def processor(family: str) -> Any:
+    """What makes the inputs of the models of ``family``."""
+    if family in IMAGE_TEXT_CONFIGS:
+        return image_text_processor(family)
+    return image_processor() if family in VISION_CONFIGS else byte_tokenizer()
 
 
 def image_processor() -> Any:
@@ -147,6 +178,34 @@ def image_processor() -> Any:
 
     size = _IMAGES["image_size"]
     return ViTImageProcessorPil(size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+
+def image_text_processor(family: str) -> Any:
+    """The byte tokenizer with a token <image>, and the image processor of the family, with Pillow."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    size = _IMAGES["image_size"]
+    if "scale_factor" in IMAGE_TEXT_CONFIGS[family]:
+        from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+        from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
+
+        tiles = Idefics3ImageProcessorPil(size={"longest_edge": 2 * size}, max_image_size={"longest_edge": size})
+        return Idefics3Processor(tiles, tokenizer, image_seq_len=4, chat_template=CHAT)
+    shape = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+    how = {
+        "patch_size": _IMAGES["patch_size"],
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+        "chat_template": CHAT,
+    }
+    from transformers import LlavaNextProcessor, LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    if family == "llava_next":
+        tiles = LlavaNextImageProcessorPil(**shape, image_grid_pinpoints=PINPOINTS)
+        return LlavaNextProcessor(tiles, tokenizer, **how)
+    return LlavaProcessor(CLIPImageProcessorPil(**shape), tokenizer, **how)
 
 
 def byte_tokenizer() -> Any:

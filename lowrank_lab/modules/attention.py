@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lowrank_lab.basics.errors import SkippedCell, named
 from lowrank_lab.models.discovery import family_of
 from lowrank_lab.models.families import head_size, kv_cache_shape
+from lowrank_lab.models.vision_families import language_config
 from lowrank_lab.modules.attention_names import AttentionFunction, use_attention
 from lowrank_lab.modules.base import Replacement
 from lowrank_lab.modules.cache_format import CacheFormat
@@ -31,11 +32,12 @@ def round_cache(model: Any, cache: CacheFormat) -> None:
 
     Raises SkippedCell where its attention is none of ``NAMES``.
     """
-    if kv_cache_shape(model.config) is None:
+    if kv_cache_shape(language_config(model.config)) is None:
         raise SkippedCell(f"{type(model).__name__} caches no keys and values")
     RoundedCache.set_up(model)
     for name, attention in _attentions(model):
-        attention.kv_cache = RoundedCache(CacheFormat(**asdict(cache)), head_size(model.config), name)
+        size = head_size(language_config(model.config))
+        attention.kv_cache = RoundedCache(CacheFormat(**asdict(cache)), size, name)
 
 
 def cache_of(model: Any) -> CacheFormat | None:
@@ -80,16 +82,24 @@ class RoundedCache(Replacement):
 
 
 def _attentions(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of ``model`` that hold the query projections, with their names."""
-    attention = family_of(model).tower.attention
+    """The modules in the blocks of ``model`` that hold the query projections, with their names."""
+    tower = family_of(model).tower
+    attention, bare = tower.attention, tower.blocks.partition(".")[2]
     if attention is None:
         raise SkippedCell(f"it is not known which linears give the keys and values of {type(model).__name__}")
     query = attention.query.rpartition(".")[2]
-    return ((name, module) for name, module in model.named_modules() if query in module._modules)
+    inside = (f"{tower.blocks}.", f"{bare}.")  # not in an image encoder, which caches nothing
+    return (
+        (name, module)
+        for name, module in model.named_modules()
+        if query in module._modules and name.startswith(inside)
+    )
 
 
 def attend_to_rounded(
     original: AttentionFunction, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **rest: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention ``original`` after rounding."""
-    return original(module, *module.kv_cache(query, key, value), *args, **rest)
+    """transformers' attention ``original`` after rounding, where ``module`` has a cache."""
+    if "kv_cache" in module._modules:
+        query, key, value = module.kv_cache(query, key, value)
+    return original(module, query, key, value, *args, **rest)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
+from lowrank_lab.models.vision_families import PLACES
 from lowrank_lab.modules.base import CompressedLinear, Counts, dense_weight, is_linear, nbytes
 from lowrank_lab.modules.steps import Step
 
@@ -46,3 +48,10 @@ def _counted(module: nn.Module) -> Iterator[CompressedLinear | Step]:
         return
     for child in module.children():
         yield from _counted(child)
+
+
+def macs_of_token(model: Any) -> int:
+    """The multiply-accumulates of all linears for a token; of images and text those of the language model alone."""
+    if (places := PLACES.get(model.config.model_type)) is None:
+        return count(model).macs
+    return count(model.get_submodule(places[0])).macs + count(model.get_output_embeddings()).macs

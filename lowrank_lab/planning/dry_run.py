@@ -54,7 +54,7 @@ def print_needs(cells: Sequence[Cell]) -> bool:
     """Print what each cell needs and what the machine lacks; returns whether all fits. Nothing is computed."""
     device = pick_device(cells[0].cfg.device)
     machine = Machine.here(device)
-    models: dict[str, Shapes] = {}
+    models: dict[tuple[str, str | None], Shapes] = {}
     planned: set[tuple[str, str, str]] = set()
     seen: set[str] = set()
     rows, everything, shortage_lines = [], [], []
@@ -65,9 +65,10 @@ def print_needs(cells: Sequence[Cell]) -> bool:
         elif runner.finished(cell) is None:
             state = "to be computed"
             try:
-                if cell.keys.model not in models:
-                    models[cell.keys.model] = shapes_of(cell)
-                planner = Planner(cell, with_sites(models[cell.keys.model], cell), machine.gpu > 0)
+                model = cell.keys.model, cell.tower
+                if model not in models:
+                    models[model] = shapes_of(cell)
+                planner = Planner(cell, with_sites(models[model], cell), machine.gpu > 0)
                 steps = [step for step in planner.steps() if _is_missing(step, planned)]
             except SkippedCell as why:
                 state = f"to be skipped: {why}"

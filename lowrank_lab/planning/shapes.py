@@ -11,18 +11,20 @@ from torch import nn
 from transformers import AutoConfig
 
 from lowrank_lab.basics.errors import UserError
-from lowrank_lab.calibration import images
+from lowrank_lab.calibration import image_texts, images
+from lowrank_lab.calibration.question_corpora import Question
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.lowrank.ranks import rank_within
 from lowrank_lab.models import onnx_conversion, tiny
 from lowrank_lab.models.discovery import family_of
 from lowrank_lab.models.families import Tower, head_size, heads_of, kv_cache_shape
 from lowrank_lab.models.load import load_config
-from lowrank_lab.models.tasks.named import TASKS
-from lowrank_lab.models.vision_families import TEXT_TASK
+from lowrank_lab.models.tasks.base import Batch
+from lowrank_lab.models.tasks.named import TASKS, task_named
+from lowrank_lab.models.vision_families import IMAGE_TASK, IMAGE_TEXT_TASK, TEXT_TASK, language_config
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.base import is_linear
-from lowrank_lab.modules.counts import count
+from lowrank_lab.modules.counts import count, macs_of_token
 from lowrank_lab.modules.linears import linear_shapes
 from lowrank_lab.modules.site import Site
 from lowrank_lab.running.context import sites_of_cell
@@ -74,7 +76,8 @@ def with_sites(shapes: Shapes, cell: Cell) -> Shapes:
     if not any(compression.makes_factors for compression in cell.compressions.values()):
         return shapes
     model_config = config_of(cell)
-    family = family_of(TASKS[cell.task].skeleton(model_config, cell.cfg.model.trust_remote_code))
+    skeleton = TASKS[cell.task].skeleton(model_config, cell.cfg.model.trust_remote_code)
+    family = family_of(skeleton).of_tower(cell.tower)
     return replace(shapes, sites=sites_of_cell(cell, family.tower, shapes.linears, heads_of(family, model_config)))
 
 
@@ -84,7 +87,7 @@ def shapes_of(cell: Cell) -> Shapes:
     model: Any = TASKS[cell.task].skeleton(model_config, cell.cfg.model.trust_remote_code)
     of_tower = model_config
     try:
-        family = family_of(model)
+        family = family_of(model).of_tower(cell.tower)
         tower: Tower | None = family.tower
         of_tower = family.config(model_config)
     except UserError:  # which matters only where something is compressed
@@ -92,8 +95,8 @@ def shapes_of(cell: Cell) -> Shapes:
     shapes = linear_shapes(model, tower) if tower is not None else []
     inputs = [[of_block[group[0]][1] for group in tower.inputs] for of_block in shapes] if tower is not None else []
     blocks: Iterable[nn.Module] = blocks_of(model, tower) if tower is not None else []
-    head = model.get_output_embeddings() if cell.task == TEXT_TASK else None
-    has_attention = cell.task != TEXT_TASK or kv_cache_shape(model_config) is not None
+    head = model.get_output_embeddings() if cell.task != IMAGE_TASK else None
+    has_attention = cell.task == IMAGE_TASK or kv_cache_shape(language_config(model_config)) is not None
     linears: list[Any] = [module for module in model.modules() if is_linear(module)]
     head_macs = 0 if head is None else count(head).macs
     positions, image_bytes = _of_image(cell, model, tower)
@@ -108,7 +111,7 @@ def shapes_of(cell: Cell) -> Shapes:
         widest=max(max(linear.weight.shape) for linear in linears if linear is not head),
         linears=shapes,
         inputs=inputs,
-        linear_macs=count(model).macs - head_macs,
+        linear_macs=macs_of_token(model) - head_macs,
         head_macs=head_macs,
         positions=positions,
         image_bytes=image_bytes,
@@ -116,18 +119,25 @@ def shapes_of(cell: Cell) -> Shapes:
 
 
 def _of_image(cell: Cell, model: Any, tower: Tower | None) -> tuple[int, int]:
-    """The ``positions`` and ``image_bytes`` of a cell; 0 where its data are texts."""
+    """The ``positions`` and ``image_bytes`` of a cell; 0 where its data are texts.
+
+    Of a model of images and text they are those of an image with a question of one word: a lower bound.
+    """
     if cell.task == TEXT_TASK or tower is None:
         return 0, 0
-    pixels = images.pixel_values(processor_of(cell), [images.blank()])
-    positions = TASKS[cell.task].positions(lambda: model, tower.blocks, {"pixel_values": pixels})
-    return positions, pixels.nbytes
+    if cell.task == IMAGE_TEXT_TASK:
+        question = Question("why?", ("yes",), 0, "blank", "open")
+        batch: Batch = image_texts.asked(processor_of(cell), question, images.blank())
+    else:
+        batch = {"pixel_values": images.pixel_values(processor_of(cell), [images.blank()])}
+    positions = task_named(cell.task, cell.tower).positions(lambda: model, tower.blocks, batch)
+    return positions, batch["pixel_values"].nbytes
 
 
 def processor_of(cell: Cell) -> Any:
-    """The image processor of a cell's model, also before its conversion."""
+    """The processor of images of a cell's model, also before its conversion."""
     if cell.source.kind == "tiny":
-        return tiny.image_processor()
+        return tiny.processor(cell.source.location)
     if cell.source.kind == "onnx":
         return onnx_conversion.processor()
     where = (cell.source.location, cell.source.revision, bool(cell.cfg.model.trust_remote_code))

@@ -179,7 +179,7 @@ def calibrated(
     targets = members_by_block(context)
     blocks = context.walk(context.model)
     for index, block, run in progress.track(blocks, "smoothing", "block", len(targets)):
-        inputs = inputs_in(block, context.tower, context.model_config, targets[index])
+        inputs = inputs_in(block, context.tower, context.family.config(context.model_config), targets[index])
         inputs = [one for one in inputs if one.source in sources]
         paths = [one.readers[0] for one in inputs]
         samples = {path: Sample(context.calibration_positions, sample) for path in paths}

@@ -52,7 +52,10 @@ def check(tower: Tower, label: str) -> None:
             f"{label} rotates the residual stream, which a LayerNorm, unlike an RMSNorm, does not allow"
         )
     if not folding.residual:
-        raise SkippedCell(f"{label} rotates the residual stream, which norms after attention and MLP do not allow")
+        raise SkippedCell(
+            f"{label} rotates the residual stream, which norms after attention and MLP, or the "
+            "features of images that enter it, do not allow"
+        )
 
 
 @dataclass

@@ -78,7 +78,8 @@ def counts(cfg: dict[str, Any], stored: str | None, compressed: bool) -> dict[st
     if targets["ratio_of"] == "kv_cache":
         return {"unit": "cached values", "whole": False}
     in_blocks = f" in blocks {word(targets['blocks'])}" if targets.get("blocks") else ""
-    return {"unit": f"{stored}{of_role}{in_blocks}", "whole": everything and not in_blocks}
+    in_tower = f" in the {targets['tower']} tower" if targets.get("tower") else ""
+    return {"unit": f"{stored}{of_role}{in_blocks}{in_tower}", "whole": everything and not (in_blocks or in_tower)}
 
 
 def variant(

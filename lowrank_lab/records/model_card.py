@@ -15,7 +15,7 @@ from lowrank_lab.basics.paths import RUN
 from lowrank_lab.basics.redaction import redacted
 from lowrank_lab.cells.cell import Cell
 from lowrank_lab.models.origin import base_model_of, format_of, licence_of
-from lowrank_lab.models.vision_families import AUTO, IMAGE_TASK, TEXT_TASK
+from lowrank_lab.models.vision_families import AUTO, IMAGE_TASK, IMAGE_TEXT_TASK, TEXT_TASK
 from lowrank_lab.records.results import CHECKPOINTS, FOLDER_SETTINGS, SAVED
 
 NOT_TOLD = (*FOLDER_SETTINGS, "device", "tracker", "dry_run")  # settings that the checkpoint does not depend on
@@ -34,6 +34,12 @@ LOADED_BY = {  # by task: the classes of transformers, and the name of what make
         "reader": "AutoImageProcessor",
         "processor": "processor",
         "tag": "image-classification",
+    },
+    IMAGE_TEXT_TASK: {
+        "auto": AUTO[IMAGE_TEXT_TASK],
+        "reader": "AutoProcessor",
+        "processor": "processor",
+        "tag": "image-text-to-text",
     },
 }
 COMPRESSED = """\

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lowrank_lab.models.families import Tower, kv_cache_values_per_token
+from lowrank_lab.models.vision_families import language_config
 from lowrank_lab.models.walk import blocks_of
 from lowrank_lab.modules.base import rank_of
 from lowrank_lab.modules.counts import count
@@ -32,7 +33,7 @@ def sizes_of_ranks(
     dtype: Any = model.dtype
     dense = sum(site.dense for site in sites.values())
     cost = sum(site.cost(ranks[name]) for name, site in sites.items())
-    cached = kv_cache_values_per_token(model.config)
+    cached = kv_cache_values_per_token(language_config(model.config))
     latent = None
     if cached is not None and (tower is None or "kv" in tower.roles):
         latent = cached - _latent_saves(tower, sites, ranks)

@@ -8,12 +8,13 @@ from lowrank_lab.reporting.kinds.accuracy import ACCURACY
 from lowrank_lab.reporting.kinds.errors import OUTPUT_ERROR, TRUNCATION
 from lowrank_lab.reporting.kinds.other import other
 from lowrank_lab.reporting.kinds.perplexity import PERPLEXITY
+from lowrank_lab.reporting.kinds.questions import QUESTIONS
 from lowrank_lab.reporting.kinds.repetition import REPETITION
 from lowrank_lab.reporting.kinds.speed import SPEED
 from lowrank_lab.reporting.kinds.top1 import TOP1
 from lowrank_lab.reporting.section import Measured, Section
 
-SECTIONS = (PERPLEXITY, ACCURACY, TOP1, SPEED, REPETITION, OUTPUT_ERROR, TRUNCATION)
+SECTIONS = (PERPLEXITY, ACCURACY, TOP1, QUESTIONS, SPEED, REPETITION, OUTPUT_ERROR, TRUNCATION)
 
 
 def section_of(measured: Measured) -> Section:

@@ -18,7 +18,9 @@ from lowrank_lab.artifacts.store import fingerprint
 from lowrank_lab.basics.errors import SkippedCell, UserError
 from lowrank_lab.calibration.gradients import make_gradients
 from lowrank_lab.calibration.image_corpora import LabelledImages
+from lowrank_lab.calibration.image_texts import questions_of
 from lowrank_lab.calibration.images import images_of
+from lowrank_lab.calibration.question_corpora import Questions
 from lowrank_lab.calibration.statistics import make_means, make_statistics
 from lowrank_lab.calibration.tokens import check_in_vocabulary, load_tokens, make_text_tokens
 from lowrank_lab.cells import versions
@@ -30,8 +32,8 @@ from lowrank_lab.models.discovery import family_of
 from lowrank_lab.models.families import Family, Tower, heads_of
 from lowrank_lab.models.load import convert, load_config
 from lowrank_lab.models.tasks.base import Batch, Task
-from lowrank_lab.models.tasks.named import TASKS
-from lowrank_lab.models.vision_families import ROWS
+from lowrank_lab.models.tasks.named import task_named
+from lowrank_lab.models.vision_families import row_of
 from lowrank_lab.models.walk import chosen, in_parts, walk
 from lowrank_lab.modules.linears import linear_shapes
 from lowrank_lab.modules.site import Site
@@ -127,8 +129,8 @@ class Context:
     @cached_property
     def family(self) -> Family:
         """Raises UserError for a model without blocks whose linears can be compressed."""
-        if (row := ROWS.get(self.model_config.model_type)) is not None:
-            return row
+        if (row := row_of(self.model_config)) is not None:
+            return row.of_tower(self.cell.tower)
         family = family_of(self.skeleton())
         tower = family.tower
         self.record.data["discovered"] = {
@@ -144,7 +146,7 @@ class Context:
 
     @property
     def task(self) -> Task:
-        return TASKS[self.cell.task]
+        return task_named(self.cell.task, self.cell.tower)
 
     @cached_property
     def sites(self) -> dict[str, Site]:
@@ -309,6 +311,10 @@ class Context:
     def evaluation_images(self) -> LabelledImages:
         """The images that the evaluator reads."""
         return images_of(*corpus_part(self.cell.text_of(self.evaluator), "eval"), self.cell.cfg.data_root)
+
+    def evaluation_questions(self) -> Questions:
+        """The questions that the evaluator asks."""
+        return questions_of(*corpus_part(self.cell.text_of(self.evaluator), "eval"), self.cell.cfg.data_root)
 
     def text_tokens(self) -> tuple[np.ndarray, dict[str, Any]]:
         """The tokens of the evaluation text, and what the protocol says about them."""

@@ -39,7 +39,7 @@ class CausalLM:
 
     def predictions(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Those of the tokens that are predicted, of all sequences one after the other."""
-        targets = _targets(batch)
+        targets = targets_of(batch)
         predicted = targets != NOT_PREDICTED
         return _logits(model, batch)[predicted].float(), targets[predicted]
 
@@ -48,14 +48,14 @@ class CausalLM:
 
         With ``none`` it is (batch, length - 1), 0 where a token is not predicted.
         """
-        logits, targets = _logits(model, batch).float(), _targets(batch)
+        logits, targets = _logits(model, batch).float(), targets_of(batch)
         losses = cross_entropy(
             logits.flatten(0, 1), targets.flatten(), reduction=reduction, ignore_index=NOT_PREDICTED
         )
         return losses.view(targets.shape) if reduction == "none" else losses
 
     def predicted(self, batch: Batch) -> int:
-        targets = _targets(batch)
+        targets = targets_of(batch)
         return int((targets != NOT_PREDICTED).sum())
 
     def positions(self, skeleton: Callable[[], nn.Module], blocks: str, batch: Batch) -> int:
@@ -84,7 +84,7 @@ def _others(batch: Batch) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in batch.items() if name not in ("input_ids", "labels")}
 
 
-def _targets(batch: Batch) -> Tensor:
+def targets_of(batch: Batch) -> Tensor:
     """The token (batch, length - 1) that each position predicts; NOT_PREDICTED after, before and at padding."""
     targets = batch.get("labels", batch["input_ids"])[:, 1:]
     if (mask := batch.get("attention_mask")) is not None:
