@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 import lowrank_lab
+from lowrank_lab.basics import packages
 from lowrank_lab.basics.errors import UserError
 from lowrank_lab.calibration.image_texts import answer_tokens, asked, prompt_of
 from lowrank_lab.calibration.question_corpora import EasyVQA, Question, Questions, ScienceQA
@@ -57,7 +58,7 @@ def test_shuffled_images_are_those_of_others():
     assert all(row.image is None for row in Questions(rows, Path).with_images("none", 0).rows)
 
 
-def test_files_that_are_missing_are_named_before_work_starts(lab, tmp_path):
+def test_files_that_are_missing_are_named_before_work_starts(lab, tmp_path, monkeypatch):
     words = vlm_words(tmp_path / "data")
     folder = tmp_path / "data/derek-thomas/ScienceQA/default"
     (folder / "images/test2.png").rename(tmp_path / "test2.png")
@@ -70,9 +71,8 @@ def test_files_that_are_missing_are_named_before_work_starts(lab, tmp_path):
     lab.cells(*words, "method=svdllm", "dataset.calibration.split=validation")
     with pytest.raises(UserError, match="reads questions about images, and that data set has none"):
         lab.cells("model.path=tiny:llava", "eval=[ppl,scienceqa]", "dataset=wikitext2")
-    with pytest.raises(
-        UserError, match="easy-vqa ships, which is not installed; run: pip install --no-deps easy-vqa"
-    ):
+    monkeypatch.setattr(packages, "file_of", lambda *_: None)
+    with pytest.raises(UserError, match="easy-vqa, which is not installed; run: pip install --no-deps easy-vqa"):
         lab.cells(*words, "dataset=easy_vqa", "eval=[ppl,questions]")
     with pytest.raises(UserError, match="its processor needs torchvision; run: pip install torchvision"):
         lab.run(*words, "model.path=tiny:idefics3", "method=dense")

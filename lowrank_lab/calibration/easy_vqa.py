@@ -31,21 +31,22 @@ class Question:
 
 def answers() -> list[str]:
     """All answers there are, sorted. Raises UserError where the package is absent."""
-    return sorted((_folder() / "answers.txt").read_text(encoding="utf-8").split())
+    return sorted((folder() / "answers.txt").read_text(encoding="utf-8").split())
 
 
 def questions(split: str) -> list[Question]:
     """All questions of a split, by image. Raises UserError where the package is absent."""
-    read = json.loads((_folder() / split / "questions.json").read_text(encoding="utf-8"))
+    read = json.loads((folder() / split / "questions.json").read_text(encoding="utf-8"))
     return sorted((Question(image, text, answer) for text, answer, image in read), key=lambda q: q.image)
 
 
 def image_file(split: str, image: int) -> Path:
     """The file of an image."""
-    return _folder() / split / "images" / f"{image}.png"
+    return folder() / split / "images" / f"{image}.png"
 
 
-def _folder() -> Path:
+def folder() -> Path:
+    """That of the package's data. Raises UserError where the package is absent."""
     if (file := packages.file_of(PACKAGE, "answers.txt")) is not None:
         return file.parent
     raise UserError(

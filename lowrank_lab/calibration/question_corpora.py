@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lowrank_lab.artifacts.store import Store, fingerprint
-from lowrank_lab.basics import checks, packages
+from lowrank_lab.basics import checks
 from lowrank_lab.basics.errors import UserError
-from lowrank_lab.calibration import jsonl
+from lowrank_lab.calibration import easy_vqa, jsonl
 from lowrank_lab.calibration.image_corpora import opened
 from lowrank_lab.models.hub import hub_commit
 
@@ -75,16 +75,14 @@ class EasyVQA:
     ``instruction`` is a line after each question.
     """
 
-    PACKAGE = "easy-vqa"
-    SPLITS = ("train", "test")
 
     def __init__(self, instruction: str) -> None:
         checks.text(optional=True, instruction=instruction or None)
         self.instruction = instruction
 
     def content(self, split: str, data_root: str | None, store: Store) -> str:
-        if split not in self.SPLITS:
-            raise UserError(f"easy_vqa has no split '{split}'; choose {' or '.join(self.SPLITS)}")
+        if split not in easy_vqa.SPLITS:
+            raise UserError(f"easy_vqa has no split '{split}'; choose {' or '.join(easy_vqa.SPLITS)}")
         file = self._file(f"{split}/questions.json")
         names = {row.image for row in self.questions(split, data_root).rows if row.image is not None}
         files = [*(self._image(file, name) for name in sorted(names)), self._file("answers.txt")]
@@ -110,14 +108,9 @@ class EasyVQA:
     def _image(questions: Path, name: str) -> Path:
         return questions.parent / "images" / name
 
-    @classmethod
-    def _file(cls, name: str) -> Path:
-        if (answers := packages.file_of(cls.PACKAGE, "answers.txt")) is not None:
-            return answers.parent / name
-        raise UserError(
-            "dataset=easy_vqa reads questions that the package easy-vqa ships, which is not installed; "
-            "run: pip install --no-deps easy-vqa"
-        )
+    @staticmethod
+    def _file(name: str) -> Path:
+        return easy_vqa.folder() / name
 
 
 class ScienceQA:
