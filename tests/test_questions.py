@@ -84,9 +84,7 @@ def test_easy_vqa_is_read_as_its_package_has_it(tmp_path, monkeypatch):
     (data / "answers.txt").write_text("circle\nno\nyes\n")
     (data / "test/questions.json").write_text(json.dumps([["what?", "circle", 7], ["is it?", "no", 7]]))
     Image.new("RGB", (64, 64)).save(data / "test/images/7.png")
-    monkeypatch.setattr(
-        "lowrank_lab.calibration.question_corpora.packages.file_of", lambda _package, name: data / name
-    )
+    monkeypatch.setattr(packages, "file_of", lambda _package, name: data / name)
     first, second = EasyVQA("One word.").questions("test", None).rows
     assert first == Question("what?\nOne word.", ("circle", "no", "yes"), 0, "7.png", "open")
     assert (second.answer, second.kind) == (1, "yes or no")

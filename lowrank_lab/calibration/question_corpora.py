@@ -75,7 +75,6 @@ class EasyVQA:
     ``instruction`` is a line after each question.
     """
 
-
     def __init__(self, instruction: str) -> None:
         checks.text(optional=True, instruction=instruction or None)
         self.instruction = instruction
