@@ -32,7 +32,7 @@ demo-vision: setup ## COMCAT: attention of a vision transformer factored by head
 	$(BIN)/python run.py -m experiment=vision
 	$(BIN)/python report.py
 
-test: setup      ## all tests but the slow ones (7 minutes on 2 slow cores, no network)
+test: setup      ## all tests but the slow ones (8 minutes on 2 slow cores, no network)
 	$(PYTEST)
 
 test-slow: setup ## the slow tests too: the real model end to end, memory benchmark, kill -9
