@@ -18,7 +18,7 @@ from lowrank_lab.artifacts.store import Store, fingerprint
 from lowrank_lab.basics import checks, packages
 from lowrank_lab.basics.errors import UserError
 from lowrank_lab.calibration import jsonl
-from lowrank_lab.models.hub import hub_commit
+from lowrank_lab.models.hub import data_not_there, hub_commit
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,4 @@ class HubCorpus:
         try:
             return hub_commit("dataset", self.hub, self.revision)
         except Exception as error:  # no network, a timeout, a proxy: the client raises many kinds
-            raise UserError(
-                f"data set {self.hub}: neither on the hub nor in its local cache ({type(error).__name__}); "
-                f"check the network, or set data_root to a folder that holds {self.mirror}/<split>.jsonl"
-            ) from None
+            raise data_not_there(self.hub, error, f"{self.mirror}/<split>.jsonl") from None

@@ -112,15 +112,12 @@ class Texts(Data):
         return {"input_ids": torch.from_numpy(ids)}, facts
 
 
-class Images(Data):
-    """Images with labels, processed for the model."""
+class Processed(Data):
+    """Samples drawn without replacement, as the model's processor makes them. ``module`` makes their artifact."""
 
-    what = "images"
-    corpus = "images"
     sampling = ("samples", "seed")
     reader = "processor"
-    component = "IMAGES"
-    artifact = "images"
+    module: ClassVar[Any]
 
     def make_samples(
         self,
@@ -132,7 +129,17 @@ class Images(Data):
         sampling: Mapping[str, Any],
         bos_id: Callable[[], int],
     ) -> None:
-        images.make_samples(folder, processor, corpus, part, data_root, sampling["samples"], sampling["seed"])
+        self.module.make_samples(folder, processor, corpus, part, data_root, sampling["samples"], sampling["seed"])
+
+
+class Images(Processed):
+    """Images with labels, processed for the model."""
+
+    what = "images"
+    corpus = "images"
+    component = "IMAGES"
+    artifact = "images"
+    module: ClassVar[Any] = images
 
     def load_samples(self, folder: Path, model_config: Any) -> tuple[Batch, dict[str, Any]]:
         batch, facts = images.load_samples(folder)
@@ -144,27 +151,14 @@ class Images(Data):
         return {"pixel_values": images.pixel_values(processor(), [images.blank()])}
 
 
-class ImageTexts(Data):
+class ImageTexts(Processed):
     """Questions about images with their answers, processed for the model."""
 
     what = "questions about images"
     corpus = "questions"
-    sampling = ("samples", "seed")
-    reader = "processor"
     component = "IMAGE_TEXTS"
     artifact = "image_texts"
-
-    def make_samples(
-        self,
-        folder: Path,
-        processor: Any,
-        corpus: Any,
-        part: Part,
-        data_root: str | None,
-        sampling: Mapping[str, Any],
-        bos_id: Callable[[], int],
-    ) -> None:
-        image_texts.make_samples(folder, processor, corpus, part, data_root, sampling["samples"], sampling["seed"])
+    module: ClassVar[Any] = image_texts
 
     def load_samples(self, folder: Path, model_config: Any) -> tuple[Batch, dict[str, Any]]:
         batch, facts = image_texts.load_samples(folder)

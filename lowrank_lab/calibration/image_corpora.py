@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from lowrank_lab.artifacts.store import Store, fingerprint
 from lowrank_lab.basics import checks, packages
 from lowrank_lab.basics.errors import UserError
-from lowrank_lab.models.hub import hub_commit
+from lowrank_lab.models.hub import data_not_there, hub_commit
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -184,13 +184,9 @@ class HubImages:
             raise self._not_there(error) from None
 
     def _not_there(self, error: Exception) -> UserError:
-        kind = type(error).__name__
-        if "Gated" in kind or "gated" in str(error):
+        if "Gated" in type(error).__name__ or "gated" in str(error):
             return UserError(f"data set {self.hub} is gated; accept its terms on the hub, then run: hf auth login")
-        return UserError(
-            f"data set {self.hub}: neither on the hub nor in its local cache ({kind}); check the network, or set "
-            f"data_root to a folder that holds {self.mirror}/<split>/<class>/"
-        )
+        return data_not_there(self.hub, error, f"{self.mirror}/<split>/<class>/")
 
 
 def _check_split(name: str, split: str, splits: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from lowrank_lab.basics import checks
 from lowrank_lab.basics.errors import UserError
 from lowrank_lab.calibration import easy_vqa, jsonl
 from lowrank_lab.calibration.image_corpora import opened
-from lowrank_lab.models.hub import hub_commit
+from lowrank_lab.models.hub import data_not_there, hub_commit
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -202,10 +202,7 @@ class ScienceQA:
             raise self._not_there(error) from None
 
     def _not_there(self, error: Exception) -> UserError:
-        return UserError(
-            f"data set {self.hub}: neither on the hub nor in its local cache ({type(error).__name__}); check the "
-            f"network, or set data_root to a folder that holds {self.mirror}/<split>.jsonl"
-        )
+        return data_not_there(self.hub, error, f"{self.mirror}/<split>.jsonl")
 
 
 def _lines(*parts: str) -> str:

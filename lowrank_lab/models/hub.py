@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from lowrank_lab.basics.errors import UserError
+
 TIMEOUT = 10.0  # seconds
 CACHED_FILE = {
     "model": "config.json",
@@ -39,6 +41,14 @@ def hub_commit(kind: Literal["model", "dataset"], name: str, revision: str | Non
         if isinstance(cached, str):
             return Path(cached).parent.name  # the cache keeps each file below snapshots/<commit>/
         raise
+
+
+def data_not_there(dataset: str, error: Exception, mirror: str) -> UserError:
+    """What to do about a data set that the hub's client did not find; ``mirror`` is its place below data_root."""
+    return UserError(
+        f"data set {dataset}: neither on the hub nor in its local cache ({type(error).__name__}); check the "
+        f"network, or set data_root to a folder that holds {mirror}"
+    )
 
 
 def _is_answer(error: Exception) -> bool:
